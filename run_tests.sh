@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Sets up what is missing and runs the checks and tests; arguments go to pytest: bash run_tests.sh -m unit
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source scripts/setup_env.sh requirements.txt requirements-dev.txt
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline
+"$PYTHON" scripts/sync_shared.py
+"$PYTHON" -m ruff check --quiet .
+"$PYTHON" -m ruff format --check --quiet .
+exec "$PYTHON" -m pytest "$@"
