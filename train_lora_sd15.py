@@ -1375,11 +1375,10 @@ def quantized(module, kind: str, dtype, device):
 
     linears = [(n, m) for n, m in module.named_modules() if type(m) is torch.nn.Linear]
     for name, linear in linears:
-        if linear.in_features % 64 or linear.out_features % 32:  # the kernels' block sizes; real bases fit everywhere
-            continue
         shape = (linear.in_features, linear.out_features, linear.bias is not None)
         if kind == "nf4":
             layer = bnb.Linear4bit(*shape, compute_dtype=dtype, quant_type="nf4")
+            layer.support_avx512bf16_for_cpu = False  # that path repacks the weights for inference alone
             layer.weight = bnb.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=layer)
         else:
             layer = bnb.Linear8bitLt(*shape, has_fp16_weights=False)
