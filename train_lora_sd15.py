@@ -85,13 +85,14 @@ class Interrupted(Exception):
 
 def import_libraries() -> None:
     """Imports what is slow to import (5 to 10 s) into this module, once the arguments are known to be right."""
-    global np, torch, F, Image, ImageOps, ImageEnhance, load_file, save_file
+    global np, torch, F, Image, ImageOps, ImageEnhance, load_file, save_file, SafetensorError
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import numpy as np
     import torch
     import torch.nn.functional as F
     from PIL import Image, ImageEnhance, ImageOps
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     import_logging_quietly()
@@ -1607,10 +1608,12 @@ def block_prefixes(denoiser) -> list[str]:
 
 
 def to_diffusers_keys(state: dict) -> dict:
-    """The denoiser's LoRA with the keys that its diffusers loader writes."""
-    from diffusers.utils import convert_state_dict_to_diffusers
+    """The denoiser's LoRA with the keys of diffusers' UNet files, the same spelling for every layer.
 
-    return convert_state_dict_to_diffusers(state)
+    diffusers looks at the first key only to tell how a file is spelled: its own conversion renames the attention's layers
+    alone, so a file that also has other layers would be read without them, or without the attention.
+    """
+    return {k.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): v for k, v in state.items()}
 
 
 def make_metadata_arguments(modules: dict) -> dict:
@@ -1714,10 +1717,10 @@ def lora_parameters(module) -> dict:
 
 
 def lora_state(module) -> dict:
-    """The LoRA's weights with peft's keys, on the CPU in float32."""
+    """A copy of the LoRA's weights with peft's keys, on the CPU in float32."""
     from peft.utils import get_peft_model_state_dict
 
-    return {k: v.detach().float().cpu().contiguous() for k, v in get_peft_model_state_dict(module).items()}
+    return {k: v.detach().float().cpu().contiguous().clone() for k, v in get_peft_model_state_dict(module).items()}
 
 
 def kohya_state(states: dict[str, dict], alpha: float) -> dict:
@@ -1908,6 +1911,14 @@ class Part:
         for parameter, view in zip(values, self.gradients.split([p.numel() for p in values]), strict=True):
             parameter.grad = view.view_as(parameter)
 
+    def step(self) -> None:
+        """One step of optimizer, schedule and moving average; gradients start again at zero."""
+        self.optimizer.step()
+        self.schedule.step()
+        self.gradients.zero_()
+        if self.ema is not None:
+            self.ema.step(self.parameters.values())
+
     def freeze(self) -> None:
         """Ends the training of this part: no gradients, no optimizer state."""
         for parameter in self.parameters.values():
@@ -2012,13 +2023,13 @@ class StepGuard:
         self.bad_run = torch.zeros((), device=device)  # non-finite steps in a row
         self.bad_total = torch.zeros((), device=device)
 
-    def apply(self, parts: list[Part], processes: int, accelerator, max_norm: float):
+    def apply(self, parts: list[Part], accelerator, max_norm: float):
         """Sums gradients over processes, unscales and clips them. A non-finite one makes all of them zero.
 
         Returns the norm before clipping, a tensor.
         """
         for part in parts:
-            if processes > 1:
+            if accelerator.num_processes > 1:
                 part.gradients.copy_(accelerator.reduce(part.gradients, reduction="sum"))
             if self.half:
                 part.gradients.div_(self.scale)
@@ -2135,7 +2146,11 @@ def save_checkpoint(run: Run, step: int) -> None:
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         flush(output)
-    except (OSError, RuntimeError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(part, ignore_errors=True)
         kept = checkpoints_in(output)
         saved = f"the last one is {kept[0].name}" if kept else "there is none yet"
@@ -2411,7 +2426,7 @@ def save_results(run: Run, before: list[Path], after: list[Path]) -> None:
             )
         (part / "README.md").write_text(model_card(run, bool(before and after)), encoding="utf-8")
         publish(part, output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         kept = checkpoints_in(output)
         saved = f"; the training itself is safe in {kept[0].name}" if kept else ""
         raise UserError(f"the results could not be written to {output} ({error}){saved}") from None
@@ -2550,62 +2565,63 @@ def batch_loss(run: Run, batch: dict, embeds: dict):
         return compute_loss(batch, latents, embeds, run.denoiser, run.scheduler, run.args)
 
 
+def make_loader(run: Run, first_step: int):
+    """Batches from step `first_step` on; its generator of its own keeps the global one untouched."""
+    accumulation = run.args.gradient_accumulation_steps
+    start, stop = (run.first_batch + s * accumulation for s in (first_step, run.max_steps))
+    return torch.utils.data.DataLoader(
+        run.data,
+        batch_sampler=BatchStream(run.plan, run.accelerator.process_index, start, stop),
+        collate_fn=collate,
+        num_workers=run.args.dataloader_num_workers,
+        pin_memory=run.accelerator.device.type == "cuda",
+        generator=torch.Generator(),
+    )
+
+
+def backward(run: Run, batch: dict, step: int, micro: int):
+    """Loss of one batch, its gradients added to the parts' buffers; returns the loss, a tensor."""
+    batch = to_device(batch, run.accelerator.device)
+    captions = [insert_tokens(c, run.abstractions) for c in batch["captions"]]
+    torch.manual_seed(stable_seed(run.args.seed, "dropout", step, micro, run.accelerator.process_index))
+    with run.accelerator.autocast():
+        embeds = run.prompts.encode(captions) if run.text_moves(step) else run.prompts.lookup(captions)
+    loss = (batch_loss(run, batch, embeds) * batch["weight"]).sum() / run.args.gradient_accumulation_steps
+    (loss * run.guard.scale).backward()
+    return loss.detach()
+
+
 def train(run: Run, first_step: int) -> None:
     """The loop: batches, loss, backward, step, log, save, validate."""
     args, accelerator = run.args, run.accelerator
-    accumulation, processes = args.gradient_accumulation_steps, accelerator.num_processes
-    stream = BatchStream(
-        run.plan,
-        accelerator.process_index,
-        run.first_batch + first_step * accumulation,
-        run.first_batch + run.max_steps * accumulation,
+    batches, meter, witness = (
+        iter(make_loader(run, first_step)),
+        Meter(run, first_step),
+        GradientWitness(run, first_step),
     )
-    workers = args.dataloader_num_workers
-    loader = torch.utils.data.DataLoader(
-        run.data,
-        batch_sampler=stream,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=accelerator.device.type == "cuda",
-        generator=torch.Generator(),
-    )
-    batches, bar, meter = iter(loader), progress_bar(run, first_step), Meter(run, first_step)
     run.stop.in_loop = True
-    for step in range(first_step, run.max_steps):
-        active = active_parts(run, step)
-        text_moves = run.text_moves(step)
-        for micro in range(accumulation):
-            batch = to_device(next(batches), accelerator.device)
-            captions = [insert_tokens(c, run.abstractions) for c in batch["captions"]]
-            torch.manual_seed(stable_seed(args.seed, "dropout", step, micro, accelerator.process_index))
-            with accelerator.autocast():
-                embeds = run.prompts.encode(captions) if text_moves else run.prompts.lookup(captions)
-            loss = (batch_loss(run, batch, embeds) * batch["weight"]).sum() / accumulation
-            (loss * run.guard.scale).backward()
-            meter.add(loss)
-        norm = run.guard.apply(active, processes, accelerator, args.max_grad_norm)
-        if step == first_step + 1:
-            check_gradients(active)
-        for part in active:
-            part.optimizer.step()
-            part.schedule.step()
-            part.gradients.zero_()
-            if part.ema is not None:
-                part.ema.step(part.parameters.values())
-        done = step + 1
-        bar.update()
-        if done % args.logging_steps == 0 or done == run.max_steps:
-            bar.set_postfix(meter.log(done, norm, active), refresh=False)
-        stopping = stop_requested(run)
-        if done % args.checkpointing_steps == 0 or stopping:
-            on_main(run, save_checkpoint, run, done)
-        if stopping:
-            say(f"stopped by signal {stopping} after step {done}; checkpoint-{done} is written")
-            raise Interrupted(128 + stopping)
-        if done in run.validation_steps:
-            validate(run, done, meter)
+    with progress_bar(run, first_step) as bar:
+        for step in range(first_step, run.max_steps):
+            active = active_parts(run, step)
+            for micro in range(args.gradient_accumulation_steps):
+                meter.add(backward(run, next(batches), step, micro))
+            norm = run.guard.apply(active, accelerator, args.max_grad_norm)
+            witness.look(step, active)
+            for part in active:
+                part.step()
+            done = step + 1
+            bar.update()
+            if done % args.logging_steps == 0 or done == run.max_steps:
+                bar.set_postfix(meter.log(done, norm, active), refresh=False)
+            stopping = stop_requested(run)
+            if done % args.checkpointing_steps == 0 or stopping:
+                on_main(run, save_checkpoint, run, done)
+            if stopping:
+                say(f"stopped by signal {stopping} after step {done}; checkpoint-{done} is written")
+                raise Interrupted(128 + stopping)
+            if done in run.validation_steps:
+                validate(run, done, meter)
     run.stop.in_loop = False
-    bar.close()
     meter.close()
 
 
@@ -2635,22 +2651,43 @@ def stop_requested(run: Run) -> int:
     return int(numbers.max())
 
 
-def check_gradients(parts: list[Part]) -> None:
-    """Errors if a part, or warns if a layer, gets no gradient in the second step: it would learn nothing."""
-    for part in parts:
-        if not part.gradients.any():
-            raise UserError(
-                f"no gradient reaches the {part.name}: nothing would be learned. "
-                + (
-                    "Do the captions contain --token_abstraction?"
-                    if part.name == "embeddings"
-                    else "Is the loss constant?"
-                )
+class GradientWitness:
+    """Sees in the first steps which parameters get a gradient; errors if a part, warns if a layer, gets none.
+
+    It looks for an epoch (2 to 50 steps): a LoRA's second matrix has none in the first step, and a token's captions may come late.
+    """
+
+    def __init__(self, run: Run, first_step: int) -> None:
+        self.run = run
+        epoch = math.ceil(run.plan.per_epoch / run.args.gradient_accumulation_steps)
+        self.last = min(first_step + min(max(2, epoch), 50), run.max_steps) - 1
+        self.enough = self.last > first_step
+        self.seen = {p.name: torch.zeros_like(p.gradients, dtype=torch.bool) for p in active_parts(run, first_step)}
+
+    def look(self, step: int, active: list[Part]) -> None:
+        """Notes the gradients of a step, and judges after the last of the first steps."""
+        if not self.enough or step > self.last:
+            return
+        for part in active:
+            self.seen[part.name] |= part.gradients != 0
+        if step == self.last:
+            if not self.run.guard.bad_total:  # a loss that isn't finite has a message of its own
+                for part in active:
+                    self.judge(part)
+            self.seen.clear()
+
+    def judge(self, part: Part) -> None:
+        """The verdict on one part."""
+        if not self.seen[part.name].any():
+            advice = (
+                "do the captions contain --token_abstraction?" if part.name == "embeddings" else "is the loss constant?"
             )
+            raise UserError(f"no gradient reaches the {part.name}, so nothing would be learned: {advice}")
         layers: dict[str, bool] = {}
-        for name, parameter in part.parameters.items():
+        sizes = [p.numel() for p in part.parameters.values()]
+        for name, seen in zip(part.parameters, self.seen[part.name].split(sizes), strict=True):
             layer = name.split(".lora_")[0]
-            layers[layer] = layers.get(layer, False) or bool(parameter.grad.any())
+            layers[layer] = layers.get(layer, False) or bool(seen.any())
         idle = [layer for layer, works in layers.items() if not works]
         if idle:
             say(f"warning: {len(idle)} of {len(layers)} layers of the {part.name} get no gradient, such as {idle[0]}")
@@ -2684,7 +2721,7 @@ class Meter:
 
     def add(self, loss) -> None:
         """Takes one batch's share of the loss, without waiting for it."""
-        self.loss = loss.detach() if self.loss is None else self.loss + loss.detach()
+        self.loss = loss if self.loss is None else self.loss + loss
 
     def log(self, step: int, norm, active: list[Part]) -> dict:
         """Writes the mean loss since the last log; returns what the progress bar shows."""

@@ -149,7 +149,15 @@ def main() -> None:
         pictures = draw_pictures(Path(work) / "pictures", args.images, args.resolution)
         both = [
             *("--pretrained_model_name_or_path", str(base), "--train_data_dir", str(pictures)),
-            *("--resolution", str(args.resolution), "--train_batch_size", str(args.batch_size), "--seed", "0", *args.flags),
+            *(
+                "--resolution",
+                str(args.resolution),
+                "--train_batch_size",
+                str(args.batch_size),
+                "--seed",
+                "0",
+                *args.flags,
+            ),
         ]
         scripts = {
             "ours": (args.script, ["--skip_final_inference", "--report_to", "none", *shlex.split(args.our_flags)]),
@@ -170,13 +178,20 @@ def main() -> None:
                 print(f"round {number + 1} {name}: " + ", ".join(f"{k} {v:.3g}" for k, v in row.items()), flush=True)
     medians = {n: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for n, rows in rounds.items()}
     print(f"\n{'':28}{'ours':>10}{'theirs':>10}   theirs/ours")
-    labels = {"start": "start-up, seconds", "step": "seconds per step", "cpu": "CPU seconds, all", "memory": "peak memory, MiB"}
+    labels = {
+        "start": "start-up, seconds",
+        "step": "seconds per step",
+        "cpu": "CPU seconds, all",
+        "memory": "peak memory, MiB",
+    }
     labels |= {"gpu": "peak GPU memory, MiB"} if medians["ours"]["gpu"] else {}
     for key, label in labels.items():
         ours, theirs = medians["ours"][key], medians["theirs"][key]
         print(f"{label:28}{ours:10.3f}{theirs:10.3f}   {theirs / ours:.2f}")
     if args.json:
-        args.json.write_text(json.dumps({"settings": vars(args) | {"json": None}, "rounds": rounds, "medians": medians}, indent=1))
+        args.json.write_text(
+            json.dumps({"settings": vars(args) | {"json": None}, "rounds": rounds, "medians": medians}, indent=1)
+        )
 
 
 if __name__ == "__main__":

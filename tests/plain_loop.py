@@ -46,7 +46,9 @@ def main() -> None:
         model.requires_grad_(False)
         model.to(accelerator.device, dtype=dtype)
     targets = ["to_k", "to_q", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=targets))
+    unet.add_adapter(
+        LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=targets)
+    )
     parameters = [p for p in unet.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
@@ -64,7 +66,9 @@ def main() -> None:
         ids = tokenizer(rows["text"], padding="max_length", truncation=True, return_tensors="pt").input_ids
         return {"pixels": pixels, "ids": list(ids)}
 
-    loader = torch.utils.data.DataLoader(table.with_transform(transform), batch_size=args.train_batch_size, shuffle=True)
+    loader = torch.utils.data.DataLoader(
+        table.with_transform(transform), batch_size=args.train_batch_size, shuffle=True
+    )
     schedule = get_scheduler("constant", optimizer)
     unet, optimizer, loader, schedule = accelerator.prepare(unet, optimizer, loader, schedule)
     step = 0

@@ -1,0 +1,246 @@
+"""What the tests share: the training scripts loaded by path, runs inside this process, pictures, scores."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SAMPLE = ROOT / "assets" / "sample_data" / "smiley"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A training script and what its tests need to know."""
+
+    name: str
+    script: str
+    pipeline: str
+    lora_layers: tuple[str, ...]
+    guidance: float
+    inference_steps: int
+    learning_rate: float
+    steps: int
+
+    @property
+    def base(self) -> str:
+        return str(ROOT / "assets" / f"toy_{self.name}")
+
+
+UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2")
+FAMILIES = {
+    "sd15": Family("sd15", "train_lora_sd15.py", "StableDiffusionPipeline", UNET_LAYERS, 3.0, 20, 4e-3, 300),
+}
+
+
+def load_script(name: str):
+    """A script as a module, loaded by its path, with its libraries."""
+    key = Path(name).stem + "_under_test"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, ROOT / name)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[key] = module
+        spec.loader.exec_module(module)
+        if hasattr(module, "import_libraries"):
+            module.import_libraries()
+    return sys.modules[key]
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture
+def script(family):
+    return load_script(family.script)
+
+
+@pytest.fixture(autouse=True)
+def signals_restored():
+    """Training scripts answer signals; pytest wants its own answers back."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def quick_flags(family: Family, output: Path, *flags: object) -> list[str]:
+    """Flags of a small run without pictures; later ones win."""
+    return [
+        *(
+            "-m",
+            family.base,
+            "--resolution",
+            "64",
+            "--seed",
+            "3",
+            "--report_to",
+            "none",
+            "--num_validation_images",
+            "0",
+        ),
+        *("--max_train_steps", "3", "-o", str(output)),
+        *(str(f) for f in flags),
+    ]
+
+
+def run_here(family: Family, output: Path, *flags: object) -> int:
+    """Runs a training script inside this process; returns its exit code."""
+    import accelerate
+
+    accelerate.state.AcceleratorState._reset_state(True)
+    accelerate.state.GradientState._reset_state()
+    return load_script(family.script).main(quick_flags(family, output, *flags))
+
+
+def run_apart(family: Family, output: Path, *flags: object, **options) -> subprocess.CompletedProcess:
+    """Runs a training script as a process of its own."""
+    command = [sys.executable, str(ROOT / family.script), *quick_flags(family, output, *flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def metrics(output: Path) -> list[dict]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path) -> list[float]:
+    return [row["loss"] for row in metrics(output) if "loss" in row]
+
+
+def weights(output: Path) -> dict:
+    """Every trained tensor that a run has left: LoRA and embeddings."""
+    from safetensors.torch import load_file
+
+    files = [output / "pytorch_lora_weights.safetensors", *output.glob("*_emb.safetensors")]
+    return {
+        f"{'emb' if '_emb' in f.name else 'lora'}.{k}": v for f in files if f.exists() for k, v in load_file(f).items()
+    }
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    import torch
+
+    first, second = weights(a), weights(b)
+    return bool(first) and first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder with seven captioned pictures of different sizes."""
+    from toy_world import describe, draw, random_scene
+
+    folder, rng = tmp_path / "pictures", random.Random(1)
+    folder.mkdir()
+    for i in range(7):
+        scene = random_scene(rng)
+        image = draw(*scene, rng, 96)
+        image = image.crop((0, 0, 96, 64)) if i % 3 == 1 else image.crop((0, 0, 60, 96)) if i % 3 == 2 else image
+        image.save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(describe(*scene))
+    return folder
+
+
+class Studio:
+    """Draws with a base and what a run has trained, through the plain diffusers pipeline, and asks the judge."""
+
+    def __init__(self, family: Family) -> None:
+        import diffusers
+        from toy_judge import load_judge
+
+        self.family, self.judge = family, load_judge()
+        self.kind = getattr(diffusers, family.pipeline)
+
+    def pipeline(self, output: Path | None):
+        """The plain pipeline with the files of a run's output folder."""
+        from safetensors.torch import load_file
+
+        pipeline = self.kind.from_pretrained(self.family.base)
+        pipeline.set_progress_bar_config(disable=True)
+        if output is None:
+            return pipeline
+        if (output / "pytorch_lora_weights.safetensors").exists():
+            pipeline.load_lora_weights(str(output), weight_name="pytorch_lora_weights.safetensors")
+        places = load_script(self.family.script).TEXT_ENCODERS
+        for file in output.glob("*_emb.safetensors"):
+            for key, table in load_file(file).items():
+                tokenizer, encoder = (getattr(pipeline, name) for name in places[key])
+                tokens = [f"<s{i}>" for i in range(len(table))]
+                pipeline.load_textual_inversion(table, token=tokens, tokenizer=tokenizer, text_encoder=encoder)
+        return pipeline
+
+    def draw(self, pipeline, prompts: list[str], seed: int = 0) -> list:
+        """One image per prompt."""
+        import torch
+
+        images = []
+        for begin in range(0, len(prompts), 32):
+            part = prompts[begin : begin + 32]
+            images += pipeline(
+                part,
+                width=64,
+                height=64,
+                num_inference_steps=self.family.inference_steps,
+                guidance_scale=self.family.guidance,
+                generator=[torch.Generator().manual_seed(seed + begin + i) for i in range(len(part))],
+            ).images
+        return images
+
+    def score(self, pipeline, prompts: list[str], wanted: list[tuple]) -> float:
+        """The share of images that show (class, colour, background); None in `wanted` matches anything."""
+        from toy_judge import verdicts
+
+        found = verdicts(self.judge, self.draw(pipeline, prompts))
+        rights = [
+            all(w in (None, f) for f, w in zip(f3, w3, strict=True)) for f3, w3 in zip(found, wanted, strict=True)
+        ]
+        return sum(rights) / len(rights)
+
+    def concept_score(self, pipeline, thing: str, wanted: tuple[str, str | None], avoid: tuple[str, ...]) -> float:
+        """64 images of "a {thing} on a … background"."""
+        from toy_world import COLOR_NAMES
+
+        backgrounds = [c for c in COLOR_NAMES if c not in avoid]
+        chosen = [backgrounds[i % len(backgrounds)] for i in range(64)]
+        return self.score(pipeline, [f"a {thing} on a {b} background" for b in chosen], [(*wanted, b) for b in chosen])
+
+    def world_score(self, pipeline, shape: str | None = None) -> float:
+        """64 images of the world's own prompts, of one shape or of any."""
+        from toy_world import describe, random_scene
+
+        rng = random.Random(11)
+        scenes = [random_scene(rng) for _ in range(64)]
+        scenes = [(shape or s, c, b) for s, c, b in scenes]
+        return self.score(pipeline, [describe(*s) for s in scenes], scenes)
+
+
+@pytest.fixture
+def studio(family) -> Studio:
+    return Studio(family)
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory) -> Path:
+    """A folder that outlives a test, for runs that several tests look at."""
+    return tmp_path_factory.mktemp("shelf")
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    return target

@@ -1,0 +1,121 @@
+"""An interrupted run, gone on with, ends with the very weights of an unbroken one."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, losses, metrics, quick_flags, run_here, same_weights
+
+pytestmark = pytest.mark.resume
+
+TI = ("--train_text_encoder_ti", "--token_abstraction", "red", "--text_encoder_lr", 1e-2)
+CASES = {
+    "mid-epoch, cached latents, flips": ("--cache_latents", "--random_flip", "--train_batch_size", 2),
+    "mid-accumulation, augmentations": ("--gradient_accumulation_steps", 3, "--color_jitter", "--random_rotation"),
+    "prodigy": ("--optimizer", "prodigy", "--learning_rate", 1, "--lr_scheduler", "cosine"),
+    "ema, text encoder, dropout": ("--use_ema", "--ema_decay", 0.9, "--train_text_encoder", "--lora_dropout", 0.2),
+    "8-bit": ("--optimizer", "adamw8bit"),
+    "schedule-free": ("--optimizer", "schedulefree"),
+    "past the pivot": (*TI, "--train_text_encoder_ti_frac", 0.4),
+    "before the pivot": (*TI, "--train_text_encoder_ti_frac", 0.8),
+    "at the pivot": (*TI, "--train_text_encoder_ti_frac", 0.5),
+    "buckets, repeats": ("--aspect_ratio_buckets", "auto", "--repeats", 2, "--train_batch_size", 2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_run_equals_unbroken_run(family, pictures, tmp_path, case):
+    flags = ("-d", pictures, *CASES[case], "--max_train_steps", 6, "--checkpointing_steps", 3)
+    assert run_here(family, tmp_path / "whole" / "x", *flags) == 0
+    broken = tmp_path / "broken" / "x"
+    shutil.copytree(tmp_path / "whole" / "x", broken)
+    shutil.rmtree(broken / "checkpoint-6")  # as if the run had died between steps 3 and 6
+    for file in (*broken.glob("*.safetensors"),):
+        file.unlink()
+    assert run_here(family, broken, *flags, "--resume_from_checkpoint", "latest") == 0
+    assert same_weights(tmp_path / "whole" / "x", broken)
+    assert losses(broken) == losses(tmp_path / "whole" / "x")
+    assert [row["step"] for row in metrics(broken)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_killed_at_a_random_step(family, pictures, tmp_path):
+    flags = ("-d", pictures, "--max_train_steps", 40, "--checkpointing_steps", 4, "--rank", 8)
+    assert run_here(family, tmp_path / "a" / "x", *flags) == 0
+    output = tmp_path / "b" / "x"
+    command = [sys.executable, str(ROOT / family.script), *quick_flags(family, output, *flags)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wanted, limit = random.randrange(5, 30), time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < limit:
+        if (output / "metrics.jsonl").exists() and len((output / "metrics.jsonl").read_text().splitlines()) >= wanted:
+            process.kill()
+            break
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL
+    assert not (output / "pytorch_lora_weights.safetensors").exists()
+    assert run_here(family, output, *flags, "--resume_from_checkpoint", "latest") == 0
+    assert same_weights(tmp_path / "a" / "x", output)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
+def test_signal_saves_within_a_step(family, pictures, tmp_path, number, code):
+    module = sys.modules[family.script.removesuffix(".py") + "_under_test"]
+    original = module.Meter.log
+
+    def log_and_signal(self, step, *rest):
+        if step == 2:
+            os.kill(os.getpid(), number)
+        return original(self, step, *rest)
+
+    flags = ("-d", pictures, "--max_train_steps", 5)
+    module.Meter.log = log_and_signal
+    try:
+        assert run_here(family, tmp_path / "b" / "x", *flags) == code
+    finally:
+        module.Meter.log = original
+    assert (tmp_path / "b" / "x" / "checkpoint-2" / "manifest.json").exists()
+    assert run_here(family, tmp_path / "a" / "x", *flags) == 0
+    assert run_here(family, tmp_path / "b" / "x", *flags, "--resume_from_checkpoint", "latest") == 0
+    assert same_weights(tmp_path / "a" / "x", tmp_path / "b" / "x")
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_taken(family, pictures, tmp_path, capsys):
+    flags = ("-d", pictures, "--max_train_steps", 4, "--checkpointing_steps", 1)
+    assert run_here(family, tmp_path / "x", *flags) == 0
+    state = tmp_path / "x" / "checkpoint-4" / "training_state.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    (tmp_path / "x" / "checkpoint-3" / "manifest.json").unlink()
+    capsys.readouterr()
+    assert run_here(family, tmp_path / "x", *flags, "--resume_from_checkpoint", "latest") == 0
+    said = capsys.readouterr().out
+    assert "checkpoint-4 is passed over: training_state.pt is damaged" in said
+    assert "checkpoint-3 is passed over" in said
+    assert "going on from checkpoint-2" in said
+
+
+def test_all_damaged_is_an_error_and_none_a_start(family, pictures, tmp_path, capsys):
+    flags = ("-d", pictures, "--max_train_steps", 1, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
+    assert run_here(family, tmp_path / "x", *flags) == 0
+    assert "starting from step 0" in capsys.readouterr().out
+    (tmp_path / "x" / "checkpoint-1" / "training_state.pt").write_bytes(b"")
+    assert run_here(family, tmp_path / "x", *flags) == 2
+    assert "every checkpoint" in capsys.readouterr().err
+
+
+def test_resume_with_another_rank_is_refused(family, pictures, tmp_path, capsys):
+    flags = ("-d", pictures, "--max_train_steps", 1, "--checkpointing_steps", 1)
+    assert run_here(family, tmp_path / "x", *flags) == 0
+    assert run_here(family, tmp_path / "x", *flags, "--rank", 8, "--resume_from_checkpoint", "checkpoint-1") == 2
+    assert "rank 4, now 8" in capsys.readouterr().err
+
+
+def test_only_the_latest_checkpoints_stay_and_the_seed_is_kept(family, pictures, tmp_path):
+    flags = ["-d", pictures, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2]
+    assert run_here(family, tmp_path / "x", *flags) == 0
+    assert sorted(p.name for p in (tmp_path / "x").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert json.loads((tmp_path / "x" / "checkpoint-3" / "manifest.json").read_text())["seed"] == 3
