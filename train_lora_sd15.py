@@ -1286,6 +1286,10 @@ class Components:
                 f"--pretrained_vae_model_name_or_path {name}: {' '.join(str(error).split())[:200]}"
             ) from None
 
+    def has(self, name: str) -> bool:
+        """Whether the base has the part at all: SD3 comes without its T5, too."""
+        return self.index.get(name) not in (None, [None, None])
+
     def config(self, name: str) -> dict:
         """A part's configuration, without loading its weights."""
         if name in self.configs:
@@ -1401,6 +1405,29 @@ def class_files(folder: Path) -> list[Path]:
     return sorted(f for f in folder.glob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
 
 
+def sample_images(
+    pipeline, components: Components, embeds: dict, seeds: list[int], size: tuple[int, int], args, context
+) -> list:
+    """Draws one image per seed with one prompt's embeddings. `context` (autocast) holds for the denoiser alone: the VAE
+    decodes in its own precision, so that a float32 one stays float32.
+    """
+    with context:
+        latents = pipeline(
+            **{k: v.repeat_interleave(len(seeds), dim=0) for k, v in embeds.items()},
+            width=size[0],
+            height=size[1],
+            num_inference_steps=args.validation_inference_steps,
+            guidance_scale=args.validation_guidance_scale,
+            generator=[torch.Generator().manual_seed(s) for s in seeds],
+            output_type="latent",
+        ).images
+    config, vae = components.config("vae"), components.vae()
+    latents = unpack_output(latents, size) / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
+    with torch.no_grad():
+        pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
+    return pipeline.image_processor.postprocess(pixels.float())
+
+
 def generate_class_images(args: argparse.Namespace, components: Components, prompts: Prompts, accelerator) -> None:
     """Draws the class images that are missing with the untrained base, and keeps them for the next run.
 
@@ -1426,18 +1453,12 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
     denoiser = components.get(DENOISER, dtype)
     pipeline = make_pipeline(components, denoiser)
     embeds = {k: v.to(accelerator.device, dtype) for k, v in prompts.for_pipeline(args.class_prompt).items()}
-    width, height = (args.resolution * 2)[:2]
+    size = tuple((args.resolution * 2)[:2])
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     for begin in range(0, len(mine), args.sample_batch_size):
         numbers = mine[begin : begin + args.sample_batch_size]
-        images = pipeline(
-            **{k: v.repeat_interleave(len(numbers), dim=0) for k, v in embeds.items()},
-            width=width,
-            height=height,
-            num_inference_steps=args.validation_inference_steps,
-            guidance_scale=args.validation_guidance_scale,
-            generator=[torch.Generator().manual_seed(stable_seed(args.seed, "class", i) % 2**32) for i in numbers],
-        ).images
+        seeds = [stable_seed(args.seed, "class", i) % 2**32 for i in numbers]
+        images = sample_images(pipeline, components, embeds, seeds, size, args, contextlib.nullcontext())
         for number, image in zip(numbers, images, strict=True):
             image.save(folder / f".class_{number:05d}.png")
             (folder / f".class_{number:05d}.png").rename(folder / f"class_{number:05d}.png")
@@ -1530,6 +1551,20 @@ def make_pipeline(components: Components, denoiser):
     return pipeline
 
 
+def unpack_output(latents, size: tuple[int, int]):
+    """What the pipeline gives as latents -> (B, C, H, W)."""
+    return latents
+
+
+def check_base(components: Components) -> None:
+    """Refuses bases that this script can't train."""
+    channels = components.config(DENOISER)["in_channels"]
+    if channels != components.config("vae")["latent_channels"]:
+        raise UserError(
+            f"--pretrained_model_name_or_path: a UNet with {channels} input channels (inpainting, editing) can't be trained"
+        )
+
+
 def make_scheduler(components: Components):
     """The base's own scheduler, for sampling, with --prediction_type in force."""
     scheduler = components.get("scheduler")
@@ -1561,7 +1596,7 @@ def encode_prompts(prompts: list[str], tokenizers: dict, text_encoders: dict, ar
     return {"prompt_embeds": text_encoder.final_layer_norm(hidden)}
 
 
-def negative_embeds(empty: dict) -> dict:
+def negative_embeds(empty: dict, components: Components) -> dict:
     """The pipeline's arguments for the unconditional half of guidance, from the empty prompt's embeddings."""
     return {"negative_prompt_embeds": empty["prompt_embeds"]}
 
@@ -1614,6 +1649,11 @@ def to_diffusers_keys(state: dict) -> dict:
     alone, so a file that also has other layers would be read without them, or without the attention.
     """
     return {k.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): v for k, v in state.items()}
+
+
+def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
+    """The UNet's modules under the names of kohya's files: for Stable Diffusion 1.x and 2.x those of diffusers."""
+    return modules
 
 
 def make_metadata_arguments(modules: dict) -> dict:
@@ -1723,10 +1763,10 @@ def lora_state(module) -> dict:
     return {k: v.detach().float().cpu().contiguous().clone() for k, v in get_peft_model_state_dict(module).items()}
 
 
-def kohya_state(states: dict[str, dict], alpha: float) -> dict:
+def kohya_state(states: dict[str, dict], alpha: float, config: dict) -> dict:
     """LoRA weights with the keys of kohya's scripts, AUTOMATIC1111 and ComfyUI.
 
-    states: pipeline name -> weights with peft's keys. Each module gets its own `alpha`.
+    states: pipeline name -> weights with peft's keys; config: the denoiser's. Each module gets its own alpha.
     """
     kinds = {
         "lora_A.weight": "lora_down.weight",
@@ -1735,14 +1775,17 @@ def kohya_state(states: dict[str, dict], alpha: float) -> dict:
     }
     out = {}
     for part, state in states.items():
+        modules: dict[str, dict] = {}
         for key, value in state.items():
             suffix = next(k for k in kinds if key.endswith(k))
-            module = key[: -len(suffix) - 1]
-            if part != DENOISER and not module.startswith("text_model."):
-                module = "text_model." + module  # CLIP has lost this level in transformers 5; the file format has not
-            name = f"{KOHYA_PREFIXES[part]}_{module.replace('.', '_')}"
-            out[f"{name}.{kinds[suffix]}"] = value
-            out[f"{name}.alpha"] = torch.tensor(float(alpha), dtype=value.dtype)
+            name = key[: -len(suffix) - 1]
+            if part != DENOISER and not name.startswith("text_model."):
+                name = "text_model." + name  # CLIP has lost this level in transformers 5; the file format has not
+            modules.setdefault(name, {"alpha": torch.tensor(float(alpha))})[kinds[suffix]] = value
+        if part == DENOISER:
+            modules = kohya_layout(modules, config)
+        for name, tensors in modules.items():
+            out |= {f"{KOHYA_PREFIXES[part]}_{name.replace('.', '_')}.{kind}": t for kind, t in tensors.items()}
     return out
 
 
@@ -1793,7 +1836,7 @@ class Prompts:
             args.cache_folder if not (args.train_text_encoder or args.train_text_encoder_ti) else None, "text"
         )
         self.tokenizers = {
-            key: components.get(pair[0]) for key, pair in TEXT_ENCODERS.items() if components.index.get(pair[0])
+            key: components.get(pair[0]) for key, pair in TEXT_ENCODERS.items() if components.has(pair[0])
         }
         self.identity = None
 
@@ -1829,7 +1872,7 @@ class Prompts:
 
     def for_pipeline(self, prompt: str) -> dict:
         """The embeddings that a pipeline takes for one prompt, and for the empty one."""
-        return self.lookup([prompt]) | negative_embeds(self.lookup([""]))
+        return self.lookup([prompt]) | negative_embeds(self.lookup([""]), self.components)
 
     def forget(self) -> None:
         """Drops embeddings that a training step has made untrue."""
@@ -2219,8 +2262,7 @@ def draw_samples(run: Run, step: int) -> list[Path]:
     args = run.args
     folder = Path(args.output_dir) / "samples" / f"step-{step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
-    width, height = run.plan_size
-    together = max(1, 2**17 // (width * height))  # small pictures in batches; large ones singly, for their memory
+    together = max(1, 2**17 // (run.plan_size[0] * run.plan_size[1]))  # large pictures singly, for their memory
     files = []
     with averaged(run.parts), evaluating(run), torch.no_grad():
         pipeline = make_pipeline(run.components, run.denoiser)
@@ -2228,22 +2270,12 @@ def draw_samples(run: Run, step: int) -> list[Path]:
             embeds = {k: v.to(run.components.dtype) for k, v in run.prompts.for_pipeline(prompt).items()}
             for begin in range(0, args.num_validation_images, together):
                 numbers = range(begin, min(begin + together, args.num_validation_images))
-                with run.accelerator.autocast():
-                    images = pipeline(
-                        **{k: v.repeat_interleave(len(numbers), dim=0) for k, v in embeds.items()},
-                        width=width,
-                        height=height,
-                        num_inference_steps=args.validation_inference_steps,
-                        guidance_scale=args.validation_guidance_scale,
-                        generator=[torch.Generator().manual_seed(sample_seed(args.seed, p, k)) for k in numbers],
-                    ).images
+                seeds = [sample_seed(args.seed, p, k) for k in numbers]
+                context = run.accelerator.autocast()
+                images = sample_images(pipeline, run.components, embeds, seeds, run.plan_size, args, context)
                 for k, image in zip(numbers, images, strict=True):
                     files.append(folder / f"{p:02d}_{k:02d}.png")
                     image.save(files[-1])
-    if run.text_moves(step):
-        run.prompts.forget()
-    if args.cache_latents or args.offload:
-        run.components.loaded["vae"].to("cpu" if args.offload else run.accelerator.device)
     return files
 
 
@@ -2254,14 +2286,22 @@ def sample_seed(seed: int, prompt: int, image: int) -> int:
 
 @contextlib.contextmanager
 def evaluating(run: Run):
-    """The denoiser in evaluation mode; back to training mode after."""
-    run.denoiser.eval()
-    if "vae" in run.components.loaded:
-        run.components.loaded["vae"].to(run.accelerator.device)
+    """Trained modules in evaluation mode, the VAE on the device, and text embeddings of this moment; all put back after."""
+    modules = [run.denoiser, *run.lora_modules.values()]
+    kept, vae = run.prompts.known, run.components.vae()
+    if any(part.name != "denoiser" for part in run.parts):
+        run.prompts.known = {}
+    for module in modules:
+        module.eval()
+    vae.to(run.accelerator.device)
     try:
         yield
     finally:
-        run.denoiser.train()
+        for module in modules:
+            module.train()
+        run.prompts.known = kept
+        if run.args.offload:
+            vae.to("cpu")
 
 
 def held_out_loss(run: Run) -> float:
@@ -2357,7 +2397,9 @@ def write_weights(run: Run, folder: Path, dtype) -> None:
                 if isinstance(value, set):
                     module_arguments[key] = sorted(value)
         getattr(diffusers, PIPELINE_CLASS).save_lora_weights(folder, **arguments)
-        exported = kohya_state(states, alpha * (math.sqrt(rank) if args.use_rslora else 1.0))
+        exported = kohya_state(
+            states, alpha * (math.sqrt(rank) if args.use_rslora else 1.0), run.components.config(DENOISER)
+        )
         save_file(
             {k: v.contiguous() for k, v in exported.items()},
             folder / f"{name}.safetensors",
@@ -2879,6 +2921,7 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
         say(f"seed {args.seed}")
     components = Components(resolve_base(args), args, dtype, accelerator.device)
 
+    check_base(components)
     buckets = bucket_sizes(args)
     examples, store = prepare_examples(load_examples(args), buckets, args, keep_images=True)
     hold_out(examples, args)

@@ -259,14 +259,15 @@ def make_text_encoders(family: Family) -> tuple[list, list]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     tokenizers, encoders = [], []
-    with_projection = len(family.clips) > 1
-    for width, pooled in family.clips:
+    two_levels = len(family.clips) > 1
+    for number, (width, pooled) in enumerate(family.clips):
+        with_projection = two_levels and (number > 0 or family.t5 > 0)  # SDXL's first encoder has none
         tokenizer = make_clip_tokenizer()
         config = CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=4 * width,
-            num_hidden_layers=3 if with_projection else 2,  # SDXL and SD3 read the layer before the last
+            num_hidden_layers=3 if two_levels else 2,  # SDXL and SD3 read the layer before the last
             num_attention_heads=4,
             max_position_embeddings=77,
             projection_dim=pooled,

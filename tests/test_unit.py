@@ -181,7 +181,7 @@ def test_kohya_keys_carry_each_alpha(script):
         "blocks.0.attn.to_out.0.lora_A.weight": torch.ones(4, 8),
         "blocks.0.attn.to_out.0.lora_B.weight": torch.ones(8, 4),
     }
-    out = script.kohya_state({script.DENOISER: state}, 2.0)
+    out = script.kohya_state({script.DENOISER: state}, 2.0, {})
     prefix = script.KOHYA_PREFIXES[script.DENOISER]
     assert {k: tuple(v.shape) for k, v in out.items()} == {
         f"{prefix}_blocks_0_attn_to_out_0.lora_down.weight": (4, 8),
