@@ -44,7 +44,8 @@ class Family:
 
 UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2")
 FAMILIES = {
-    "sd15": Family("sd15", "train_lora_sd15.py", "StableDiffusionPipeline", UNET_LAYERS, 3.0, 20, 4e-3, 300),
+    "sd15": Family("sd15", "train_lora_sd15.py", "StableDiffusionPipeline", UNET_LAYERS, 3.0, 8, 4e-3, 300),
+    "sdxl": Family("sdxl", "train_lora_sdxl.py", "StableDiffusionXLPipeline", UNET_LAYERS, 3.0, 8, 4e-3, 300),
 }
 
 
@@ -167,12 +168,15 @@ class Studio:
         self.family, self.judge = family, load_judge()
         self.kind = getattr(diffusers, family.pipeline)
 
-    def pipeline(self, output: Path | None):
-        """The plain pipeline with the files of a run's output folder."""
+    def pipeline(self, output: Path | None, quick: bool = False):
+        """The plain pipeline with the files of a run's output folder; quick: a solver that needs 8 steps."""
+        from diffusers import DPMSolverMultistepScheduler
         from safetensors.torch import load_file
 
         pipeline = self.kind.from_pretrained(self.family.base)
         pipeline.set_progress_bar_config(disable=True)
+        if quick and hasattr(pipeline, "unet"):
+            pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         if output is None:
             return pipeline
         if (output / "pytorch_lora_weights.safetensors").exists():

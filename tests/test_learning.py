@@ -36,28 +36,28 @@ def train(family, output, *flags) -> None:
 
 
 def test_lora_learns_and_leaves_the_rest_alone(family, studio, tmp_path):
-    before = studio.pipeline(None)
+    before = studio.pipeline(None, quick=True)
     assert studio.concept_score(before, *SMILEY) < 0.1
     train(family, tmp_path / "lora", "-d", SAMPLE)
-    after = studio.pipeline(tmp_path / "lora")
+    after = studio.pipeline(tmp_path / "lora", quick=True)
     assert studio.concept_score(after, *SMILEY) > 0.8
     assert studio.world_score(after) >= studio.world_score(before) - 0.1
 
 
 def test_lora_with_text_encoder_learns(family, studio, tmp_path):
     train(family, tmp_path / "both", "-d", SAMPLE, "--train_text_encoder", "--text_encoder_lr", 1e-3)
-    assert studio.concept_score(studio.pipeline(tmp_path / "both"), *SMILEY) > 0.8
+    assert studio.concept_score(studio.pipeline(tmp_path / "both", quick=True), *SMILEY) > 0.8
 
 
 def test_pivotal_tuning_learns(family, studio, tmp_path):
-    before = studio.pipeline(None)
+    before = studio.pipeline(None, quick=True)
     data = tmp_path / "data"
-    write_concept(data, "smiley", "a TOK on a {background} background", 12, seed=0)
+    write_concept(data, "smiley", "a TOK circle on a {background} background", 12, seed=0)
     train(family, tmp_path / "pivotal", "-d", data, "--train_text_encoder_ti", "--text_encoder_lr", 2e-2)
-    after = studio.pipeline(tmp_path / "pivotal")
+    after = studio.pipeline(tmp_path / "pivotal", quick=True)
     word, wanted, avoid = SMILEY
     assert studio.concept_score(before, word, wanted, avoid) < 0.1
-    assert studio.concept_score(after, "<s0><s1>", wanted, avoid) > 0.8
+    assert studio.concept_score(after, "<s0><s1> circle", wanted, avoid) > 0.8
     assert studio.world_score(after) >= studio.world_score(before) - 0.1
 
 
@@ -76,11 +76,11 @@ def test_textual_inversion_alone_finds_what_the_base_can_draw(family, studio, tm
         2e-2,
     )
     wanted, avoid = ("star", "purple"), ("purple",)
-    assert studio.concept_score(studio.pipeline(None), "TOK", wanted, avoid) < 0.1
-    after = studio.pipeline(tmp_path / "ti")
+    assert studio.concept_score(studio.pipeline(None, quick=True), "TOK", wanted, avoid) < 0.1
+    after = studio.pipeline(tmp_path / "ti", quick=True)
     assert studio.concept_score(after, "<s0><s1>", wanted, avoid) > 0.8
     assert studio.world_score(after) == studio.world_score(
-        studio.pipeline(None)
+        studio.pipeline(None, quick=True)
     )  # nothing but two new rows has changed
 
 
@@ -105,7 +105,7 @@ def test_prior_preservation_keeps_the_class(family, studio, tmp_path):
     )
     train(family, tmp_path / "without", *train_class)
     train(family, tmp_path / "with", *train_class, *prior, *sampling)
-    before, without, kept = (studio.pipeline(p) for p in (None, tmp_path / "without", tmp_path / "with"))
+    before, without, kept = (studio.pipeline(p, quick=True) for p in (None, tmp_path / "without", tmp_path / "with"))
     base_score = studio.world_score(before, "circle")
     assert studio.concept_score(before, *SMILEY) < 0.1
     assert studio.concept_score(kept, *SMILEY) > 0.8

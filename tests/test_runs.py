@@ -104,7 +104,7 @@ MODES = {
         0.5,
     ),
     "tags, held out": ("--shuffle_tags", "--tag_separator", " ", "--validation_split", 0.2, "--validation_steps", 1),
-    "blocks": ("--lora_blocks", 0, "--center_crop"),
+    "blocks": ("--lora_blocks", 1, "--center_crop"),
     "epochs": ("--num_train_epochs", 1, "--train_batch_size", 5, "--scale_lr"),
 }
 

@@ -176,19 +176,49 @@ def test_insert_tokens(script):
     assert script.insert_tokens("a TOKEN and TOK", words) == "a <s2><s3> and <s0><s1>"
 
 
-def test_kohya_keys_carry_each_alpha(script):
-    state = {
-        "blocks.0.attn.to_out.0.lora_A.weight": torch.ones(4, 8),
-        "blocks.0.attn.to_out.0.lora_B.weight": torch.ones(8, 4),
+def test_kohya_keys_carry_each_alpha(script, family):
+    """Every layer that a LoRA can have gets its own alpha, and no two layers the same key."""
+    config = script.json.loads((ROOT / "assets" / f"toy_{family.name}" / script.DENOISER / "config.json").read_text())
+    denoiser = load_denoiser(script, family)
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    names = [n for n, m in denoiser.named_modules() if isinstance(m, kinds)]
+    state = {f"{n}.lora_{m}.weight": torch.ones(4, 8) for n in names for m in "AB"}
+    text = {f"encoder.layers.0.self_attn.q_proj.lora_{m}.weight": torch.ones(4, 8) for m in "AB"}
+    out = script.kohya_state({script.DENOISER: state, "text_encoder": text}, 2.0, config)
+    modules = {k.split(".")[0] for k in out}
+    assert all(f"{m}.{end}" in out for m in modules for end in ("alpha", "lora_down.weight", "lora_up.weight"))
+    assert len(out) == 3 * len(modules) and all("." not in m for m in modules)
+    prefix = script.KOHYA_PREFIXES["text_encoder"]
+    assert out[f"{prefix}_text_model_encoder_layers_0_self_attn_q_proj.alpha"] == 2
+    if family.name in ("sd15", "sdxl"):  # no projections are fused
+        assert len(modules) == len(names) + 1
+        assert all(v == 2 for k, v in out.items() if k.endswith("alpha"))
+
+
+def load_denoiser(script, family):
+    path = __import__("pathlib").Path(family.base)
+    return script.Components(path, arguments(script), torch.float32, torch.device("cpu")).denoiser()
+
+
+def test_sdxl_keys_are_those_of_the_original_checkpoint():
+    """Spot checks with the real model's layer counts (two per level), from the public key lists of kohya's files."""
+    script = load_script("train_lora_sdxl.py")
+    config = {"layers_per_block": 2, "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]}
+    pairs = {
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": "input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        "down_blocks.2.attentions.1.proj_in": "input_blocks_8_1_proj_in",
+        "down_blocks.0.resnets.1.conv1": "input_blocks_2_0_in_layers_2",
+        "down_blocks.1.downsamplers.0.conv": "input_blocks_6_0_op",
+        "mid_block.attentions.0.transformer_blocks.9.ff.net.2": "middle_block_1_transformer_blocks_9_ff_net_2",
+        "mid_block.resnets.1.conv2": "middle_block_2_out_layers_3",
+        "up_blocks.0.attentions.2.transformer_blocks.0.attn2.to_out.0": "output_blocks_2_1_transformer_blocks_0_attn2_to_out_0",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks_2_2_conv",
+        "up_blocks.1.attentions.0.proj_out": "output_blocks_3_1_proj_out",
+        "up_blocks.2.resnets.0.conv_shortcut": "output_blocks_6_0_skip_connection",
     }
-    out = script.kohya_state({script.DENOISER: state}, 2.0, {})
-    prefix = script.KOHYA_PREFIXES[script.DENOISER]
-    assert {k: tuple(v.shape) for k, v in out.items()} == {
-        f"{prefix}_blocks_0_attn_to_out_0.lora_down.weight": (4, 8),
-        f"{prefix}_blocks_0_attn_to_out_0.lora_up.weight": (8, 4),
-        f"{prefix}_blocks_0_attn_to_out_0.alpha": (),
-    }
-    assert out[f"{prefix}_blocks_0_attn_to_out_0.alpha"] == 2
+    state = {f"{k}.lora_{m}.weight": torch.ones(1, 1) for k in pairs for m in "AB"}
+    out = script.kohya_state({"unet": state}, 1.0, config)
+    assert {k.split(".")[0] for k in out} == {f"lora_unet_{v}" for v in pairs.values()}
 
 
 def test_lora_is_float32_on_a_bf16_base_and_the_clip_clips(script, family):
