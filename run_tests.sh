@@ -7,4 +7,6 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline
 "$PYTHON" scripts/sync_shared.py
 "$PYTHON" -m ruff check --quiet .
 "$PYTHON" -m ruff format --check --quiet .
-exec "$PYTHON" -m pytest "$@"
+# the toys' matrices are small: two processes of one thread each do more than one of two
+export OMP_NUM_THREADS=1
+exec "$PYTHON" -m pytest --numprocesses 2 --dist loadgroup "$@"

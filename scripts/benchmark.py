@@ -1,7 +1,7 @@
 """Times a training script against another one: start-up, seconds per step, peak memory.
 
     python scripts/benchmark.py --against path/to/train_text_to_image_lora.py --width 64 --resolution 256 \\
-        --our_flags "--cache_latents" -- --rank 8 --learning_rate 1e-4
+        --our_flags="--cache_latents" -- --rank 8 --learning_rate 1e-4
 
 Flags after `--` go to both scripts. The base is built from the real configuration of Stable Diffusion 1.5 at a chosen
 width (320 is the real one) with random weights, which cost as much as trained ones; the pictures are drawn. Each round
@@ -138,7 +138,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs=2, default=(2, 12), metavar=("FEW", "MORE"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=8)
-    parser.add_argument("--our_flags", default="", help='flags for our script alone, such as "--cache_latents"')
+    parser.add_argument(
+        "--our_flags", default="", help='flags for our script alone, such as --our_flags="--cache_latents"'
+    )
     parser.add_argument("--their_flags", default="", help="flags for the other script alone")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("flags", nargs="*", help="after --: flags for both")

@@ -20,7 +20,12 @@ CLASSES = {
     "FluxPipeline": "flux",
 }
 # the first of these that a checkpoint's keys contain decides
-KEYS = (("double_blocks.", "flux"), ("joint_blocks.", "sd3"), ("conditioner.embedders.1.", "sdxl"), ("input_blocks.", "sd15"))
+KEYS = (
+    ("double_blocks.", "flux"),
+    ("joint_blocks.", "sd3"),
+    ("conditioner.embedders.1.", "sdxl"),
+    ("input_blocks.", "sd15"),
+)
 
 
 def of_index(text: str) -> str | None:

@@ -1,16 +1,22 @@
 """Each method brings something that the base has never seen, as the judge sees it in 64 images with fixed seeds."""
 
 import pytest
-from conftest import SAMPLE, run_here
+from conftest import FAMILIES, SAMPLE, run_here
 from toy_world import write_concept
 
-pytestmark = pytest.mark.learn
 SMILEY = ("sks circle", ("smiley", None), ("yellow", "black"))
+TEXT = ("--train_text_encoder", "--text_encoder_lr", 4e-3, "--learning_rate", 5e-3, "--max_train_steps", 400)
 
 
-def train(family, output, *flags) -> None:
-    layers = ("--lora_layers", *family.lora_layers) if "--train_transformer_frac" not in flags else ()
-    rank = ("--rank", 16) if layers else ()
+def pytest_generate_tests(metafunc):
+    """One group per family, so that parallel workers take a family each and share its runs."""
+    marks = {n: [pytest.mark.learn, pytest.mark.xdist_group(f"learn-{n}")] for n in sorted(FAMILIES)}
+    metafunc.parametrize("family", [pytest.param(FAMILIES[n], marks=m, id=n) for n, m in marks.items()])
+
+
+def train(family, output, *flags):
+    """Trains into `output` and returns it; what an earlier test has trained there is taken as it is."""
+    layers = ("--lora_layers", *family.lora_layers, "--rank", 16) if "--train_transformer_frac" not in flags else ()
     settings = (
         "--train_batch_size",
         8,
@@ -20,43 +26,33 @@ def train(family, output, *flags) -> None:
         "--max_train_steps",
         family.steps,
     )
-    code = run_here(
-        family,
-        output,
-        *layers,
-        *rank,
-        *settings,
-        "--learning_rate",
-        family.learning_rate,
-        "--logging_steps",
-        50,
-        *flags,
-    )
-    assert code == 0
+    rate = ("--learning_rate", family.learning_rate, "--logging_steps", 50)
+    if not (output / "README.md").exists():
+        assert run_here(family, output, *layers, *settings, *rate, *flags) == 0
+    return output
 
 
 def test_lora_learns_and_leaves_the_rest_alone(family, studio, tmp_path):
     before = studio.pipeline(None, quick=True)
     assert studio.concept_score(before, *SMILEY) < 0.1
-    train(family, tmp_path / "lora", "-d", SAMPLE)
-    after = studio.pipeline(tmp_path / "lora", quick=True)
+    after = studio.pipeline(train(family, tmp_path / "lora", "-d", SAMPLE), quick=True)
     assert studio.concept_score(after, *SMILEY) > 0.8
     assert studio.world_score(after) >= studio.world_score(before) - 0.1
 
 
-def test_lora_with_text_encoder_learns(family, studio, tmp_path):
-    train(family, tmp_path / "both", "-d", SAMPLE, "--train_text_encoder", "--text_encoder_lr", 1e-3)
-    assert studio.concept_score(studio.pipeline(tmp_path / "both", quick=True), *SMILEY) > 0.8
+def test_lora_with_text_encoder_learns(family, studio, shelf):
+    output = train(family, shelf / family.name / "both", "-d", SAMPLE, *TEXT)
+    assert studio.concept_score(studio.pipeline(output, quick=True), *SMILEY) > 0.8
 
 
 def test_pivotal_tuning_learns(family, studio, tmp_path):
-    before = studio.pipeline(None, quick=True)
     data = tmp_path / "data"
     write_concept(data, "smiley", "a TOK circle on a {background} background", 12, seed=0)
-    train(family, tmp_path / "pivotal", "-d", data, "--train_text_encoder_ti", "--text_encoder_lr", 2e-2)
-    after = studio.pipeline(tmp_path / "pivotal", quick=True)
+    before = studio.pipeline(None, quick=True)
     word, wanted, avoid = SMILEY
     assert studio.concept_score(before, word, wanted, avoid) < 0.1
+    flags = ("-d", data, "--train_text_encoder_ti", "--text_encoder_lr", 2e-2)
+    after = studio.pipeline(train(family, tmp_path / "pivotal", *flags), quick=True)
     assert studio.concept_score(after, "<s0><s1> circle", wanted, avoid) > 0.8
     assert studio.world_score(after) >= studio.world_score(before) - 0.1
 
@@ -64,50 +60,34 @@ def test_pivotal_tuning_learns(family, studio, tmp_path):
 def test_textual_inversion_alone_finds_what_the_base_can_draw(family, studio, tmp_path):
     data = tmp_path / "data"
     write_concept(data, "star", "a TOK on a {background} background", 12, seed=0)
-    train(
-        family,
-        tmp_path / "ti",
-        "-d",
-        data,
-        "--train_text_encoder_ti",
-        "--train_transformer_frac",
-        0,
-        "--text_encoder_lr",
-        2e-2,
-    )
     wanted, avoid = ("star", "purple"), ("purple",)
-    assert studio.concept_score(studio.pipeline(None, quick=True), "TOK", wanted, avoid) < 0.1
-    after = studio.pipeline(tmp_path / "ti", quick=True)
+    before = studio.pipeline(None, quick=True)
+    assert studio.concept_score(before, "TOK", wanted, avoid) < 0.1
+    flags = ("-d", data, "--train_text_encoder_ti", "--train_transformer_frac", 0, "--text_encoder_lr", 2e-2)
+    after = studio.pipeline(train(family, tmp_path / "ti", *flags, "--max_train_steps", 200), quick=True)
     assert studio.concept_score(after, "<s0><s1>", wanted, avoid) > 0.8
-    assert studio.world_score(after) == studio.world_score(
-        studio.pipeline(None, quick=True)
-    )  # nothing but two new rows has changed
+    assert studio.world_score(after) == studio.world_score(before)  # two new rows, and nothing else, are different
 
 
-def test_prior_preservation_keeps_the_class(family, studio, tmp_path):
-    train_class = ("--instance_data_dir", SAMPLE, "--instance_prompt", "a sks circle")
+def test_prior_preservation_keeps_the_class(family, studio, shelf):
+    """The class is what its prompt draws: "a circle". The run without prior preservation is otherwise the same."""
     prior = (
         "--with_prior_preservation",
         "--class_prompt",
         "a circle",
-        "--class_data_dir",
-        tmp_path / "class",
         "--num_class_images",
         64,
+        "--prior_loss_weight",
+        2,
     )
-    sampling = (
-        "--validation_inference_steps",
-        20,
-        "--validation_guidance_scale",
-        family.guidance,
-        "--sample_batch_size",
-        32,
+    prior += ("--class_data_dir", shelf / family.name / "class", "--sample_batch_size", 32)
+    sampling = ("--validation_inference_steps", 20, "--validation_guidance_scale", family.guidance)
+    runs = (
+        train(family, shelf / family.name / "both", "-d", SAMPLE, *TEXT),
+        train(family, shelf / family.name / "prior", "-d", SAMPLE, *TEXT, *prior, *sampling),
     )
-    train(family, tmp_path / "without", *train_class)
-    train(family, tmp_path / "with", *train_class, *prior, *sampling)
-    before, without, kept = (studio.pipeline(p, quick=True) for p in (None, tmp_path / "without", tmp_path / "with"))
-    base_score = studio.world_score(before, "circle")
-    assert studio.concept_score(before, *SMILEY) < 0.1
+    before, without, kept = (studio.pipeline(p, quick=True) for p in (None, *runs))
+    scores = [studio.score(p, ["a circle"] * 64, [("circle", None, None)] * 64) for p in (before, without, kept)]
     assert studio.concept_score(kept, *SMILEY) > 0.8
-    assert studio.world_score(kept, "circle") >= 0.8 * base_score
-    assert studio.world_score(without, "circle") <= studio.world_score(kept, "circle") - 0.05
+    assert scores[2] >= 0.8 * scores[0]
+    assert scores[1] <= scores[2] - 0.2
