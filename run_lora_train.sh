@@ -13,13 +13,14 @@ source scripts/setup_env.sh requirements.txt
 family=auto
 case "${1:-}" in sd15 | sdxl | auto) family=$1 && shift ;; esac
 
-model="" own_config=no words=("$@")
-for i in "${!words[@]}"; do
-  case "${words[$i]}" in
-    -m | --pretrained_model_name_or_path | --model_name_or_path) model=${words[$((i + 1))]:-} ;;
-    --pretrained_model_name_or_path=* | --model_name_or_path=*) model=${words[$i]#*=} ;;
+model="" own_config=no before=""
+for word in "$@"; do
+  case "$before" in -m | --pretrained_model_name_or_path | --model_name_or_path) model=$word ;; esac
+  case "$word" in
+    --pretrained_model_name_or_path=* | --model_name_or_path=*) model=${word#*=} ;;
     --config | --config=*) own_config=yes ;;
   esac
+  before=$word
 done
 defaults=()
 if [ -z "$model" ] && [ "$own_config" = no ]; then
@@ -31,9 +32,11 @@ elif [ "$family" = auto ]; then
 fi
 script=train_lora_$family.py
 if [ ! -f "$script" ]; then echo "run_lora_train.sh: there is no script for $family yet" >&2 && exit 2; fi
+# One process needs no launcher (and its errors stay one line); a configuration of accelerate's does
+launcher=()
 if [ -n "${ACCELERATE_CONFIG:-}" ]; then
-  how=(--config_file "$ACCELERATE_CONFIG")
-else
-  how=(--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
+  launcher=(-m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG")
+elif [ -f "${HF_HOME:-$HOME/.cache/huggingface}/accelerate/default_config.yaml" ]; then
+  launcher=(-m accelerate.commands.launch)
 fi
-exec "$PYTHON" -m accelerate.commands.launch "${how[@]}" "$script" "${defaults[@]}" "$@"
+exec "$PYTHON" ${launcher[@]+"${launcher[@]}"} "$script" ${defaults[@]+"${defaults[@]}"} "$@"

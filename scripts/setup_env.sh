@@ -1,6 +1,5 @@
-# Sourced by the run_*.sh wrappers: leaves a Python with the project's packages in $PYTHON.
-# An active virtual or conda environment that has the packages is used as it is; else .venv is made, once.
-# Usage: source scripts/setup_env.sh [requirements file …]; the first call's work is marked in .venv/.ready-NAME.
+# Sourced by the run_*.sh wrappers with the requirements files that they need; leaves a Python that has them in $PYTHON.
+# An active virtual or conda environment that has the packages is used as it is; else .venv is made, and filled once.
 
 if [ -f .env ]; then
   set -a
@@ -9,32 +8,31 @@ if [ -f .env ]; then
   set +a
 fi
 
-has_packages() { # python, requirements file: whether every pinned package is there, without importing any
-  "$1" - "$2" <<'PY' 2>/dev/null
-import importlib.metadata as m, re, sys
-for line in open(sys.argv[1]):
-    name = re.split(r"[=<>!\[ #;]", line.strip(), maxsplit=1)[0]
-    if name and not line.startswith(("#", "-")):
-        m.version(name)
+active_env_has() { # requirements files
+  [ -n "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ] || return 1
+  python - "$@" 2>/dev/null <<'PY'
+import importlib.metadata, re, sys
+for file in sys.argv[1:]:
+    for line in open(file):
+        name = re.split(r"[=<>!\[ #;]", line.strip(), maxsplit=1)[0]
+        if name:
+            importlib.metadata.version(name)
 PY
 }
 
-set_up() { # requirements file
-  local stamp
-  stamp=".venv/.ready-$(basename "$1")"
-  if [ -n "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ] && has_packages python "$1"; then
-    PYTHON=python
-    return
-  fi
+fill_venv() { # requirements files
+  local file stamp base
   PYTHON="$PWD/.venv/bin/python"
-  if [ -f "$stamp" ] && [ ! "$1" -nt "$stamp" ]; then return; fi
-  local base=python3
-  command -v python3 >/dev/null || base=python
-  "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; found $("$base" --version)" >&2; exit 1; }
-  echo "setting up: installing $1 into .venv (once; some minutes)"
-  [ -x "$PYTHON" ] || "$base" -m venv .venv
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$1"
-  touch "$stamp"
+  for file in "$@"; do
+    stamp=".venv/.ready-$(basename "$file")"
+    if [ -f "$stamp" ] && [ ! "$file" -nt "$stamp" ]; then continue; fi
+    base=$(command -v python3 || command -v python) || { echo "Python 3.11 or later is needed" >&2; exit 1; }
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; found $("$base" --version)" >&2; exit 1; }
+    echo "setting up: installing $file into .venv (once; some minutes)"
+    [ -x "$PYTHON" ] || "$base" -m venv .venv
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$file"
+    touch "$stamp"
+  done
 }
 
-for requirements in "${@:-requirements.txt}"; do set_up "$requirements"; done
+if active_env_has "$@"; then PYTHON=python; else fill_venv "$@"; fi
