@@ -45,7 +45,7 @@ class Family:
 UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2")
 FAMILIES = {
     "sd15": Family("sd15", "train_lora_sd15.py", "StableDiffusionPipeline", UNET_LAYERS, 3.0, 8, 4e-3, 300),
-    "sdxl": Family("sdxl", "train_lora_sdxl.py", "StableDiffusionXLPipeline", UNET_LAYERS, 3.0, 8, 3e-3, 300),
+    "sdxl": Family("sdxl", "train_lora_sdxl.py", "StableDiffusionXLPipeline", UNET_LAYERS, 3.0, 8, 1e-3, 250),
 }
 
 
