@@ -328,6 +328,12 @@ def add_adapters(pipeline, settings) -> dict[str, float]:
                 raise UserError(
                     f"paths.lora_weights_path: {lora} does not fit {type(pipeline).__name__}: {text}"
                 ) from None
+            loaded = {n for names in pipeline.get_list_adapters().values() for n in names}
+            if name not in loaded:  # diffusers only warns when no key fits
+                raise UserError(
+                    f"paths.lora_weights_path: {lora}: none of its keys fits {type(pipeline).__name__}; for SD3, give"
+                    " pytorch_lora_weights.safetensors, not the file for ComfyUI"
+                )
             weights[name] = weight
     return weights
 
@@ -349,7 +355,11 @@ def load_embeddings(pipeline, file: Path) -> None:
         while f"<s{begin}>" in tokenizer.get_vocab():  # a second file's tokens count on
             begin += 1
         tokens = [f"<s{begin + i}>" for i in range(len(table))]
-        pipeline.load_textual_inversion(table, token=tokens, tokenizer=tokenizer, text_encoder=encoder)
+        tokenizer.add_tokens(tokens)
+        if len(tokenizer) > encoder.get_input_embeddings().num_embeddings:
+            encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        rows = encoder.get_input_embeddings().weight.data  # SD3's pipeline has no loader of its own for embeddings
+        rows[tokenizer.convert_tokens_to_ids(tokens)] = table.to(rows.device, rows.dtype)
         print(f"{file.name}: {key} knows {''.join(tokens)}")
 
 

@@ -4,14 +4,14 @@
 #   bash run_lora_train.sh --max_train_steps 200                 the same with a flag changed
 #   bash run_lora_train.sh sdxl                                  another family's toy base
 #   bash run_lora_train.sh -m BASE -d my_pictures …              your own base and pictures; the family is found out
-#   bash run_lora_train.sh [sd15|sdxl|auto] [flags…]             flags are those of the training script
+#   bash run_lora_train.sh [sd15|sdxl|sd3|auto] [flags…]             flags are those of the training script
 # Several GPUs: ACCELERATE_CONFIG=config/….yaml bash run_lora_train.sh …
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/setup_env.sh requirements.txt
 
 family=auto
-case "${1:-}" in sd15 | sdxl | auto) family=$1 && shift ;; esac
+case "${1:-}" in sd15 | sdxl | sd3 | auto) family=$1 && shift ;; esac
 
 model="" own_config=no before=""
 for word in "$@"; do
@@ -27,7 +27,7 @@ if [ -z "$model" ] && [ "$own_config" = no ]; then
   if [ "$family" = auto ]; then family=sd15; fi
   defaults=(--config "config/toy_$family.yaml")
 elif [ "$family" = auto ]; then
-  if [ -z "$model" ]; then echo "run_lora_train.sh: with --config, name the family first: sd15 or sdxl" >&2 && exit 2; fi
+  if [ -z "$model" ]; then echo "run_lora_train.sh: with --config, name the family first: sd15, sdxl or sd3" >&2 && exit 2; fi
   family=$("$PYTHON" scripts/detect_family.py "$model")
 fi
 script=train_lora_$family.py

@@ -68,6 +68,7 @@ KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
 DEFAULT_RESOLUTION = 512
 PIXEL_DIVISOR = 8  # image sides must be divisible by this
 VAE_FLOAT32 = False  # whether the base's own VAE overflows in half precision
+LOADS_EMBEDDINGS = True  # whether the pipeline has load_textual_inversion
 PREDICTS_FLOW = False  # rectified flow (True) or noise/velocity of a DDPM (False)
 DEFAULT_INFERENCE_STEPS = 50
 DEFAULT_INFERENCE_GUIDANCE = 7.5
@@ -887,7 +888,8 @@ def load_examples(args: argparse.Namespace) -> list[Example]:
                 "no image has a caption: add metadata.jsonl or .txt files, or give --instance_prompt or --default_caption"
             )
         names = ", ".join(e.name for e in bare[:3])
-        say(f"warning: {len(bare)} of {len(examples)} images have no caption and train on the empty one ({names})")
+        instead = "the trigger word alone" if args.trigger_word else "the empty one"
+        say(f"warning: {len(bare)} of {len(examples)} images have no caption and train on {instead} ({names})")
     return examples
 
 
@@ -1262,6 +1264,7 @@ class Components:
     def __init__(self, folder: Path, args: argparse.Namespace, dtype, device) -> None:
         self.folder, self.args, self.dtype, self.device = folder, args, dtype, device
         self.index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        self.index |= dict.fromkeys(dropped_parts(args))
         self.loaded: dict[str, object] = {}
         self.configs: dict[str, dict] = {}
         self.vae_folder = folder / "vae"
@@ -1556,6 +1559,11 @@ def unpack_output(latents, size: tuple[int, int]):
     return latents
 
 
+def dropped_parts(args: argparse.Namespace) -> list[str]:
+    """Parts of the base that this run does without."""
+    return []
+
+
 def check_base(components: Components) -> None:
     """Refuses bases that this script can't train."""
     channels = components.config(DENOISER)["in_channels"]
@@ -1580,7 +1588,9 @@ def make_training_scheduler(components: Components):
     return DDPMScheduler.from_config(make_scheduler(components).config)
 
 
-def encode_prompts(prompts: list[str], tokenizers: dict, text_encoders: dict, args: argparse.Namespace) -> dict:
+def encode_prompts(
+    prompts: list[str], tokenizers: dict, text_encoders: dict, args: argparse.Namespace, config: dict
+) -> dict:
     """Prompts -> {"prompt_embeds": (B, 77, D)}, as the pipeline encodes them (CLIP's last layer, or --clip_skip before).
 
     Differentiable in the text encoder.
@@ -1854,7 +1864,9 @@ class Prompts:
 
     def encode(self, prompts: list[str]) -> dict:
         """Prompts -> embeddings (B, ...), computed now; differentiable in whatever is trained."""
-        return encode_prompts(prompts, self.tokenizers, self.text_encoders(), self.args)
+        return encode_prompts(
+            prompts, self.tokenizers, self.text_encoders(), self.args, self.components.config(DENOISER)
+        )
 
     def lookup(self, prompts: list[str]) -> dict:
         """Prompts -> embeddings (B, ...), each computed once; no gradient."""
@@ -2505,10 +2517,15 @@ def model_card(run: Run, pictures: bool) -> str:
     for key in run.rows:
         tokenizer, encoder = TEXT_ENCODERS[key]
         tokens = run.rows[key].tokens
-        use.append(
-            f"pipeline.load_textual_inversion(load_file('{name}/{name}_emb.safetensors')[{key!r}], token={tokens!r},"
-            f" text_encoder=pipeline.{encoder}, tokenizer=pipeline.{tokenizer})"
-        )
+        rows = f"load_file('{name}/{name}_emb.safetensors')[{key!r}]"
+        if LOADS_EMBEDDINGS:
+            places = f"text_encoder=pipeline.{encoder}, tokenizer=pipeline.{tokenizer}"
+            use.append(f"pipeline.load_textual_inversion({rows}, token={tokens!r}, {places})")
+        else:
+            use.append(f"pipeline.{tokenizer}.add_tokens({tokens!r})")
+            use.append(f"pipeline.{encoder}.resize_token_embeddings(len(pipeline.{tokenizer}))")
+            places = f"pipeline.{tokenizer}.convert_tokens_to_ids({tokens!r})"
+            use.append(f"pipeline.{encoder}.get_input_embeddings().weight.data[{places}] = {rows}")
     lines = [
         f"# {args.run_name or name}",
         "",

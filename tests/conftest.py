@@ -36,6 +36,7 @@ class Family:
     inference_steps: int
     learning_rate: float
     steps: int
+    extra: tuple[tuple[str, object], ...] = ()  # arguments that the pipeline needs to draw as was trained
 
     @property
     def base(self) -> str:
@@ -43,9 +44,24 @@ class Family:
 
 
 UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2")
+DIT_LAYERS = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
 FAMILIES = {
     "sd15": Family("sd15", "train_lora_sd15.py", "StableDiffusionPipeline", UNET_LAYERS, 3.0, 8, 4e-3, 300),
     "sdxl": Family("sdxl", "train_lora_sdxl.py", "StableDiffusionXLPipeline", UNET_LAYERS, 3.0, 8, 1e-3, 250),
+    "sd3": Family(
+        "sd3",
+        "train_lora_sd3.py",
+        "StableDiffusion3Pipeline",
+        DIT_LAYERS,
+        3.0,
+        12,
+        2e-3,
+        250,
+        (("max_sequence_length", 77),),
+    ),
 }
 
 
@@ -187,7 +203,12 @@ class Studio:
             for key, table in load_file(file).items():
                 tokenizer, encoder = (getattr(pipeline, name) for name in places[key])
                 tokens = [f"<s{i}>" for i in range(len(table))]
-                pipeline.load_textual_inversion(table, token=tokens, tokenizer=tokenizer, text_encoder=encoder)
+                if hasattr(pipeline, "load_textual_inversion"):
+                    pipeline.load_textual_inversion(table, token=tokens, tokenizer=tokenizer, text_encoder=encoder)
+                else:  # SD3's pipeline has no loader for embeddings
+                    tokenizer.add_tokens(tokens)
+                    encoder.resize_token_embeddings(max(len(tokenizer), encoder.get_input_embeddings().num_embeddings))
+                    encoder.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids(tokens)] = table
         return pipeline
 
     def draw(self, pipeline, prompts: list[str], seed: int = 0) -> list:
@@ -203,6 +224,7 @@ class Studio:
                 height=64,
                 num_inference_steps=self.family.inference_steps,
                 guidance_scale=self.family.guidance,
+                **dict(self.family.extra),
                 generator=[torch.Generator().manual_seed(seed + begin + i) for i in range(len(part))],
             ).images
         return images

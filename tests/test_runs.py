@@ -57,7 +57,8 @@ def test_files_of_a_lora_run(family, tmp_path):
     modules = {k.split(".")[0] for k in keys}
     assert all(f"{m}.{end}" in keys for m in modules for end in ("alpha", "lora_down.weight", "lora_up.weight"))
     with safe_open(output / "my lora.safetensors", "pt") as f:
-        assert all(f.get_tensor(f"{m}.alpha").item() == 4 for m in modules)
+        pairs = [(f.get_tensor(f"{m}.alpha").item(), len(f.get_tensor(f"{m}.lora_down.weight"))) for m in modules]
+    assert all(alpha / rank == 0.5 for alpha, rank in pairs)
     assert meta["modelspec.title"] == "my lora" and meta["modelspec.trigger_phrase"] == "sks"
     card = (output / "README.md").read_text()
     assert "load_lora_weights" in card and "`sks`" in card and "comparison.png" in card
@@ -164,6 +165,7 @@ def test_trained_image_is_the_plain_pipelines_image(family, studio, tmp_path):
             height=64,
             num_inference_steps=4,
             guidance_scale=3,
+            **dict(family.extra),
             generator=generator.manual_seed(module.sample_seed(3, 0, 0)),
         ).images[0]
         own = Image.open(tmp_path / "x" / "samples" / f"step-{step:06d}" / "00_00.png")
@@ -193,7 +195,7 @@ def test_starts_that_change_the_base_save_a_lora_for_the_unchanged_one(family, s
     module = sys.modules[family.script.removesuffix(".py") + "_under_test"]
     generator = torch.Generator().manual_seed(module.sample_seed(3, 0, 0))
     image = studio.pipeline(tmp_path / "x")(
-        prompt, width=64, height=64, num_inference_steps=4, guidance_scale=3, generator=generator
+        prompt, width=64, height=64, num_inference_steps=4, guidance_scale=3, **dict(family.extra), generator=generator
     ).images[0]
     own = Image.open(tmp_path / "x" / "samples" / "step-000003" / "00_00.png")
     assert np.abs(np.asarray(image).astype(int) - np.asarray(own).astype(int)).max() <= 3
@@ -212,6 +214,7 @@ def test_merged_base_draws_what_base_and_lora_draw(family, studio, tmp_path):
                 width=64,
                 height=64,
                 num_inference_steps=3,
+                **dict(family.extra),
                 output_type="np",
                 generator=torch.Generator().manual_seed(0),
             ).images

@@ -182,7 +182,8 @@ def test_kohya_keys_carry_each_alpha(script, family):
     denoiser = load_denoiser(script, family)
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     names = [n for n, m in denoiser.named_modules() if isinstance(m, kinds)]
-    state = {f"{n}.lora_{m}.weight": torch.ones(4, 8) for n in names for m in "AB"}
+    shapes = {"A": (4, 8), "B": (8, 4)}
+    state = {f"{n}.lora_{m}.weight": torch.ones(shape) for n in names for m, shape in shapes.items()}
     text = {f"encoder.layers.0.self_attn.q_proj.lora_{m}.weight": torch.ones(4, 8) for m in "AB"}
     out = script.kohya_state({script.DENOISER: state, "text_encoder": text}, 2.0, config)
     modules = {k.split(".")[0] for k in out}
@@ -313,6 +314,73 @@ def test_noise_prediction_loss_against_its_formula(name, prediction, extra):
         snr = (a**2 / s**2).flatten()
         wanted = wanted * torch.minimum(snr, torch.tensor(5.0)) / (snr if prediction == "epsilon" else snr + 1)
     assert torch.allclose(loss.double(), wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(n for n in FAMILIES if n == "sd3"))
+@pytest.mark.parametrize("scheme", ["logit_normal", "mode", "cosmap", "sigma_sqrt", "none"])
+@pytest.mark.parametrize("precondition", [True, False])
+def test_flow_loss_against_its_formula(name, scheme, precondition):
+    import math
+
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    script = load_script(FAMILIES[name].script)
+    args = argparse.Namespace(
+        weighting_scheme=scheme,
+        logit_mean=0.0,
+        logit_std=1.0,
+        mode_scale=1.29,
+        precondition_outputs=precondition,
+        loss_type="l2",
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    rows = [script.draw_noise(torch.Generator().manual_seed(i), (4, 8, 8), scheduler, args) for i in range(3)]
+    batch = {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
+    latents, seen = torch.randn(3, 4, 8, 8), {}
+
+    class Denoiser:
+        dtype = torch.float32
+
+        def __call__(self, hidden_states, timestep, **options):
+            seen["noisy"], seen["timestep"] = hidden_states, timestep
+            return argparse.Namespace(sample=hidden_states * 0.3 + 0.1)
+
+    embeds = {"prompt_embeds": torch.zeros(3, 7, 5), "pooled_prompt_embeds": torch.zeros(3, 5)}
+    loss = script.compute_loss(batch, latents, embeds, Denoiser(), scheduler, args)
+    t = batch["sigmas"].double().view(3, 1, 1, 1)
+    u = t / (3 - 2 * t)  # the shift of 3 undone
+    assert torch.allclose(u.flatten() * 1000, (u.flatten() * 1000).round(), atol=1e-2)
+    assert torch.allclose(seen["timestep"].double(), t.flatten() * 1000, rtol=1e-4)
+    noise = batch["noise"].double()
+    noisy = (1 - t) * latents + t * noise
+    assert torch.allclose(seen["noisy"].double(), noisy, atol=1e-5)
+    output = noisy * 0.3 + 0.1
+    error = (noisy - t * output - latents) ** 2 if precondition else (output - (noise - latents)) ** 2
+    weight = {"sigma_sqrt": t**-2, "cosmap": 2 / (math.pi * (1 - 2 * t + 2 * t**2))}.get(scheme, torch.ones_like(t))
+    assert torch.allclose(loss.double(), (weight * error).mean((1, 2, 3)), rtol=1e-3)
+
+
+def test_sd3_fused_keys_give_the_same_update():
+    """q, k and v as one layer with the names of the original checkpoint: the same change of weights, alpha/rank kept."""
+    script = load_script("train_lora_sd3.py")
+    names = {"attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2}
+    state = {}
+    for name in ("attn.to_q", "attn.to_v", "attn.to_out.0", "ff.net.2"):  # no LoRA on k
+        state[f"transformer_blocks.3.{name}.lora_A.weight"] = torch.randn(4, 16)
+        state[f"transformer_blocks.3.{name}.lora_B.weight"] = torch.randn(16, 4)
+    out = script.kohya_state({"transformer": state}, 2.0, {})
+    expected = {"x_block_attn_qkv", "x_block_attn_proj", "x_block_mlp_fc2"}
+    assert {k.split(".")[0] for k in out} == {f"lora_unet_joint_blocks_3_{e}" for e in expected}
+    key = "lora_unet_joint_blocks_3_x_block_attn_qkv"
+    down, up, alpha = (out[f"{key}.{k}"] for k in ("lora_down.weight", "lora_up.weight", "alpha"))
+    update = up @ down * (alpha / len(down))
+    for name, row in names.items():
+        part = update[row * 16 : (row + 1) * 16]
+        if name == "attn.to_k":
+            assert not part.any()
+        else:
+            a, b = (state[f"transformer_blocks.3.{name}.lora_{m}.weight"] for m in "AB")
+            assert torch.allclose(part, b @ a * (2.0 / 4), atol=1e-5)
 
 
 def test_compiled_and_script_flags_are_all_used(script):
