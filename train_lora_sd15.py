@@ -1136,7 +1136,8 @@ class TrainingData:
         crop = draw_crop(size, target, rng, self.args)
         if self.args.cache_latents:
             fixed = random.Random(stable_seed(self.args.seed, "crop", slot.is_class, example.name))
-            crop = Crop(*(lambda c: (c.left, c.top))(draw_crop(size, target, fixed, self.args)), crop.flip)
+            still = draw_crop(size, target, fixed, self.args)
+            crop = Crop(still.left, still.top, crop.flip)
         return crop, size
 
     def __getitem__(self, slot: Slot) -> dict:

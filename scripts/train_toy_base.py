@@ -591,6 +591,9 @@ def main() -> None:
         denoiser.half()
         vae.half()  # the text encoders stay float32: transformers would load half-precision files in half precision
         pipeline.save_pretrained(output)
+        for file in output.glob("*/config.json"):  # where the parts lay on this machine is nobody's business
+            config = {k: v for k, v in json.loads(file.read_text()).items() if k != "_name_or_path"}
+            file.write_text(json.dumps(config, indent=2) + "\n")
     evaluate(args.family, output)
 
 
