@@ -1723,13 +1723,6 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-def make_metadata_arguments(modules: dict) -> dict:
-    """What `save_lora_weights` needs to keep rank and alpha. `modules`: pipeline name -> module with a LoRA."""
-    from diffusers.training_utils import _collate_lora_metadata
-
-    return _collate_lora_metadata(modules)
-
-
 # >>> shared: loss
 
 
@@ -2449,6 +2442,7 @@ def reference_free(states: dict, initials: dict, args: argparse.Namespace) -> tu
 def write_weights(run: Run, folder: Path, dtype) -> None:
     """Writes the LoRA (diffusers, and kohya/ComfyUI keys) and the token embeddings into a folder."""
     import diffusers
+    from diffusers.training_utils import _collate_lora_metadata
 
     args = run.args
     name = Path(args.output_dir).resolve().name
@@ -2456,7 +2450,7 @@ def write_weights(run: Run, folder: Path, dtype) -> None:
         states = {part: lora_state(module) for part, module in run.lora_modules.items()}
         states, alpha, rank = reference_free(states, run.initial_states, args)
         states = {part: {k: v.to(dtype) for k, v in state.items()} for part, state in states.items()}
-        arguments = make_metadata_arguments(run.lora_modules)
+        arguments = _collate_lora_metadata(run.lora_modules)  # without it alpha is lost
         for part, state in states.items():
             converted = to_diffusers_keys(state) if part == DENOISER else text_encoder_keys(state)
             arguments[f"{part}_lora_layers"] = converted
