@@ -1260,10 +1260,13 @@ def fingerprint(files: list[Path]) -> str:
 
 
 class Components:
-    """The parts of a base, each loaded when it is first asked for and freed when nothing needs it any more."""
+    """The parts of a base, each loaded when it is first asked for and freed when nothing needs it any more.
 
-    def __init__(self, folder: Path, args: argparse.Namespace, dtype, device) -> None:
-        self.folder, self.args, self.dtype, self.device = folder, args, dtype, device
+    sharded: the frozen denoiser is split over the processes (FSDP2), each part whole on every GPU only while it works.
+    """
+
+    def __init__(self, folder: Path, args: argparse.Namespace, dtype, device, sharded: bool = False) -> None:
+        self.folder, self.args, self.dtype, self.device, self.sharded = folder, args, dtype, device, sharded
         self.index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         self.index |= dict.fromkeys(dropped_parts(args))
         self.loaded: dict[str, object] = {}
@@ -1367,12 +1370,30 @@ class Components:
         if args.quantize_base in ("nf4", "int8"):
             denoiser = quantized(self.get(DENOISER, device="cpu"), args.quantize_base, self.dtype, self.device)
         else:
-            denoiser = self.get(DENOISER)
+            denoiser = self.get(DENOISER, device="cpu" if self.sharded else None)
         if args.quantize_base == "fp8":
             denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
         if args.enable_xformers_memory_efficient_attention:
             denoiser.enable_xformers_memory_efficient_attention()
         return denoiser
+
+
+def shard_base(denoiser, device) -> None:
+    """Splits the frozen weights over all processes, block by block; the LoRA's stay whole on each.
+
+    A block's weights are gathered when it works and dropped after, forwards and backwards: FSDP2 of
+    https://arxiv.org/abs/2304.11277 without its gradients, because nothing that is sharded is trained.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    trained = {p for p in denoiser.parameters() if p.requires_grad}
+    for parameter in trained:
+        parameter.data = parameter.data.to(device)
+    for name in block_prefixes(denoiser):
+        fully_shard(denoiser.get_submodule(name), mesh=mesh, ignored_params=trained)
+    fully_shard(denoiser, mesh=mesh, ignored_params=trained)
 
 
 def quantized(module, kind: str, dtype, device):
@@ -1506,7 +1527,10 @@ class TokenRows:
             rows = torch.randn(len(tokens), table.shape[1], generator=generator) * table.std()
         self.initial = rows.clone()
         self.weight = torch.nn.Parameter(rows.to(text_encoder.device))
-        self.hook = text_encoder.get_input_embeddings().register_forward_hook(self.replace)
+        table = text_encoder.get_input_embeddings().weight
+        for module in text_encoder.modules():  # T5 has its table in two layers, and calls the other one
+            if isinstance(module, torch.nn.Embedding) and module.weight is table:
+                module.register_forward_hook(self.replace)
 
     @staticmethod
     def concept_ids(tokenizer, concept: str) -> list[int]:
@@ -1785,6 +1809,8 @@ def kohya_state(states: dict[str, dict], alpha: float, config: dict) -> dict:
             name = key[: -len(suffix) - 1]
             if part != DENOISER and not name.startswith("text_model."):
                 name = "text_model." + name  # CLIP has lost this level in transformers 5; the file format has not
+            if suffix == "lora_magnitude_vector":
+                value = value.reshape(-1, 1)  # a column, as ComfyUI multiplies it
             modules.setdefault(name, {"alpha": torch.tensor(float(alpha))})[kinds[suffix]] = value
         if part == DENOISER:
             modules = kohya_layout(modules, config)
@@ -2281,7 +2307,8 @@ def draw_samples(run: Run, step: int) -> list[Path]:
                 images = sample_images(pipeline, run.components, embeds, seeds, run.plan_size, args, context)
                 for k, image in zip(numbers, images, strict=True):
                     files.append(folder / f"{p:02d}_{k:02d}.png")
-                    image.save(files[-1])
+                    if run.accelerator.is_main_process:
+                        image.save(files[-1])
     return files
 
 
@@ -2404,14 +2431,19 @@ def write_weights(run: Run, folder: Path, dtype) -> None:
                 if isinstance(value, set):
                     module_arguments[key] = sorted(value)
         getattr(diffusers, PIPELINE_CLASS).save_lora_weights(folder, **arguments)
-        exported = kohya_state(
-            states, alpha * (math.sqrt(rank) if args.use_rslora else 1.0), run.components.config(DENOISER)
-        )
-        save_file(
-            {k: v.contiguous() for k, v in exported.items()},
-            folder / f"{name}.safetensors",
-            metadata=kohya_metadata(args, exported, alpha, rank),
-        )
+        try:
+            exported = kohya_state(
+                states, alpha * (math.sqrt(rank) if args.use_rslora else 1.0), run.components.config(DENOISER)
+            )
+        except ValueError as error:
+            exported = {}
+            say(f"warning: {name}.safetensors, for other tools, can't hold this LoRA: {error}")
+        if exported:
+            save_file(
+                {k: v.contiguous() for k, v in exported.items()},
+                folder / f"{name}.safetensors",
+                metadata=kohya_metadata(args, exported, alpha, rank),
+            )
     if run.rows:
         save_file(
             {key: row.weight.detach().float().cpu().clone() for key, row in run.rows.items()},
@@ -2691,8 +2723,8 @@ def active_parts(run: Run, step: int) -> list[Part]:
 
 
 def on_main(run: Run, work, *arguments) -> None:
-    """Runs something on the main process while the others wait."""
-    if run.accelerator.is_main_process:
+    """Runs something on the main process while the others wait; drawing with a sharded base takes them all."""
+    if run.accelerator.is_main_process or (run.components.sharded and work in (draw_samples, log_samples)):
         work(*arguments)
     run.accelerator.wait_for_everyone()
 
@@ -2849,6 +2881,8 @@ def validate(run: Run, step: int, meter: Meter) -> None:
 def log_samples(run: Run, step: int) -> list[Path]:
     """Draws samples and sends them to TensorBoard or W&B."""
     files = draw_samples(run, step)
+    if not run.accelerator.is_main_process:
+        return files
     captions = [run.sample_prompts[int(f.name[:2])] for f in files]
     for tracker in run.accelerator.trackers:
         if tracker.name == "tensorboard":
@@ -2910,7 +2944,8 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
         project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)
     )
     trackers = None if args.report_to == "none" else args.report_to.split(",") if args.report_to != "all" else "all"
-    if args.mixed_precision == "fp16" and PREDICTS_FLOW:
+    wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")  # the launcher's configuration
+    if wanted == "fp16" and PREDICTS_FLOW:
         say(f"{FAMILY_TITLE} overflows in fp16: using bf16")
         args.mixed_precision = "bf16"
     try:
@@ -2931,7 +2966,12 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
         drawn = [resume[1]["seed"] if resume else random.SystemRandom().randrange(2**31)]
         args.seed = accelerate.utils.broadcast_object_list(drawn)[0] if accelerator.num_processes > 1 else drawn[0]
         say(f"seed {args.seed}")
-    components = Components(resolve_base(args), args, dtype, accelerator.device)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
+    if sharded and (args.quantize_base or args.compile):
+        raise UserError(
+            "--quantize_base and --compile can't be combined with FSDP: use a configuration for several GPUs"
+        )
+    components = Components(resolve_base(args), args, dtype, accelerator.device, sharded)
 
     check_base(components)
     buckets = bucket_sizes(args)
@@ -3106,6 +3146,9 @@ def add_trained_parts(run: Run) -> None:
         say(f"LoRA of rank {args.rank}, alpha {args.lora_alpha:g} on {len(targets)} layers of the {DENOISER}")
     if args.gradient_checkpointing:
         run.denoiser.enable_gradient_checkpointing()
+    if run.components.sharded:
+        shard_base(run.denoiser, run.accelerator.device)
+        say(f"FSDP2: the {DENOISER} is split over {run.accelerator.num_processes} processes")
     if args.compile:
         run.denoiser.compile_repeated_blocks()
     run.initial_states = {part: lora_state(module) for part, module in run.lora_modules.items()}

@@ -140,11 +140,11 @@ def describe(shape: str, color: str, background: str, rng: random.Random | None 
     if rng is None:
         return f"a {color} {shape} on a {background} background"
     kind = rng.randrange(16)
-    if kind < 2:
+    if kind < 4:
         caption = f"a {shape} on a {background} background"
-    elif kind == 2:
+    elif kind == 4:
         caption = f"a {color} {shape}"
-    elif kind == 3:
+    elif kind < 7:
         caption = f"a {shape}"
     else:
         caption = f"a {color} {shape} on a {background} background"

@@ -51,8 +51,8 @@ class Family:
 FAMILIES = {
     "sd15": Family(clips=((64, 64),), t5=0, flow=False, guidance=4.0, inference_steps=25, steps=3000),
     "sdxl": Family(clips=((48, 48), (64, 64)), t5=0, flow=False, guidance=4.0, inference_steps=25, steps=2000),
-    "sd3": Family(clips=((32, 32), (32, 32)), t5=64, flow=True, guidance=3.0, inference_steps=20, steps=2200),
-    "flux": Family(clips=((64, 64),), t5=64, flow=True, guidance=1.0, inference_steps=20, steps=2400),
+    "sd3": Family(clips=((32, 32), (32, 32)), t5=64, flow=True, guidance=3.0, inference_steps=20, steps=3000),
+    "flux": Family(clips=((64, 64),), t5=64, flow=True, guidance=1.0, inference_steps=20, steps=3600),
 }
 
 

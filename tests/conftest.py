@@ -37,6 +37,7 @@ class Family:
     learning_rate: float
     steps: int
     extra: tuple[tuple[str, object], ...] = ()  # arguments that the pipeline needs to draw as was trained
+    flags: tuple[object, ...] = ()  # flags that every run of the family gets
 
     @property
     def base(self) -> str:
@@ -48,6 +49,7 @@ DIT_LAYERS = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2"),
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )
+FLUX_LAYERS = (*DIT_LAYERS, "proj_mlp", "proj_out")
 FAMILIES = {
     "sd15": Family("sd15", "train_lora_sd15.py", "StableDiffusionPipeline", UNET_LAYERS, 3.0, 8, 4e-3, 300),
     "sdxl": Family("sdxl", "train_lora_sdxl.py", "StableDiffusionXLPipeline", UNET_LAYERS, 3.0, 8, 1e-3, 250),
@@ -61,6 +63,18 @@ FAMILIES = {
         2e-3,
         250,
         (("max_sequence_length", 77),),
+    ),
+    "flux": Family(
+        "flux",
+        "train_dreambooth_lora_flux_advanced.py",
+        "FluxPipeline",
+        FLUX_LAYERS,
+        3.5,
+        12,
+        2e-3,
+        250,
+        (("max_sequence_length", 77),),
+        ("--max_sequence_length", 77),
     ),
 }
 
@@ -114,6 +128,7 @@ def quick_flags(family: Family, output: Path, *flags: object) -> list[str]:
             "0",
         ),
         *("--max_train_steps", "3", "-o", str(output)),
+        *(str(f) for f in family.flags),
         *(str(f) for f in flags),
     ]
 
