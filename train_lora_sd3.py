@@ -1498,9 +1498,10 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
         "fp16": torch.float16,
         "bf16": torch.bfloat16,
     }[precision]
+    embeds = {k: v.to(accelerator.device, dtype) for k, v in prompts.for_pipeline(args.class_prompt).items()}
+    prompts.release()  # never on the GPU together with the denoiser
     denoiser = components.get(DENOISER, dtype)
     pipeline = make_pipeline(components, denoiser)
-    embeds = {k: v.to(accelerator.device, dtype) for k, v in prompts.for_pipeline(args.class_prompt).items()}
     size = tuple((args.resolution * 2)[:2])
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     for begin in range(0, len(mine), args.sample_batch_size):
@@ -1625,35 +1626,35 @@ def make_training_scheduler(components: Components):
     return FlowMatchEulerDiscreteScheduler.from_config(components.config("scheduler"))
 
 
-def encode_prompts(
-    prompts: list[str], tokenizers: dict, text_encoders: dict, args: argparse.Namespace, config: dict
-) -> dict:
-    """Prompts -> {"prompt_embeds": (B, 77 + T, D), "pooled_prompt_embeds": (B, P_l + P_g)}, as the pipeline encodes them.
+def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: argparse.Namespace) -> dict:
+    """Prompts -> one encoder's {"hidden": (B, L, D)} and, of a CLIP, {"pooled": (B, P)}, as the pipeline encodes them.
 
-    Both CLIPs' layers before the last stand side by side, padded to T5's width D; T5's T tokens (--max_sequence_length)
-    follow, or zeros without T5. Differentiable in the text encoders.
+    A CLIP gives the layer before its last (L: 77) and its projection, T5 its last layer (L: --max_sequence_length).
+    Differentiable in the text encoder.
     """
-    hidden, pooled = [], []
-    for key in ("clip_l", "clip_g"):
-        tokenizer, encoder = tokenizers[key], text_encoders[key]
-        limit = tokenizer.model_max_length
-        ids = tokenizer(prompts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
-        output = encoder(ids.to(encoder.device), output_hidden_states=True)
-        hidden.append(output.hidden_states[-2])
-        pooled.append(output.text_embeds)
-    clip = torch.cat(hidden, dim=-1)
-    width, length = config["joint_attention_dim"], args.max_sequence_length
-    if "t5" in tokenizers:
-        ids = tokenizers["t5"](
-            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
-        t5 = text_encoders["t5"](ids.to(text_encoders["t5"].device))[0]
-    else:
-        t5 = clip.new_zeros(len(prompts), length, width)
-    clip = F.pad(clip, (0, width - clip.shape[-1]))
+    length = args.max_sequence_length if key == "t5" else tokenizer.model_max_length
+    ids = tokenizer(
+        prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids.to(text_encoder.device)
+    if key == "t5":
+        return {"hidden": text_encoder(ids)[0]}
+    output = text_encoder(ids, output_hidden_states=True)
+    return {"hidden": output.hidden_states[-2], "pooled": output.text_embeds}
+
+
+def join_embeds(encoded: dict[str, dict], args: argparse.Namespace, config: dict) -> dict:
+    """What each encoder gave, by key -> {"prompt_embeds": (B, 77 + T, D), "pooled_prompt_embeds": (B, P_l + P_g)}.
+
+    Both CLIPs stand side by side, padded to T5's width D; T5's T tokens follow, or zeros without T5.
+    """
+    clips = [encoded["clip_l"], encoded["clip_g"]]
+    clip = torch.cat([c["hidden"] for c in clips], dim=-1)
+    width = config["joint_attention_dim"]
+    without = clip.new_zeros(len(clip), args.max_sequence_length, width)
+    t5 = encoded["t5"]["hidden"].to(clip.dtype) if "t5" in encoded else without
     return {
-        "prompt_embeds": torch.cat([clip, t5.to(clip.dtype)], dim=1),
-        "pooled_prompt_embeds": torch.cat(pooled, dim=-1),
+        "prompt_embeds": torch.cat([F.pad(clip, (0, width - clip.shape[-1])), t5], dim=1),
+        "pooled_prompt_embeds": torch.cat([c["pooled"] for c in clips], dim=-1),
     }
 
 
@@ -1752,8 +1753,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
         else:
             target, place = places[rest]
             waiting.setdefault(f"joint_blocks.{number}.{target}", [None] * 3)[place] = tensors
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    return out | {name: fuse_projections(parts, [width] * 3) for name, parts in waiting.items()}
+    for name, parts in waiting.items():
+        width = next(len(p["lora_up.weight"]) for p in parts if p is not None)
+        out[name] = fuse_projections(parts, [width] * 3)
+    return out
 
 
 def fuse_projections(parts: list[dict | None], heights: list[int]) -> dict:
@@ -1943,53 +1946,84 @@ class DiskCache:
 
 
 class Prompts:
-    """Text embeddings by prompt. What can't change is encoded once, alone, and kept in memory and on disk.
+    """Text embeddings by prompt. What an encoder that isn't trained gives is computed once, alone, and kept in memory and
+    on disk, also while another encoder is trained: pivotal tuning of CLIP doesn't run, or hold, T5.
 
     Encoders are loaded when a prompt has to be encoded, and freed by `release()`.
     """
 
     def __init__(self, args: argparse.Namespace, components: Components) -> None:
         self.args, self.components = args, components
-        self.known: dict[str, dict] = {}
-        self.disk = DiskCache(
-            args.cache_folder if not (args.train_text_encoder or args.train_text_encoder_ti) else None, "text"
-        )
+        self.known: dict[tuple[str, str], dict] = {}  # by encoder key and prompt
+        self.disk = DiskCache(args.cache_folder, "text")
         self.tokenizers = {
             key: components.get(pair[0]) for key, pair in TEXT_ENCODERS.items() if components.has(pair[0])
         }
-        self.identity = None
+        self.trained: set[str] = set()  # keys of the encoders whose embeddings change from step to step
+        self.altered: set[str] = set()  # keys of those that are no longer the base's: not for the disk
+        self.identity: dict[str, tuple] = {}
 
-    def text_encoders(self) -> dict:
-        """The encoders by key, loaded."""
-        return {key: self.components.get(TEXT_ENCODERS[key][1]) for key in self.tokenizers}
+    def text_encoder(self, key: str):
+        """One encoder, loaded; on the CPU if it isn't trained and the GPU's free memory doesn't hold it."""
+        name = TEXT_ENCODERS[key][1]
+        if name not in self.components.loaded:
+            if key in self.altered:
+                raise RuntimeError(f"{key} was freed with what it had learned, and is asked for another prompt")
+            encoder = self.components.get(name, device="cpu")
+            if self.components.device.type == "cuda":
+                needed = sum(p.numel() * p.element_size() for p in encoder.parameters())
+                if key not in self.trained and torch.cuda.mem_get_info()[0] < 1.1 * needed:
+                    say(f"note: {key} ({needed / 2**30:.1f} GiB) does not fit on the GPU now and works on the CPU")
+                    return encoder
+            encoder.to(self.components.device)
+        return self.components.loaded[name]
 
-    def key(self, prompt: str) -> tuple:
+    def key(self, key: str, prompt: str) -> tuple:
         """What an embedding depends on."""
-        if self.identity is None:
-            self.identity = [self.components.identity(TEXT_ENCODERS[key][1]) for key in self.tokenizers]
-            self.identity += [self.components.identity(TEXT_ENCODERS[key][0]) for key in self.tokenizers]
-        settings = [vars(self.args).get(name) for name in ("clip_skip", "max_sequence_length", "drop_t5")]
-        return (FAMILY, prompt, *self.identity, self.components.dtype, *settings)
+        if key not in self.identity:
+            self.identity[key] = tuple(self.components.identity(part) for part in TEXT_ENCODERS[key])
+        settings = [vars(self.args).get(name) for name in ("clip_skip", "max_sequence_length")]
+        return (FAMILY, key, prompt, *self.identity[key], self.components.dtype, *settings)
 
-    def encode(self, prompts: list[str]) -> dict:
-        """Prompts -> embeddings (B, ...), computed now; differentiable in whatever is trained."""
-        return encode_prompts(
-            prompts, self.tokenizers, self.text_encoders(), self.args, self.components.config(DENOISER)
-        )
+    def compute(self, key: str, prompts: list[str]) -> dict:
+        """What one encoder gives for prompts, computed now; differentiable in whatever is trained."""
+        return encode_prompts(key, prompts, self.tokenizers[key], self.text_encoder(key), self.args)
+
+    def kept(self, key: str, prompt: str) -> dict:
+        """What one encoder gives for a prompt: from memory, from disk, or computed; no gradient."""
+        found = self.known.get((key, prompt))
+        if found is not None:
+            return found
+        on_disk = self.disk.folder is not None and key not in self.altered
+        found = self.disk.load(*self.key(key, prompt)) if on_disk else None
+        if found is None:
+            with torch.no_grad():
+                found = self.compute(key, [prompt])
+            if on_disk:
+                self.disk.store(found, *self.key(key, prompt))
+        found = {k: v.to(self.components.device) for k, v in found.items()}
+        if not self.args.shuffle_tags:  # hardly a caption would come twice
+            self.known[key, prompt] = found
+        return found
 
     def lookup(self, prompts: list[str]) -> dict:
         """Prompts -> embeddings (B, ...), each computed once; no gradient."""
-        for prompt in dict.fromkeys(prompts):
-            if prompt in self.known:
-                continue
-            found = self.disk.load(*self.key(prompt)) if self.disk.folder else None
-            if found is None:
-                with torch.no_grad():
-                    found = self.encode([prompt])
-                if self.disk.folder:
-                    self.disk.store(found, *self.key(prompt))
-            self.known[prompt] = {k: v.to(self.components.device) for k, v in found.items()}
-        return {k: torch.cat([self.known[p][k] for p in prompts]) for k in self.known[prompts[0]]}
+        return self.joined(prompts, set())
+
+    def encode(self, prompts: list[str]) -> dict:
+        """Prompts -> embeddings (B, ...), differentiable in the encoders that are trained."""
+        return self.joined(prompts, self.trained)
+
+    def joined(self, prompts: list[str], live: set[str]) -> dict:
+        """The embeddings of prompts, those of the `live` encoders computed now."""
+        encoded = {}
+        for key in self.tokenizers:
+            if key in live:
+                encoded[key] = self.compute(key, prompts)
+            else:
+                rows = [self.kept(key, prompt) for prompt in prompts]
+                encoded[key] = {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
+        return join_embeds(encoded, self.args, self.components.config(DENOISER))
 
     def for_pipeline(self, prompt: str) -> dict:
         """The embeddings that a pipeline takes for one prompt, and for the empty one."""
@@ -1997,11 +2031,11 @@ class Prompts:
 
     def forget(self) -> None:
         """Drops embeddings that a training step has made untrue."""
-        self.known.clear()
+        self.known = {place: value for place, value in self.known.items() if place[0] not in self.trained}
 
-    def release(self) -> None:
-        """Frees the encoders."""
-        self.components.free(*(TEXT_ENCODERS[key][1] for key in self.tokenizers))
+    def release(self, *keys: str) -> None:
+        """Frees encoders: these, or all of them."""
+        self.components.free(*(TEXT_ENCODERS[key][1] for key in keys or self.tokenizers))
 
 
 def encode_image(pixels, vae):
@@ -2084,7 +2118,12 @@ class Part:
             self.ema.step(self.parameters.values())
 
     def freeze(self) -> None:
-        """Ends the training of this part: no gradients, no optimizer state."""
+        """Ends the training of this part: no gradients, no optimizer state; it stays at its average, if it has one."""
+        if type(self.optimizer).__name__.endswith("ScheduleFree"):
+            self.optimizer.eval()
+        if self.ema is not None:
+            self.ema.copy_to(self.parameters.values())
+            self.ema = None
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -2349,7 +2388,9 @@ def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
         if saved["optimizer"] is not None:
             part.optimizer.load_state_dict(saved["optimizer"])
             part.schedule.load_state_dict(saved["schedule"])
-        if part.ema is not None:
+        if saved["ema"] is None:
+            part.ema = None
+        else:
             part.ema.load_state_dict(saved["ema"])
             part.ema.to(run.accelerator.device)
     say(f"going on from {folder.name}")
@@ -2409,19 +2450,18 @@ def sample_seed(seed: int, prompt: int, image: int) -> int:
 @contextlib.contextmanager
 def evaluating(run: Run):
     """Trained modules in evaluation mode, the VAE on the device, and text embeddings of this moment; all put back after."""
-    modules = [run.denoiser, *run.lora_modules.values()]
-    kept, vae = run.prompts.known, run.components.vae()
-    if any(part.name != "denoiser" for part in run.parts):
-        run.prompts.known = {}
+    modules = {m: m.training for m in (run.denoiser, *run.lora_modules.values())}
+    vae = run.components.vae()
+    run.prompts.forget()
     for module in modules:
         module.eval()
     vae.to(run.accelerator.device)
     try:
         yield
     finally:
-        for module in modules:
-            module.train()
-        run.prompts.known = kept
+        for module, training in modules.items():
+            module.train(training)
+        run.prompts.forget()
         if run.args.offload:
             vae.to("cpu")
 
@@ -2807,7 +2847,7 @@ def active_parts(run: Run, step: int) -> list[Part]:
             part.freeze()
             say(f"step {step}: {part.name} is trained; from here on it stays as it is")
             if not run.text_moves(step):
-                run.prompts.forget()
+                settle_text(run)
     return [p for p in run.parts if step < p.last_step]
 
 
@@ -3166,6 +3206,8 @@ def prepare_text(
             )
         keys = [k for k in prompts.tokenizers if k in TI_ENCODERS or (vars(args).get("enable_t5_ti") and k == "t5")]
         tokens = [t for group in abstractions.values() for t in group]
+        prompts.trained |= set(keys)
+        prompts.known.clear()  # a new token may stand for a word that a prompt already had
         for key in keys:
             if args.initializer_concept:
                 width = len(TokenRows.concept_ids(prompts.tokenizers[key], args.initializer_concept))
@@ -3175,17 +3217,20 @@ def prepare_text(
                         f"note: {key} splits {args.initializer_concept!r} into {width} tokens, not {each}: cut or repeated to fit"
                     )
             rows[key] = TokenRows(
-                prompts.tokenizers[key], prompts.text_encoders()[key], tokens, args.initializer_concept, args.seed
+                prompts.tokenizers[key], prompts.text_encoder(key), tokens, args.initializer_concept, args.seed
             )
+            prompts.altered.add(key)
     if args.train_text_encoder:
+        prompts.trained |= set(TEXT_LORA_ENCODERS)
         for key in TEXT_LORA_ENCODERS:
-            encoder = prompts.text_encoders()[key]
+            encoder = prompts.text_encoder(key)
             names = [
                 n
                 for n, m in encoder.named_modules()
                 if isinstance(m, torch.nn.Linear) and n.endswith(TEXT_LORA_TARGETS)
             ]
             add_lora(encoder, names, args)
+            prompts.altered.add(key)
             modules[TEXT_ENCODERS[key][1]] = encoder
             encoder.train()
     if args.gradient_checkpointing:
@@ -3195,16 +3240,31 @@ def prepare_text(
 
 
 def fill_text_cache(run: Run) -> None:
-    """Encodes every prompt that can come up, where embeddings can't change, and frees the text encoders."""
-    args = run.args
-    if args.train_text_encoder or args.train_text_encoder_ti or args.shuffle_tags:
+    """Encodes every prompt that can come up with the encoders that aren't trained, and frees these."""
+    args, prompts = run.args, run.prompts
+    if args.shuffle_tags:
         if args.offload:
-            say("note: the text encoders stay on the GPU: their embeddings change")
+            say("note: the text encoders stay on the GPU: --shuffle_tags makes new captions all the time")
         return
     captions = [with_trigger(c, args.trigger_word) for e in run.data.examples for c in e.captions]
     captions += [args.class_prompt] if args.with_prior_preservation else []
-    run.prompts.lookup(list(dict.fromkeys([*captions, *run.sample_prompts, ""])))
-    run.prompts.release()
+    captions = [insert_tokens(c, run.abstractions) for c in captions]
+    for key in prompts.tokenizers:
+        if key not in prompts.trained:
+            for prompt in dict.fromkeys([*captions, *run.sample_prompts, ""]):
+                prompts.kept(key, prompt)
+            prompts.release(key)
+
+
+def settle_text(run: Run) -> None:
+    """After the pivot: embeddings no longer change, so all are computed once more, and encoders without LoRA freed."""
+    run.prompts.forget()
+    run.prompts.trained.clear()
+    for name, module in run.lora_modules.items():
+        if name != DENOISER:
+            module.eval()  # no dropout in embeddings that stay
+    if not any(part in run.lora_modules for part in (pair[1] for pair in TEXT_ENCODERS.values())):
+        fill_text_cache(run)
 
 
 def add_trained_parts(run: Run) -> None:

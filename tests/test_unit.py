@@ -156,12 +156,26 @@ def test_token_rows_change_nothing_else(script, family):
         row = script.TokenRows(tokenizer, encoder, ["<s0>", "<s1>"], None, 0)
         assert row.initial.std() == pytest.approx(before.std().item(), rel=0.3)
         ids = tokenizer(["a <s0><s1> b"], return_tensors="pt").input_ids
-        encoder(ids)[0].sum().backward()
+        encoder(ids)[0][..., 0].sum().backward()
         assert row.weight.grad.abs().sum() > 0
         table = encoder.get_input_embeddings().weight
         assert torch.equal(table[: len(before)], before) and table.grad is None
         started = script.TokenRows(tokenizer, encoder, ["<s2>"], "star", 0)
         assert torch.equal(started.initial, before[tokenizer("star", add_special_tokens=False).input_ids])
+
+
+def test_rows_reach_a_table_that_has_room_already():
+    """T5's released table is longer than its vocabulary, so nothing is resized, and its encoder reads a second layer."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    script = load_script("train_dreambooth_lora_flux_advanced.py")
+    tokenizer = T5Tokenizer.from_pretrained(ROOT / "assets" / "toy_flux" / "tokenizer_2")
+    config = T5Config(vocab_size=len(tokenizer) + 28, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    encoder = T5EncoderModel(config).eval()
+    row = script.TokenRows(tokenizer, encoder, ["<s0>", "<s1>"], None, 0)
+    assert encoder.get_input_embeddings().num_embeddings == len(tokenizer) + 26
+    encoder(tokenizer(["a <s0><s1>"], return_tensors="pt").input_ids)[0][..., 0].sum().backward()
+    assert (row.weight.grad.abs().sum(1) > 0).all()
 
 
 def test_insert_tokens(script):
@@ -181,9 +195,10 @@ def test_kohya_keys_carry_each_alpha(script, family):
     config = script.json.loads((ROOT / "assets" / f"toy_{family.name}" / script.DENOISER / "config.json").read_text())
     denoiser = load_denoiser(script, family)
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    names = [n for n, m in denoiser.named_modules() if isinstance(m, kinds)]
-    shapes = {"A": (4, 8), "B": (8, 4)}
-    state = {f"{n}.lora_{m}.weight": torch.ones(shape) for n in names for m, shape in shapes.items()}
+    layers = {n: m.weight.shape for n, m in denoiser.named_modules() if isinstance(m, kinds)}
+    names, state = list(layers), {}
+    for n, (out_features, in_features, *_) in layers.items():
+        state |= {f"{n}.lora_A.weight": torch.ones(4, in_features), f"{n}.lora_B.weight": torch.ones(out_features, 4)}
     text = {f"encoder.layers.0.self_attn.q_proj.lora_{m}.weight": torch.ones(4, 8) for m in "AB"}
     out = script.kohya_state({script.DENOISER: state, "text_encoder": text}, 2.0, config)
     modules = {k.split(".")[0] for k in out}
@@ -381,6 +396,145 @@ def test_sd3_fused_keys_give_the_same_update():
         else:
             a, b = (state[f"transformer_blocks.3.{name}.lora_{m}.weight"] for m in "AB")
             assert torch.allclose(part, b @ a * (2.0 / 4), atol=1e-5)
+
+
+def flux_state(names_and_shapes: dict, rank: int) -> dict:
+    """A LoRA with peft's keys, by layer name and (out, in)."""
+    state = {}
+    for name, (rows, columns) in names_and_shapes.items():
+        state[f"{name}.lora_A.weight"] = torch.randn(rank, columns)
+        state[f"{name}.lora_B.weight"] = torch.randn(rows, rank)
+    return state
+
+
+def test_flux_file_for_other_tools_reads_back_as_the_same_lora():
+    """At the real model's width, through diffusers' own reader of kohya's Flux files; alpha half the rank."""
+    from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+
+    script = load_script("train_dreambooth_lora_flux_advanced.py")
+    d = 3072
+    layers = {}
+    for k in ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj"):
+        layers[f"transformer_blocks.18.{k}"] = (d, d)
+    layers |= {"transformer_blocks.18.attn.add_v_proj": (d, d), "transformer_blocks.18.attn.to_add_out": (d, d)}
+    layers |= {"transformer_blocks.0.ff.net.0.proj": (4 * d, d), "transformer_blocks.0.ff_context.net.2": (d, 4 * d)}
+    layers |= {f"single_transformer_blocks.37.attn.to_{k}": (d, d) for k in "qkv"}
+    layers |= {"single_transformer_blocks.37.proj_mlp": (4 * d, d), "single_transformer_blocks.37.proj_out": (d, 5 * d)}
+    state = flux_state(layers, 2)
+    config = {"num_attention_heads": 24, "attention_head_dim": 128}
+    out = script.kohya_state({"transformer": state}, 1.0, config)
+    names = {k.split(".")[0].removeprefix("lora_unet_") for k in out}
+    double = {f"double_blocks_18_{e}" for e in ("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj")}
+    double |= {"double_blocks_0_img_mlp_0", "double_blocks_0_txt_mlp_2"}
+    assert names == double | {"single_blocks_37_linear1", "single_blocks_37_linear2"}
+    back = _convert_kohya_flux_lora_to_diffusers(dict(out))
+    for name in layers:
+        a, b = (state[f"{name}.lora_{m}.weight"] for m in "AB")
+        a2, b2 = (back[f"transformer.{name}.lora_{m}.weight"] for m in "AB")
+        x = torch.randn(a.shape[1])
+        assert torch.allclose(b2 @ (a2 @ x), b @ (a @ x) / 2, atol=1e-3), name
+
+
+def test_flux_fuses_what_is_there_and_keeps_dora():
+    script = load_script("train_dreambooth_lora_flux_advanced.py")
+    config = {"num_attention_heads": 2, "attention_head_dim": 4}
+    block = "single_transformer_blocks.0"
+    state = flux_state({f"{block}.attn.to_k": (8, 8), f"{block}.proj_mlp": (32, 8)}, 2)
+    out = script.kohya_state({"transformer": state}, 2.0, config)
+    up, down = (out[f"lora_unet_single_blocks_0_linear1.lora_{w}.weight"] for w in ("up", "down"))
+    update = up @ down * (out["lora_unet_single_blocks_0_linear1.alpha"] / len(down))
+    expected = torch.zeros(56, 8)
+    for name, rows in (("attn.to_k", slice(8, 16)), ("proj_mlp", slice(24, 56))):
+        expected[rows] = state[f"{block}.{name}.lora_B.weight"] @ state[f"{block}.{name}.lora_A.weight"]
+    assert torch.allclose(update, expected, atol=1e-5)
+    dora = state | {
+        f"{block}.{n}.lora_magnitude_vector": torch.ones(r) for n, r in (("attn.to_k", 8), ("proj_mlp", 32))
+    }
+    with pytest.raises(ValueError, match="DoRA on some"):
+        script.kohya_state({"transformer": dora}, 2.0, config)
+
+
+@pytest.mark.parametrize("scheme", ["none", "logit_normal", "sigma_sqrt", "cosmap"])
+@pytest.mark.parametrize("guided", [True, False])
+def test_flux_loss_against_its_formula(scheme, guided):
+    """Velocity noise - latents on packed latents; weights by hand; guidance only where the base has it."""
+    from diffusers import FluxPipeline
+
+    script = load_script("train_dreambooth_lora_flux_advanced.py")
+    args = argparse.Namespace(weighting_scheme=scheme, loss_type="l2", huber_c=0.1, guidance_scale=2.5)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise, made = (torch.randn(3, 16, 6, 4, generator=generator) for _ in range(3))
+    sigmas = torch.tensor([0.9, 0.5, 0.1])
+    seen = {}
+
+    class Denoiser:
+        dtype, config = torch.float32, argparse.Namespace(guidance_embeds=guided)
+
+        def __call__(self, **inputs):
+            seen.update(inputs)
+            return argparse.Namespace(sample=FluxPipeline._pack_latents(made, 3, 16, 6, 4))
+
+    scheduler = argparse.Namespace(config=argparse.Namespace(num_train_timesteps=1000))
+    batch = {"noise": noise, "sigmas": sigmas, "timesteps": sigmas * 1000}
+    embeds = {"prompt_embeds": torch.zeros(3, 5, 8), "pooled_prompt_embeds": torch.zeros(3, 4)}
+    loss = script.compute_loss(batch, latents, embeds, Denoiser(), scheduler, args)
+    weight = {"sigma_sqrt": sigmas**-2.0, "cosmap": 2 / (torch.pi * (1 - 2 * sigmas + 2 * sigmas**2))}
+    expected = ((made - (noise - latents)) ** 2).mean((1, 2, 3)) * weight.get(scheme, torch.ones(3))
+    assert torch.allclose(loss, expected, rtol=1e-4)
+    noisy = torch.stack([(1 - s) * x + s * n for s, x, n in zip(sigmas, latents, noise, strict=True)])
+    assert torch.allclose(seen["hidden_states"], FluxPipeline._pack_latents(noisy, 3, 16, 6, 4), atol=1e-6)
+    assert torch.equal(seen["timestep"], sigmas) and seen["txt_ids"].shape == (5, 3)
+    assert torch.equal(seen["img_ids"], FluxPipeline._prepare_latent_image_ids(1, 3, 2, "cpu", torch.float32))
+    assert torch.equal(seen["guidance"], torch.full((3,), 2.5)) if guided else seen["guidance"] is None
+    packed = script.pack(latents)
+    assert torch.equal(script.unpack(packed, 6, 4), latents)
+
+
+@pytest.mark.parametrize("side", [32, 128])
+def test_flux_sigmas_are_shifted_as_the_pipeline_shifts_them(side):
+    """Quantile by quantile: the sigmas of training at a size are those that the pipeline's scheduler would step through."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    script = load_script("train_dreambooth_lora_flux_advanced.py")
+    shift = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **shift)
+    args = argparse.Namespace(weighting_scheme="none", logit_mean=0.0, logit_std=1.0, mode_scale=1.29)
+    drawn = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+    drawn.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=calculate_shift(side * side // 4))
+    for k, quantile in enumerate((0.0, 0.25, 0.5, 0.75)):
+        item = script.draw_noise(torch.Generator(), (16, side, side), scheduler, args, quantile=quantile)
+        assert item["sigmas"].item() == pytest.approx(drawn.sigmas[k].item(), abs=1e-3)
+        assert item["timesteps"].item() == pytest.approx(drawn.timesteps[k].item(), abs=1)
+    plain = FlowMatchEulerDiscreteScheduler(shift=1.0)  # schnell
+    item = script.draw_noise(torch.Generator(), (16, side, side), plain, args, quantile=0.5)
+    assert item["sigmas"].item() == pytest.approx(0.5)
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(script, family, studio):
+    """The embeddings of training are the pipeline's own, for short, empty and too long prompts."""
+    pipeline = studio.pipeline(None)
+    components = script.Components(
+        __import__("pathlib").Path(family.base), arguments(script), torch.float32, torch.device("cpu")
+    )
+    extra = {"max_sequence_length": 40} if family.extra else {}
+    args = arguments(script, *(f"--{k}={v}" for k, v in extra.items()))
+    prompts = script.Prompts(args, components)
+    texts = ["a red circle on a blue background", "", "a blue star " * 40]
+    ours = prompts.lookup(texts)
+    if family.name == "sd15":
+        theirs = {"prompt_embeds": pipeline.encode_prompt(texts, "cpu", 1, False)[0]}
+    elif family.name == "flux":
+        theirs = dict(
+            zip(("prompt_embeds", "pooled_prompt_embeds"), pipeline.encode_prompt(texts, **extra), strict=False)
+        )
+    else:
+        options = {"prompt_3": None, **extra} if family.name == "sd3" else {}
+        found = pipeline.encode_prompt(texts, prompt_2=None, do_classifier_free_guidance=False, device="cpu", **options)
+        theirs = {"prompt_embeds": found[0], "pooled_prompt_embeds": found[2]}
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.allclose(ours[name], value, atol=1e-5), name
 
 
 def test_compiled_and_script_flags_are_all_used(script):
