@@ -47,6 +47,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -1398,6 +1399,7 @@ def shard_base(denoiser, device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of in-place changes; the models make none
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     trained = {p for p in denoiser.parameters() if p.requires_grad}
     for parameter in trained:
