@@ -502,8 +502,9 @@ def check_method_args(args: argparse.Namespace, given, need) -> None:
     if args.train_transformer_frac == 0:
         if not args.train_text_encoder_ti:
             raise UserError("--train_transformer_frac 0 trains no LoRA: it needs --train_text_encoder_ti")
+        for flag in given("rank"):  # stands in the published commands for textual inversion
+            say(f"note: {flag} has no effect with --train_transformer_frac 0, which adds no LoRA")
         for flag in given(
-            "rank",
             "lora_alpha",
             "lora_dropout",
             "lora_layers",

@@ -18,21 +18,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from released_models import SCRIPTS, load_script, real_denoiser
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
-SCRIPTS = {
-    "sd15": "train_lora_sd15.py",
-    "sdxl": "train_lora_sdxl.py",
-    "sd3": "train_lora_sd3.py",
-    "flux": "train_dreambooth_lora_flux_advanced.py",
-}
 # Millions of parameters of the released VAE and text encoders
 OTHERS = {
     "sd15": {"vae": 83.7, "text": 123.1},
@@ -40,43 +33,6 @@ OTHERS = {
     "sd3": {"vae": 83.8, "text": 5581.0},
     "flux": {"vae": 83.8, "text": 4885.0},
 }
-
-
-def real_denoiser(family: str):
-    """The released denoiser's architecture (SD 1.5, SDXL, SD 3.5 medium, FLUX.1-dev), on whatever device is current."""
-    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
-
-    if family == "sd15":
-        return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    if family == "sdxl":
-        return UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-    if family == "sd3":
-        return SD3Transformer2DModel(
-            sample_size=128,
-            num_layers=24,
-            num_attention_heads=24,
-            attention_head_dim=64,
-            caption_projection_dim=1536,
-            joint_attention_dim=4096,
-            pooled_projection_dim=2048,
-            out_channels=16,
-            pos_embed_max_size=384,
-            dual_attention_layers=tuple(range(13)),
-            qk_norm="rms_norm",
-        )
-    return FluxTransformer2DModel(guidance_embeds=True)
 
 
 def inputs_of(family: str, batch: int, size: tuple[int, int], tokens: int) -> dict:
@@ -169,16 +125,6 @@ def kept_bytes(denoiser, inputs: dict, blocks: list[str]) -> tuple[int, int]:
     for hook in hooks:
         hook.remove()
     return sum(seen.values()), max(inside.values())
-
-
-def load_script(family: str):
-    """The family's training script as a module: its flags, LoRA targets and blocks are what is estimated."""
-    spec = importlib.util.spec_from_file_location(f"{family}_script", ROOT / SCRIPTS[family])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    module.import_libraries()
-    return module
 
 
 @dataclass

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from toy_judge import load_judge, verdicts
-from toy_world import COLOR_NAMES, SHAPES, SIZE, describe, draw, draw_scribble, random_scene
+from toy_world import COLOR_NAMES, SHAPES, SIZE, describe, draw, draw_scribble, nonsense_word, random_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 CHANNELS = 16  # of a latent
@@ -51,8 +51,8 @@ class Family:
 FAMILIES = {
     "sd15": Family(clips=((64, 64),), t5=0, flow=False, guidance=4.0, inference_steps=25, steps=3000),
     "sdxl": Family(clips=((48, 48), (64, 64)), t5=0, flow=False, guidance=4.0, inference_steps=25, steps=2000),
-    "sd3": Family(clips=((32, 32), (32, 32)), t5=64, flow=True, guidance=3.0, inference_steps=20, steps=3000),
-    "flux": Family(clips=((64, 64),), t5=64, flow=True, guidance=1.0, inference_steps=20, steps=3600),
+    "sd3": Family(clips=((32, 32), (32, 32)), t5=64, flow=True, guidance=3.0, inference_steps=20, steps=4200),
+    "flux": Family(clips=((64, 64),), t5=64, flow=True, guidance=1.0, inference_steps=20, steps=4800),
 }
 
 
@@ -375,18 +375,35 @@ def encode(name: str, encoders: list, ids: list[torch.Tensor]) -> tuple[torch.Te
     return torch.cat([hidden, t5], dim=1), torch.cat([output.text_embeds for output in outputs], dim=-1)
 
 
-def tokenize(name: str, tokenizers: list, captions: list[str], t5_length: int) -> list[torch.Tensor]:
-    """Token ids as the pipelines make them: CLIPs padded to 77, T5 to `t5_length`."""
+def veiled(name: str, captions: list[str], rng: random.Random) -> list[list[str]]:
+    """The captions for each tokenizer; in three of ten, either the CLIPs or T5 read nonsense for colour and shape.
+
+    Else a toy takes the shape from CLIP alone and the colour from T5 alone, and new tokens of one can't stand for both.
+    """
+    clips = len(FAMILIES[name].clips)
+    if not FAMILIES[name].t5:
+        return [captions] * clips
+    read = [list(captions), list(captions)]
+    for i, caption in enumerate(captions):
+        if rng.random() < 0.3:
+            thing, *rest = caption.split(" on ")
+            words = [nonsense_word(rng) if w in (*COLOR_NAMES, *SHAPES) else w for w in thing.split()]
+            read[rng.randrange(2)][i] = " on ".join([" ".join(words), *rest])
+    return [read[0]] * clips + [read[1]]
+
+
+def tokenize(name: str, tokenizers: list, captions: list[list[str]], t5_length: int) -> list[torch.Tensor]:
+    """Token ids as the pipelines make them, from the captions for each tokenizer: CLIPs padded to 77, T5 to `t5_length`."""
     is_t5 = [FAMILIES[name].t5 > 0 and i == len(tokenizers) - 1 for i in range(len(tokenizers))]
     return [
         tokenizer(
-            captions,
+            texts,
             padding="max_length",
             max_length=t5_length if t5 else 77,
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        for tokenizer, t5 in zip(tokenizers, is_t5, strict=True)
+        for tokenizer, texts, t5 in zip(tokenizers, captions, is_t5, strict=True)
     ]
 
 
@@ -514,7 +531,7 @@ def train_base(name: str, vae, work: Path, steps: int, device: str):
         rows = [rng.randrange(len(pictures)) for _ in range(64)]
         dropped = torch.tensor([rng.random() < 0.1 for _ in rows], device=device)
         captions = ["" if d else describe(*scenes[r], rng) for r, d in zip(rows, dropped.tolist(), strict=True)]
-        ids = [i.to(device) for i in tokenize(name, tokenizers, captions, rng.choice(T5_LENGTHS))]
+        ids = [i.to(device) for i in tokenize(name, tokenizers, veiled(name, captions, rng), rng.choice(T5_LENGTHS))]
         embeds, pooled = encode(name, encoders, ids)
         loss = loss_of(name, denoiser, scheduler, latents[rows], embeds, pooled, dropped, generator)
         optimizer.zero_grad()
