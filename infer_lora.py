@@ -238,10 +238,8 @@ def load_pipeline(settings):
         options["quantization_config"] = quantization(settings.quantize, dtype)
     base = settings.paths.base_model_path
     try:
-        if Path(base).is_file():
-            pipeline = load_single_file(base, dtype, options)
-        else:
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(base, dtype=dtype, **options)
+        folder = str(unpacked(base)) if Path(base).is_file() else base
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"paths.base_model_path: {base}: {' '.join(str(error).split())[:300]}") from None
     if settings.scheduler:
@@ -282,17 +280,29 @@ def quantization(kind: str, dtype):
     )
 
 
-def load_single_file(base: str, dtype, options: dict):
-    """A pipeline from a .safetensors or .ckpt checkpoint, of the class that its keys tell."""
-    import diffusers
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+def unpacked(base: str) -> Path:
+    """The diffusers folder that the training script of its family makes of a .safetensors or .ckpt checkpoint, once."""
+    import importlib.util
 
-    kind = infer_diffusers_model_type(load_single_file_checkpoint(base))
-    names = {"xl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}
-    name = next((n for part, n in names.items() if kind.startswith(part)), "StableDiffusionPipeline")
-    beside = Path(base).parent
-    config = {"config": str(beside), "local_files_only": True} if (beside / "model_index.json").is_file() else {}
-    return getattr(diffusers, name).from_single_file(base, dtype=dtype, **config, **options)
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from detect_family import detect
+
+    try:
+        family = detect(base)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"paths.base_model_path: {base}: {' '.join(str(error).split())[:200]}") from None
+    if family is None:
+        raise UserError(f"paths.base_model_path: {base}: not a base of Stable Diffusion 1.x/2.x, SDXL, SD3 or FLUX.1")
+    name = "train_dreambooth_lora_flux_advanced" if family == "flux" else f"train_lora_{family}"
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[name] = script
+    spec.loader.exec_module(script)
+    script.import_libraries()
+    try:
+        return script.unpack_single_file(Path(base), argparse.Namespace(cache_dir=None))
+    except script.UserError as error:
+        raise UserError(str(error).replace("--pretrained_model_name_or_path", "paths.base_model_path")) from None
 
 
 def pick_scheduler(pipeline, name: str):

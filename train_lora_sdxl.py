@@ -1226,26 +1226,70 @@ def resolve_base(args: argparse.Namespace) -> Path:
 def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
     """Converts a .safetensors or .ckpt checkpoint to a diffusers folder, once; pickled code is never run.
 
-    Configuration and tokenizers come from a diffusers folder without weights in which the file lies, else from the hub.
+    What the checkpoint lacks (configurations, tokenizers, and whole parts, such as FLUX.1's text encoders) comes from a
+    diffusers folder in which the file lies, else from `released_layout`, else from the hub.
     """
     import diffusers
 
     cache = Path(args.cache_dir or Path.home() / ".cache" / "lora_training") / f"{path.stem}-{fingerprint([path])[:16]}"
     if (cache / "model_index.json").is_file():
         return cache
-    beside = str(path.parent) if (path.parent / "model_index.json").is_file() else None
-    try:
-        pipeline = getattr(diffusers, PIPELINE_CLASS).from_single_file(
-            str(path), config=beside, local_files_only=beside is not None
-        )
-    except Exception as error:  # conversion fails in many ways, all of them the file's
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--pretrained_model_name_or_path {path}: can't be read as {FAMILY_TITLE} ({reason})") from None
+    kind, given = getattr(diffusers, PIPELINE_CLASS), {}
+    with tempfile.TemporaryDirectory() as work:
+        layout = path.parent if (path.parent / "model_index.json").is_file() else released_layout(Path(work))
+        if layout == path.parent:
+            whole = sorted({f.parent.name for f in layout.glob("*/*.safetensors")} - {DENOISER})
+            given = {name: load_part(layout, name) for name in whole}
+        options = {} if layout is None else {"config": str(layout), "local_files_only": True}
+        try:
+            pipeline = kind.from_single_file(str(path), **options, **given)
+        except Exception as error:  # conversion fails in many ways, all of them the file's or the layout's
+            reason = " ".join(str(error).split())[:200]
+            advice = (
+                ""
+                if layout == path.parent
+                else "; a diffusers folder's files around it, weights not needed, make it readable"
+            )
+            raise UserError(
+                f"--pretrained_model_name_or_path {path}: can't be read as {FAMILY_TITLE} ({reason}){advice}"
+            ) from None
     part = cache.with_name(cache.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     pipeline.save_pretrained(part)
     part.rename(cache)
     return cache
+
+
+def load_part(folder: Path, name: str):
+    """One part of a diffusers folder, on the CPU in its own precision."""
+    import diffusers
+    import transformers
+
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    library, class_name = index[name]
+    kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
+    return kind.from_pretrained(folder / name)
+
+
+def clip_tokenizer():
+    """CLIP's released tokenizer, from the vocabulary that the package open_clip_torch carries; None without it.
+
+    Only its data file is read, so `pip install --no-deps open_clip_torch` suffices. https://arxiv.org/abs/2103.00020
+    """
+    import gzip
+
+    from transformers import CLIPTokenizer
+
+    package = importlib.util.find_spec("open_clip")
+    if package is None:
+        return None
+    text = gzip.decompress((Path(package.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz").read_bytes())
+    merges = [tuple(line.split()) for line in text.decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(c) for c in printable] + [chr(256 + i) for i in range(256 - len(printable))]  # of the other bytes
+    pieces = [*symbols, *(s + "</w>" for s in symbols), *("".join(pair) for pair in merges)]
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, model_max_length=77)
 
 
 def fingerprint(files: list[Path]) -> str:
@@ -1593,6 +1637,76 @@ def unpack_output(latents, size: tuple[int, int]):
 def dropped_parts(args: argparse.Namespace) -> list[str]:
     """Parts of the base that this run does without."""
     return []
+
+
+def released_layout(folder: Path) -> Path | None:
+    """Writes configurations and tokenizers of the released SDXL into a folder; None without a tokenizer."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig
+
+    tokenizer = clip_tokenizer()
+    if tokenizer is None:
+        return None
+    levels = (128, 256, 512, 512)
+    with torch.device("meta"):
+        UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        ).save_config(folder / "unet")
+        AutoencoderKL(
+            block_out_channels=levels,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=4,
+            sample_size=1024,
+            scaling_factor=0.13025,
+        ).save_config(folder / "vae")
+    common = {"vocab_size": 49408, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    sizes = (
+        ("text_encoder", 768, 12, 12, "quick_gelu", 768),
+        ("text_encoder_2", 1280, 32, 20, "gelu", 1280),
+    )
+    for name, width, layers, heads, activation, projection in sizes:
+        CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            hidden_act=activation,
+            projection_dim=projection,
+            **common,
+        ).save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer.pad_token = "!"  # the second one's padding is token 0
+    tokenizer.save_pretrained(folder / "tokenizer_2")
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    EulerDiscreteScheduler(**schedule, timestep_spacing="leading").save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": PIPELINE_CLASS,
+        "_diffusers_version": "0.42.1",
+        "feature_extractor": [None, None],
+        "force_zeros_for_empty_prompt": True,
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
 
 
 def check_base(components: Components) -> None:

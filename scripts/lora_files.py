@@ -281,6 +281,7 @@ def taken_apart(layer: Layer, parts: list[tuple[str, Place]]) -> dict[str, Layer
     A part whose rows are all zero has no LoRA, unless all are zero.
     """
     rows = {name: torch.empty_like(layer.up[: len(place.rows)]) for name, place in parts}
+    first_row = {name: place.rows[0].item() for name, place in parts}
     for name, place in parts:
         rows[name][place.order] = layer.up[place.rows]
     magnitude = {name: None for name, _ in parts}
@@ -291,16 +292,18 @@ def taken_apart(layer: Layer, parts: list[tuple[str, Place]]) -> dict[str, Layer
     if len(parts) == 1:
         name = parts[0][0]
         return {name: Layer(layer.down, rows[name], layer.alpha, magnitude[name])}
-    used = {name: up.flatten(1).any(0) for name, up in rows.items()}
-    present = [name for name, columns in used.items() if columns.any()] or [name for name, _ in parts]
-    each, rest = divmod(layer.rank, len(present))
-    slices = {name: slice(k * each, (k + 1) * each) for k, name in enumerate(present)}
-    blocks = rest == 0 and all(not (used[n][: s.start].any() or used[n][s.stop :].any()) for n, s in slices.items())
-    if not blocks:
+    used = {name: up.flatten(1).any(0) for name, up in sorted(rows.items(), key=lambda item: first_row[item[0]])}
+    present = [name for name, columns in used.items() if columns.any()] or list(used)
+    for names in (list(used), present):  # a part that never moved is zero, a part without LoRA is not there
+        each, rest = divmod(layer.rank, len(names))
+        slices = {name: slice(k * each, (k + 1) * each) for k, name in enumerate(names)}
+        if rest == 0 and all(not (used[n][: s.start].any() or used[n][s.stop :].any()) for n, s in slices.items()):
+            break
+    else:  # another tool's: one pair of matrices for the fused layer
         slices = dict.fromkeys(present, slice(None))
     out = {}
-    for name in present:
-        down, up = layer.down[slices[name]], rows[name][:, slices[name]]
+    for name, columns in slices.items():
+        down, up = layer.down[columns].clone(), rows[name][:, columns].clone()
         out[name] = Layer(down, up, layer.alpha * len(down) / layer.rank, magnitude[name])
     return out
 
