@@ -1800,6 +1800,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
             out[outer[name]] = tensors
             continue
         _, number, rest = name.split(".", 2)
+        if rest == "norm1_context.linear" and int(number) == config["num_layers"] - 1:  # shift and scale alone, too
+            tensors = tensors | {"lora_up.weight": torch.cat(tensors["lora_up.weight"].chunk(2)[::-1])}
         if rest in single:
             out[f"joint_blocks.{number}.{single[rest]}"] = tensors
         else:

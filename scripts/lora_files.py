@@ -363,14 +363,15 @@ def write_diffusers(lora: Lora, file: Path) -> None:
             if layer.magnitude is not None:
                 state[f"{name}.lora_magnitude_vector"] = layer.magnitude
         state = {key: value.contiguous() for key, value in state.items()}
-        ranks, alphas = ({n: getattr(x, k) for n, x in layers.items()} for k in ("rank", "alpha"))
+        plain = {n.removeprefix("text_model."): x for n, x in layers.items()}  # a level that only some classes have
+        ranks, alphas = ({n: getattr(x, k) for n, x in plain.items()} for k in ("rank", "alpha"))
         common = {k: max(set(v.values()), key=list(v.values()).count) for k, v in (("r", ranks), ("alpha", alphas))}
         config = LoraConfig(
             r=common["r"],
             lora_alpha=common["alpha"],
             rank_pattern={n: r for n, r in ranks.items() if r != common["r"]},
             alpha_pattern={n: a for n, a in alphas.items() if a != common["alpha"]},
-            target_modules=sorted(layers),
+            target_modules=sorted(plain),
             use_dora=any(x.magnitude is not None for x in layers.values()),
         ).to_dict()
         if part.startswith("text_encoder") and part not in {p[1] for p in script.TEXT_ENCODERS.values()}:

@@ -383,7 +383,7 @@ def test_sd3_fused_keys_give_the_same_update():
     for name in ("attn.to_q", "attn.to_v", "attn.to_out.0", "ff.net.2"):  # no LoRA on k
         state[f"transformer_blocks.3.{name}.lora_A.weight"] = torch.randn(4, 16)
         state[f"transformer_blocks.3.{name}.lora_B.weight"] = torch.randn(16, 4)
-    out = script.kohya_state({"transformer": state}, 2.0, {})
+    out = script.kohya_state({"transformer": state}, 2.0, {"num_layers": 24})
     expected = {"x_block_attn_qkv", "x_block_attn_proj", "x_block_mlp_fc2"}
     assert {k.split(".")[0] for k in out} == {f"lora_unet_joint_blocks_3_{e}" for e in expected}
     key = "lora_unet_joint_blocks_3_x_block_attn_qkv"

@@ -1,0 +1,449 @@
+"""What was trained works elsewhere: converted, merged, inspected, and read by other tools' key lists."""
+
+import json
+import pickle
+import shutil
+
+import convert_lora
+import inspect_lora
+import merge_lora
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, SAMPLE, load_script, run_here
+from lora_files import FileError, read_lora, to_kohya
+from original_layout import single_file
+from released_models import denoiser_config, meta_denoiser
+from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.run
+
+
+@pytest.fixture
+def trained(family, shelf):
+    """A short run with text encoder and alpha half the rank, shared by the tests of a family."""
+    output = shelf / "exports" / family.name
+    if not (output / "README.md").exists():
+        flags = ("-d", SAMPLE, "--train_text_encoder", "--rank", 4, "--lora_alpha", 2, "--learning_rate", 2e-2)
+        layers = ("--lora_layers", *family.lora_layers, "--trigger_word", "sks")
+        assert run_here(family, output, *flags, *layers, "--max_train_steps", 4) == 0
+    return output
+
+
+def same_lora(a, b) -> bool:
+    """Whether two LoRAs have the same layers with the same matrices and alphas."""
+    first, second = ({(part, name): x for part, name, x in lora} for lora in (a, b))
+    return first.keys() == second.keys() and all(
+        torch.equal(x.down, second[k].down) and torch.equal(x.up, second[k].up) and x.alpha == second[k].alpha
+        for k, x in first.items()
+    )
+
+
+def test_both_files_of_a_run_hold_the_same_lora(family, trained):
+    own = read_lora(trained)
+    other = read_lora(trained / f"{family.name}.safetensors", base=family.base)
+    assert own.family == other.family == family.name
+    assert same_lora(own, other)
+    assert {x.alpha / x.rank for _, _, x in own} == {0.5}
+    assert set(own.layers) >= {"text_encoder", load_script(family.script).DENOISER}
+
+
+def test_conversion_there_and_back(family, trained, tmp_path, capsys):
+    there, back = tmp_path / "comfy.safetensors", tmp_path / "back" / "pytorch_lora_weights.safetensors"
+    assert convert_lora.main([str(trained), str(there), "--base", family.base]) == 0
+    written, own = load_file(there), load_file(trained / f"{family.name}.safetensors")
+    assert written.keys() == own.keys() and all(torch.equal(written[k], own[k]) for k in own)
+    assert convert_lora.main([str(there), str(back), "--base", family.base]) == 0
+    assert same_lora(read_lora(back), read_lora(trained))
+    assert "for diffusers" in capsys.readouterr().out
+
+
+def draw(kind, folder, family, lora=None, scale=1.0, embeddings=None):
+    """One image, float, from a folder, with or without a LoRA."""
+    pipeline = kind.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    if lora is not None:
+        pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="x")
+        pipeline.set_adapters(["x"], [scale])
+    return pipeline(
+        "a sks circle on a blue background", width=64, height=64, num_inference_steps=3, output_type="np",
+        generator=torch.Generator().manual_seed(0), **dict(family.extra),
+    ).images  # fmt: skip
+
+
+def test_converted_file_draws_the_same_in_diffusers(family, studio, trained, tmp_path):
+    back = tmp_path / "pytorch_lora_weights.safetensors"
+    source = trained / f"{family.name}.safetensors"
+    assert convert_lora.main([str(source), str(back), "--base", family.base]) == 0
+    own = draw(studio.kind, family.base, family, trained / "pytorch_lora_weights.safetensors", 0.8)
+    assert np.abs(draw(studio.kind, family.base, family, back, 0.8) - own).max() < 1e-4
+    assert np.abs(draw(studio.kind, family.base, family) - own).max() > 0.02
+
+
+def test_merged_folder_draws_what_base_and_lora_draw(family, studio, trained, tmp_path):
+    target = tmp_path / "merged"
+    words = [family.base, str(target), "--lora", str(trained), "0.8", "--dtype", "float32"]
+    assert merge_lora.main(words) == 0
+    own = draw(studio.kind, family.base, family, trained / "pytorch_lora_weights.safetensors", 0.8)
+    assert np.abs(draw(studio.kind, target, family) - own).max() < 1e-4
+    assert merge_lora.main([family.base, str(tmp_path / "half"), "--lora", str(trained), "0.8"]) == 0
+    assert (tmp_path / "half" / "model_index.json").read_bytes() == (
+        ROOT / family.base / "model_index.json"
+    ).read_bytes()
+    assert (
+        np.abs(draw(studio.kind, tmp_path / "half", family) - own).max() < 0.15
+    )  # stored in half precision, as the base
+
+
+def test_single_file_merges_alike_from_folder_and_from_file(family, trained, tmp_path):
+    base = tmp_path / "base.safetensors"
+    save_file(single_file(family.name, ROOT / family.base), base)
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    scaled = ["--lora", str(trained), "0.5", "--lora", str(trained / f"{family.name}.safetensors"), "-0.2"]
+    assert merge_lora.main([family.base, str(one), *scaled, "--dtype", "float32"]) == 0
+    assert merge_lora.main([str(base), str(two), *scaled, "--dtype", "float32", "--shape", family.base]) == 0
+    a, b, before = load_file(one), load_file(two), load_file(base)
+    assert a.keys() == b.keys() == before.keys()
+    assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+    assert any(not torch.equal(a[k], before[k].float()) for k in a)
+
+
+def test_dora_merges_as_peft_applies_it(tmp_path):
+    family = FAMILIES["sdxl"]
+    import diffusers
+
+    flags = ("-d", SAMPLE, "--use_dora", "--learning_rate", 2e-2, "--lora_layers", *family.lora_layers)
+    assert run_here(family, tmp_path / "x", *flags) == 0
+    assert merge_lora.main([family.base, str(tmp_path / "m"), "--lora", str(tmp_path / "x"), "--dtype", "float32"]) == 0
+    kind = diffusers.StableDiffusionXLPipeline
+    own = draw(kind, family.base, family, tmp_path / "x" / "pytorch_lora_weights.safetensors")
+    assert np.abs(draw(kind, tmp_path / "m", family) - own).max() < 1e-4
+    assert np.abs(draw(kind, family.base, family) - own).max() > 0.01
+
+
+def test_image_of_the_training_run_in_float32(family, studio, tmp_path, monkeypatch):
+    """The last latents of the run's own validation image, and of the plain pipeline with the saved files: within 1e-4."""
+    script = load_script(family.script)
+    seen, original = [], script.unpack_output
+
+    def recorded(latents, size):
+        seen.append(original(latents, size))
+        return seen[-1]
+
+    monkeypatch.setattr(script, "unpack_output", recorded)
+    prompt = "a sks circle on a blue background"
+    shown = ("--num_validation_images", 1, "--validation_inference_steps", 4, "--validation_prompt", prompt)
+    flags = ("-d", SAMPLE, "--learning_rate", 1e-2, "--train_text_encoder", *shown, "--validation_guidance_scale", 3)
+    assert run_here(family, tmp_path / "x", *flags) == 0
+    latents = studio.pipeline(tmp_path / "x")(
+        prompt, width=64, height=64, num_inference_steps=4, guidance_scale=3, output_type="latent",
+        generator=torch.Generator().manual_seed(script.sample_seed(3, 0, 0)), **dict(family.extra),
+    ).images  # fmt: skip
+    assert (original(latents, (64, 64)) - seen[-1]).abs().max() < 1e-4
+    assert (seen[0] - seen[-1]).abs().max() > 0.05
+
+
+# ------------------------------------------------------------------- the key lists of other tools, written from their formats
+
+
+def unet_diffusers_layers(levels: int, layers: int, attention: dict[int, int]) -> set[str]:
+    """Layers of a UNet as kohya's SD 1.x files name them. attention: {level from the top: transformer depth}."""
+
+    def resnet(start):
+        return {f"{start}_{n}" for n in ("conv1", "conv2", "time_emb_proj", "conv_shortcut")}
+
+    def transformer(start, depth):
+        inner = [f"attn{a}_{n}" for a in (1, 2) for n in ("to_q", "to_k", "to_v", "to_out_0")] + [
+            "ff_net_0_proj",
+            "ff_net_2",
+        ]
+        blocks = {f"{start}_transformer_blocks_{d}_{n}" for d in range(depth) for n in inner}
+        return blocks | {f"{start}_proj_in", f"{start}_proj_out"}
+
+    out = {"conv_in", "conv_out", "time_embedding_linear_1", "time_embedding_linear_2"}
+    for level in range(levels):
+        for side, count, place in (("down", layers, level), ("up", layers + 1, levels - 1 - level)):
+            for k in range(count):
+                out |= resnet(f"{side}_blocks_{place}_resnets_{k}")
+                if level in attention:
+                    out |= transformer(f"{side}_blocks_{place}_attentions_{k}", attention[level])
+        out |= {f"down_blocks_{level}_downsamplers_0_conv", f"up_blocks_{level}_upsamplers_0_conv"}
+    depth = attention[max(attention)]
+    return (
+        out
+        | resnet("mid_block_resnets_0")
+        | resnet("mid_block_resnets_1")
+        | transformer("mid_block_attentions_0", depth)
+    )
+
+
+def sdxl_original_layers() -> set[str]:
+    """SDXL's UNet as its checkpoint names it: 9 input blocks, a middle, 9 output blocks; depth 2 and 10."""
+    res = ("in_layers_2", "out_layers_3", "emb_layers_1", "skip_connection")
+    inner = [f"attn{a}_{n}" for a in (1, 2) for n in ("to_q", "to_k", "to_v", "to_out_0")] + [
+        "ff_net_0_proj",
+        "ff_net_2",
+    ]
+
+    def attention(start, depth):
+        return {f"{start}_transformer_blocks_{d}_{n}" for d in range(depth) for n in inner} | {
+            f"{start}_proj_in",
+            f"{start}_proj_out",
+        }
+
+    out = {"input_blocks_0_0", "out_2", "time_embed_0", "time_embed_2", "label_emb_0_0", "label_emb_0_2"}
+    out |= {"input_blocks_3_0_op", "input_blocks_6_0_op", "output_blocks_2_2_conv", "output_blocks_5_2_conv"}
+    for n in (1, 2, 4, 5, 7, 8):
+        out |= {f"input_blocks_{n}_0_{r}" for r in res}
+    for n in range(9):
+        out |= {f"output_blocks_{n}_0_{r}" for r in res}
+    for n, depth in ((4, 2), (5, 2), (7, 10), (8, 10)):
+        out |= attention(f"input_blocks_{n}_1", depth)
+    for n in range(6):
+        out |= attention(f"output_blocks_{n}_1", 10 if n < 3 else 2)
+    return out | {f"middle_block_{m}_{r}" for m in (0, 2) for r in res} | attention("middle_block_1", 10)
+
+
+def sd3_original_layers() -> set[str]:
+    """SD 3.5 medium: 24 joint blocks, dual attention in the first 13, a last context block without output."""
+    out = {"x_embedder_proj", "context_embedder", "final_layer_linear", "final_layer_adaLN_modulation_1"}
+    out |= {f"{e}_embedder_mlp_{n}" for e in "ty" for n in (0, 2)}
+    for n in range(24):
+        out |= {f"joint_blocks_{n}_x_block_{k}" for k in ("attn_qkv", "attn_proj", "mlp_fc1", "mlp_fc2")}
+        out |= {f"joint_blocks_{n}_context_block_{k}" for k in ("attn_qkv", "adaLN_modulation_1")}
+        out |= {f"joint_blocks_{n}_x_block_adaLN_modulation_1"}
+        out |= {f"joint_blocks_{n}_x_block_attn2_{k}" for k in ("qkv", "proj")} if n < 13 else set()
+        out |= {f"joint_blocks_{n}_context_block_{k}" for k in ("attn_proj", "mlp_fc1", "mlp_fc2")} if n < 23 else set()
+    return out
+
+
+def flux_original_layers() -> set[str]:
+    """FLUX.1-dev: 19 double blocks, 38 single ones."""
+    out = {"img_in", "txt_in", "final_layer_linear", "final_layer_adaLN_modulation_1"}
+    out |= {f"{e}_in_{n}_layer" for e in ("time", "vector", "guidance") for n in ("in", "out")}
+    layers = ("attn_qkv", "attn_proj", "mlp_0", "mlp_2", "mod_lin")
+    out |= {f"double_blocks_{n}_{side}_{k}" for n in range(19) for side in ("img", "txt") for k in layers}
+    return out | {f"single_blocks_{n}_{k}" for n in range(38) for k in ("linear1", "linear2", "modulation_lin")}
+
+
+REAL_LAYERS = {
+    "sd15": lambda: unet_diffusers_layers(4, 2, {0: 1, 1: 1, 2: 1}),
+    "sdxl": sdxl_original_layers,
+    "sd3": sd3_original_layers,
+    "flux": flux_original_layers,
+}
+
+
+def test_every_layer_of_the_released_model_has_a_key_that_other_tools_know(family):
+    """A LoRA on every linear and convolution layer of the real denoiser: no unknown key, each with matrices and alpha."""
+    script = load_script(family.script)
+    config = denoiser_config(family.name, None)
+    kinds, state = (torch.nn.Linear, torch.nn.Conv2d), {}
+    with torch.device("meta"):
+        for name, module in meta_denoiser(family.name, config).named_modules():
+            if isinstance(module, kinds):
+                state[f"{name}.lora_A.weight"] = torch.empty(2, *module.weight.shape[1:])
+                state[f"{name}.lora_B.weight"] = torch.empty(module.weight.shape[0], 2)
+        out = script.kohya_state({script.DENOISER: state}, 1.0, config)
+    modules = {key.split(".")[0] for key in out}
+    assert all(f"{m}.{end}" in out for m in modules for end in ("alpha", "lora_down.weight", "lora_up.weight"))
+    known = {f"lora_unet_{name}" for name in REAL_LAYERS[family.name]()}
+    assert not modules - known
+    exceptions = {"conv_shortcut", "skip_connection", "samplers_0_conv"}  # not every block has these
+    assert not {k for k in known - modules if not any(e in k for e in exceptions)}
+
+
+def test_text_encoder_keys_are_known_to_other_tools(family, trained):
+    known = {
+        f"{prefix}_text_model_encoder_layers_{n}_{layer}"
+        for prefix in {"sd15": ("lora_te",), "flux": ("lora_te1",)}.get(family.name, ("lora_te1", "lora_te2"))
+        for n in range(3)
+        for layer in ("mlp_fc1", "mlp_fc2", *(f"self_attn_{k}_proj" for k in ("q", "k", "v", "out")))
+    }
+    found = {k.split(".")[0] for k in load_file(trained / f"{family.name}.safetensors") if k.startswith("lora_te")}
+    assert found and found <= known
+
+
+def test_foreign_file_with_one_pair_for_a_fused_layer(tmp_path):
+    """kohya's own Flux training has one rank for q, k and v together: every part gets the down matrix and its rows."""
+    d = 128
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    state = {f"{key}.lora_down.weight": torch.randn(4, d), f"{key}.lora_up.weight": torch.randn(3 * d, 4)}
+    save_file(state | {f"{key}.alpha": torch.tensor(1.0)}, tmp_path / "x.safetensors")
+    lora = read_lora(tmp_path / "x.safetensors", base=FAMILIES["flux"].base)
+    whole = state[f"{key}.lora_up.weight"] @ state[f"{key}.lora_down.weight"] / 4
+    for k, name in enumerate(("to_q", "to_k", "to_v")):
+        layer = lora.layers["transformer"][f"transformer_blocks.0.attn.{name}"]
+        assert torch.allclose(layer.update(), whole[k * d : (k + 1) * d], atol=1e-5)
+    again = to_kohya(lora, FAMILIES["flux"].base)
+    update = again[f"{key}.lora_up.weight"] @ again[f"{key}.lora_down.weight"] / len(again[f"{key}.lora_down.weight"])
+    assert torch.allclose(update * again[f"{key}.alpha"], whole, atol=1e-4)
+
+
+def test_peft_adapter_folder(tmp_path):
+    """adapter_model.safetensors with adapter_config.json, as peft itself writes them; rsLoRA's scale is kept."""
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    state = {
+        f"base_model.model.{name}.lora_A.weight": torch.randn(4, 8),
+        f"base_model.model.{name}.lora_B.weight": torch.randn(8, 4),
+    }
+    (tmp_path / "peft").mkdir()
+    save_file(state, tmp_path / "peft" / "adapter_model.safetensors")
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "use_rslora": True}))
+    layer = read_lora(tmp_path / "peft", family="sd15").layers["unet"][name]
+    a, b = state.values()
+    assert torch.allclose(layer.update(), b @ a * 8 / 4**0.5, atol=1e-4)
+
+
+class Payload:
+    def __reduce__(self):
+        return (open, ("/tmp/lora_payload_was_run", "w"))
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.bin", "x.ckpt"])
+def test_pickles_are_refused_unexecuted(name, tmp_path, capsys):
+    import os
+
+    if os.path.exists("/tmp/lora_payload_was_run"):
+        os.remove("/tmp/lora_payload_was_run")
+    file = tmp_path / name
+    file.write_bytes(pickle.dumps({"x": Payload()}))
+    base = FAMILIES["sd15"].base
+    assert convert_lora.main([str(file), str(tmp_path / "y.safetensors")]) == 2
+    assert inspect_lora.main([str(file)]) == 2
+    assert merge_lora.main([base, str(tmp_path / "m"), "--lora", str(file)]) == 2
+    assert (
+        load_script("infer_lora.py").main(["--paths.base_model_path", base, "--paths.lora_weights_path", str(file)])
+        == 2
+    )
+    assert "can run code" in capsys.readouterr().err
+    if name == "x.ckpt":
+        assert run_here(FAMILIES["sd15"], tmp_path / "t", "-d", SAMPLE, "-m", file) == 2
+        assert load_script("infer_lora.py").main(["--paths.base_model_path", str(file)]) == 2
+    assert not os.path.exists("/tmp/lora_payload_was_run")
+
+
+def edited(source, target, change) -> None:
+    """A copy of a LoRA file with its tensors changed."""
+    from safetensors import safe_open
+
+    with safe_open(source, "pt") as opened:
+        metadata = opened.metadata()
+    save_file({k: change(k, v.clone()).contiguous() for k, v in load_file(source).items()}, target, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (lambda k, v: v, 0, "sound"),
+        (lambda k, v: v * 0 if "up" in k or "lora_B" in k else v, 1, "ZERO"),
+        (lambda k, v: v * 1e-9 if "up" in k or "lora_B" in k else v, 1, "TOO FAINT"),
+        (lambda k, v: v * 1e4 if "up" in k or "lora_B" in k else v, 1, "OUT OF SCALE"),
+        (lambda k, v: v * float("nan") if "mid_block" in k and ("up" in k) else v, 1, "NOT FINITE"),
+    ],
+    ids=["sound", "zero", "faint", "huge", "nan"],
+)
+def test_inspect_says_why_a_lora_has_no_effect(shelf, tmp_path, capsys, change, code, words):
+    family = FAMILIES["sd15"]
+    output = shelf / "inspected"
+    if not output.exists():
+        assert run_here(family, output, "-d", SAMPLE, "--learning_rate", 1e-3, "--trigger_word", "sks") == 0
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    edited(output / "pytorch_lora_weights.safetensors", file, change)
+    capsys.readouterr()
+    plot = tmp_path / "plot.png"
+    assert inspect_lora.main([str(file), "--plot", str(plot), "--base", family.base]) == code
+    said = capsys.readouterr().out
+    assert words in said and "family          sd15" in said and "rank            4" in said
+    from PIL import Image
+
+    assert plot.exists() and Image.open(plot).width == 900
+    if words == "NOT FINITE":
+        assert merge_lora.main([family.base, str(tmp_path / "m"), "--lora", str(file)]) == 2
+        assert "not finite" in capsys.readouterr().err and not (tmp_path / "m").exists()
+
+
+def test_inspect_names_trigger_words_and_text_encoders(family, trained, capsys):
+    assert inspect_lora.main([str(trained / f"{family.name}.safetensors"), "--base", family.base]) in (0, 1)
+    said = capsys.readouterr().out
+    assert "trigger words   sks" in said and "text_encoder" in said and "alpha / rank    0.5" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("lora_unet_nowhere.lora_down.weight", "not a layer of"),
+        ("lora_unet_conv_in.hada_w1_a", "LoHa"),
+        ("lora_unet_conv_in.lokr_w1", "LoKr"),
+        ("model.weight", "not a key of a LoRA"),
+    ],
+)
+def test_other_adapters_are_named(key, words, tmp_path):
+    state = {key: torch.ones(4, 4)}
+    if key.endswith("lora_down.weight"):
+        state[key.replace("down", "up")] = torch.ones(4, 4)
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(FileError, match=words):
+        read_lora(tmp_path / "x.safetensors", base=FAMILIES["sd15"].base, family="sd15")
+
+
+def test_embeddings_for_comfyui_and_back(tmp_path):
+    ours = {"clip_l": torch.randn(2, 8), "t5": torch.randn(2, 16)}
+    save_file(ours, tmp_path / "a.safetensors")
+    assert convert_lora.main([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]) == 0
+    assert set(load_file(tmp_path / "b.safetensors")) == {"clip_l", "t5xxl"}
+    assert convert_lora.main([str(tmp_path / "b.safetensors"), str(tmp_path / "c.safetensors")]) == 0
+    back = load_file(tmp_path / "c.safetensors")
+    assert back.keys() == ours.keys() and all(torch.equal(back[k], ours[k]) for k in ours)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_single_file_base_trains_and_draws(name, suffix, tmp_path, monkeypatch):
+    """A checkpoint in a folder of configurations: the run equals that on the diffusers folder, and pictures are drawn."""
+    from conftest import losses
+
+    family = FAMILIES[name]
+    folder = tmp_path / "base"
+    text = (
+        "text_encoder*" if name != "sd3" else ""
+    )  # both CLIPs of SD3's toy are of one width, which the reader goes by
+    shutil.copytree(family.base, folder)
+    for pattern in ("unet", "transformer", "vae", text):
+        for part in folder.glob(pattern) if pattern else []:
+            for weights in part.glob("*.safetensors"):
+                weights.unlink()
+    tensors = {k: v for k, v in single_file(name, ROOT / family.base).items() if text or not k.startswith("text_enc")}
+    file = folder / f"model{suffix}"
+    if suffix == ".ckpt":
+        torch.save({"state_dict": tensors}, file)
+    else:
+        save_file(tensors, file)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = ("-d", SAMPLE, "--max_train_steps", 2, "--cache_dir", tmp_path / "cache")
+    assert run_here(family, tmp_path / "x", *flags, "-m", file) == 0
+    assert run_here(family, tmp_path / "y", *flags) == 0
+    assert losses(tmp_path / "x") == pytest.approx(losses(tmp_path / "y"), abs=1e-5)
+    if suffix == ".safetensors":
+        infer = load_script("infer_lora.py")
+        words = ["--paths.base_model_path", str(file), "--paths.lora_weights_path", str(tmp_path / "x")]
+        words += [
+            "--paths.infer_path",
+            str(tmp_path / "pictures"),
+            "--prompt",
+            "a red circle",
+            "--num_inference_steps",
+            "2",
+        ]
+        words += [
+            "--num_generations",
+            "1",
+            "--adapter_scale",
+            "1",
+            "--resolution.width",
+            "64",
+            "--resolution.height",
+            "64",
+        ]
+        assert infer.main(words) == 0
+        assert list((tmp_path / "pictures").rglob("*.png"))
