@@ -38,6 +38,9 @@ class Family:
     steps: int
     extra: tuple[tuple[str, object], ...] = ()  # arguments that the pipeline needs to draw as was trained
     flags: tuple[object, ...] = ()  # flags that every run of the family gets
+    text_rates: tuple[float, float, int] = (5e-3, 4e-3, 400)  # with text encoder: learning rates and steps
+    token_rate: float = 2e-2
+    token_caption: str = "TOK"  # what stands for a purple star where new tokens are learned alone
 
     @property
     def base(self) -> str:
@@ -60,9 +63,10 @@ FAMILIES = {
         DIT_LAYERS,
         3.0,
         12,
-        2e-3,
+        8e-4,
         250,
         (("max_sequence_length", 77),),
+        text_rates=(1e-3, 1e-3, 250),
     ),
     "flux": Family(
         "flux",
@@ -71,10 +75,12 @@ FAMILIES = {
         FLUX_LAYERS,
         3.5,
         12,
-        2e-3,
-        250,
+        5e-4,
+        300,
         (("max_sequence_length", 77),),
         ("--max_sequence_length", 77),
+        text_rates=(1e-3, 2e-3, 400),
+        token_caption="purple TOK",  # CLIP's pooled vector tells Flux the shape, hardly the colour
     ),
 }
 

@@ -4,15 +4,23 @@ import pytest
 from conftest import FAMILIES, SAMPLE, run_here
 from toy_world import write_concept
 
-PROVEN = ("sd15", "sdxl")  # SD3 learns the concept too, but its settings for prior preservation are still to be found
 SMILEY = ("sks circle", ("smiley", None), ("yellow", "black"))
-TEXT = ("--train_text_encoder", "--text_encoder_lr", 4e-3, "--learning_rate", 5e-3, "--max_train_steps", 400)
 
 
 def pytest_generate_tests(metafunc):
     """One group per family, so that parallel workers take a family each and share its runs."""
-    marks = {n: [pytest.mark.learn, pytest.mark.xdist_group(f"learn-{n}")] for n in PROVEN}
+    names = ("flux",) if "t5_too" in metafunc.fixturenames else sorted(FAMILIES)
+    marks = {n: [pytest.mark.learn, pytest.mark.xdist_group(f"learn-{n}")] for n in names}
     metafunc.parametrize("family", [pytest.param(FAMILIES[n], marks=m, id=n) for n, m in marks.items()])
+
+
+def with_text_encoder(family):
+    """The flags of a run that trains the text encoders too."""
+    rate, text_rate, steps = family.text_rates
+    return (
+        *("--train_text_encoder", "--text_encoder_lr", text_rate),
+        *("--learning_rate", rate, "--max_train_steps", steps),
+    )
 
 
 def train(family, output, *flags):
@@ -42,32 +50,62 @@ def test_lora_learns_and_leaves_the_rest_alone(family, studio, tmp_path):
 
 
 def test_lora_with_text_encoder_learns(family, studio, shelf):
-    output = train(family, shelf / family.name / "both", "-d", SAMPLE, *TEXT)
+    output = train(family, shelf / family.name / "both", "-d", SAMPLE, *with_text_encoder(family))
     assert studio.concept_score(studio.pipeline(output, quick=True), *SMILEY) > 0.8
 
 
-def test_pivotal_tuning_learns(family, studio, tmp_path):
+def pivotal(family, studio, tmp_path, *more):
     data = tmp_path / "data"
     write_concept(data, "smiley", "a TOK circle on a {background} background", 12, seed=0)
     before = studio.pipeline(None, quick=True)
     word, wanted, avoid = SMILEY
-    assert studio.concept_score(before, word, wanted, avoid) < 0.1
-    flags = ("-d", data, "--train_text_encoder_ti", "--text_encoder_lr", 2e-2)
+    assert studio.concept_score(before, "TOK circle", wanted, avoid) < 0.1
+    flags = ("-d", data, "--train_text_encoder_ti", "--text_encoder_lr", family.token_rate, *more)
     after = studio.pipeline(train(family, tmp_path / "pivotal", *flags), quick=True)
     assert studio.concept_score(after, "<s0><s1> circle", wanted, avoid) > 0.8
     assert studio.world_score(after) >= studio.world_score(before) - 0.1
 
 
-def test_textual_inversion_alone_finds_what_the_base_can_draw(family, studio, tmp_path):
-    data = tmp_path / "data"
-    write_concept(data, "star", "a TOK on a {background} background", 12, seed=0)
+def test_pivotal_tuning_learns(family, studio, tmp_path):
+    pivotal(family, studio, tmp_path)
+
+
+def test_pivotal_tuning_with_t5_learns(family, studio, tmp_path, t5_too):
+    pivotal(family, studio, tmp_path, *t5_too)
+
+
+@pytest.fixture
+def t5_too():
+    return ("--enable_t5_ti",)
+
+
+def inversion(family, studio, tmp_path, *more):
+    """Two new tokens alone find what the base can draw, and every prompt without them is left alone."""
+    data, caption = tmp_path / "data", family.token_caption
+    write_concept(data, "star", f"a {caption} on a {{background}} background", 12, seed=0)
     wanted, avoid = ("star", "purple"), ("purple",)
     before = studio.pipeline(None, quick=True)
-    assert studio.concept_score(before, "TOK", wanted, avoid) < 0.1
-    flags = ("-d", data, "--train_text_encoder_ti", "--train_transformer_frac", 0, "--text_encoder_lr", 2e-2)
-    after = studio.pipeline(train(family, tmp_path / "ti", *flags, "--max_train_steps", 200), quick=True)
-    assert studio.concept_score(after, "<s0><s1>", wanted, avoid) > 0.8
-    assert studio.world_score(after) == studio.world_score(before)  # two new rows, and nothing else, are different
+    assert studio.concept_score(before, caption, wanted, avoid) < 0.1
+    flags = (
+        "-d",
+        data,
+        "--train_text_encoder_ti",
+        "--train_transformer_frac",
+        0,
+        "--text_encoder_lr",
+        family.token_rate,
+    )
+    after = studio.pipeline(train(family, tmp_path / "ti", *flags, "--max_train_steps", 200, *more), quick=True)
+    assert studio.concept_score(after, caption.replace("TOK", "<s0><s1>"), wanted, avoid) > 0.8
+    assert studio.world_score(after) == studio.world_score(before)
+
+
+def test_textual_inversion_alone_finds_what_the_base_can_draw(family, studio, tmp_path):
+    inversion(family, studio, tmp_path)
+
+
+def test_textual_inversion_with_t5_finds_what_the_base_can_draw(family, studio, tmp_path, t5_too):
+    inversion(family, studio, tmp_path, *t5_too)
 
 
 def test_prior_preservation_keeps_the_class(family, studio, shelf):
@@ -84,8 +122,8 @@ def test_prior_preservation_keeps_the_class(family, studio, shelf):
     prior += ("--class_data_dir", shelf / family.name / "class", "--sample_batch_size", 32)
     sampling = ("--validation_inference_steps", 20, "--validation_guidance_scale", family.guidance)
     runs = (
-        train(family, shelf / family.name / "both", "-d", SAMPLE, *TEXT),
-        train(family, shelf / family.name / "prior", "-d", SAMPLE, *TEXT, *prior, *sampling),
+        train(family, shelf / family.name / "both", "-d", SAMPLE, *with_text_encoder(family)),
+        train(family, shelf / family.name / "prior", "-d", SAMPLE, *with_text_encoder(family), *prior, *sampling),
     )
     before, without, kept = (studio.pipeline(p, quick=True) for p in (None, *runs))
     scores = [studio.score(p, ["a circle"] * 64, [("circle", None, None)] * 64) for p in (before, without, kept)]
