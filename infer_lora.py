@@ -59,6 +59,7 @@ def build_schema():
         num_images_per_prompt: PositiveInt = 1
         batch_size: PositiveInt = 4
         guidance_scale: float | None = None
+        true_cfg_scale: float | None = None
         num_inference_steps: PositiveInt | None = None
         max_sequence_length: PositiveInt | None = None
         seed: int | None = None
@@ -165,6 +166,13 @@ def check_settings(settings, source: str) -> None:
         raise UserError(
             f"{source}: negative_prompt: {len(negative)} of them for {len(prompts)} prompts; give one, or as many"
         )
+    index = Path(paths.base_model_path) / "model_index.json"
+    if index.is_file():
+        flux = json.loads(index.read_text(encoding="utf-8")).get("_class_name") == "FluxPipeline"
+        if settings.true_cfg_scale is not None and not flux:
+            raise UserError(f"{source}: true_cfg_scale is for FLUX.1 alone; other families have guidance_scale")
+        if settings.negative_prompt and flux and (settings.true_cfg_scale or 0) <= 1:
+            raise UserError(f"{source}: negative_prompt has no effect on FLUX.1 without true_cfg_scale above 1")
     if not adapters_of(settings) and (settings.compare_base or settings.fuse):
         raise UserError(f"{source}: compare_base and fuse need paths.lora_weights_path")
     if settings.fuse and (settings.compare_base or isinstance(settings.adapter_scale, list)):
@@ -404,7 +412,7 @@ def draw(pipeline, settings, weights: dict[str, float], folder: Path) -> dict[tu
     width, height = size_of(pipeline, settings)
     count = settings.num_generations * settings.num_images_per_prompt
     fixed = {"width": width, "height": height}
-    for key in ("guidance_scale", "num_inference_steps", "max_sequence_length"):
+    for key in ("guidance_scale", "true_cfg_scale", "num_inference_steps", "max_sequence_length"):
         if getattr(settings, key) is not None:
             fixed[key] = getattr(settings, key)
     if settings.fuse:

@@ -160,6 +160,23 @@ def test_pickled_weights_are_refused_unopened(write, tmp_path, capsys):
     assert "only .safetensors" in capsys.readouterr().err
 
 
+def test_negative_prompts_of_flux(write, family, capsys, tmp_path):
+    """With true_cfg_scale they change the picture; without it they'd be ignored, so they are refused."""
+    if family.name != "flux":
+        file = write(true_cfg_scale=2.0)
+        assert load_script("infer_lora.py").main(["--config", file]) == 2
+        assert "FLUX.1 alone" in capsys.readouterr().err
+        return
+    assert load_script("infer_lora.py").main(["--config", write(negative_prompt="a red star")]) == 2
+    assert "without true_cfg_scale" in capsys.readouterr().err
+    images = []
+    for k, negative in enumerate((None, "a red star")):
+        file = write(negative_prompt=negative, true_cfg_scale=3.0, paths={"infer_path": str(tmp_path / str(k))})
+        assert load_script("infer_lora.py").main(["--config", file]) == 0
+        images.append(np.asarray(Image.open(next((tmp_path / str(k)).rglob("*scale*.png")))).astype(int))
+    assert np.abs(images[0] - images[1]).max() > 5
+
+
 def test_shipped_configuration_is_valid(monkeypatch, tmp_path):
     infer = load_script("infer_lora.py")
     (tmp_path / "lora").mkdir()
