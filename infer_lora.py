@@ -292,7 +292,8 @@ def unpacked(base: str) -> Path:
     """The diffusers folder that the training script of its family makes of a .safetensors or .ckpt checkpoint, once."""
     import importlib.util
 
-    sys.path.insert(0, str(ROOT / "scripts"))
+    if str(ROOT / "scripts") not in sys.path:
+        sys.path.insert(0, str(ROOT / "scripts"))
     from detect_family import detect
 
     try:
@@ -340,7 +341,7 @@ def add_adapters(pipeline, settings) -> dict[str, float]:
         if lora is not None:
             name = f"lora{number}"
             try:
-                pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name=name)
+                load_lora(pipeline, lora, name, settings.paths.base_model_path)
             except (ValueError, RuntimeError, KeyError) as error:
                 text = " ".join(str(error).split())[:200]
                 raise UserError(
@@ -349,11 +350,38 @@ def add_adapters(pipeline, settings) -> dict[str, float]:
             loaded = {n for names in pipeline.get_list_adapters().values() for n in names}
             if name not in loaded:  # diffusers only warns when no key fits
                 raise UserError(
-                    f"paths.lora_weights_path: {lora}: none of its keys fits {type(pipeline).__name__}; for SD3, give"
-                    " pytorch_lora_weights.safetensors, not the file for ComfyUI"
+                    f"paths.lora_weights_path: {lora}: none of its keys fits {type(pipeline).__name__};"
+                    " scripts/inspect_lora.py says what it is for"
                 )
             weights[name] = weight
     return weights
+
+
+def load_lora(pipeline, file: Path, name: str, base: str) -> None:
+    """Loads a LoRA file as an adapter. diffusers reads other tools' files for SD3 not at all, and for FLUX.1 of one width
+    alone, so those are converted first.
+    """
+    from safetensors import safe_open
+
+    family = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}.get(type(pipeline).__name__)
+    with safe_open(file, "pt") as opened:
+        foreign = any(key.startswith(("lora_unet_", "lora_te")) for key in opened.keys())  # noqa: SIM118
+    if not foreign or family is None:
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+        return
+    import tempfile
+
+    if str(ROOT / "scripts") not in sys.path:
+        sys.path.insert(0, str(ROOT / "scripts"))
+    from lora_files import FileError, read_lora, write_diffusers
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            lora = read_lora(file, family, base if (Path(base) / "model_index.json").is_file() else None)
+            write_diffusers(lora, Path(folder) / file.name)
+        except FileError as error:
+            raise UserError(f"paths.lora_weights_path: {error}") from None
+        pipeline.load_lora_weights(folder, weight_name=file.name, adapter_name=name)
 
 
 def load_embeddings(pipeline, file: Path) -> None:

@@ -1771,6 +1771,11 @@ def block_prefixes(denoiser) -> list[str]:
     return double + [f"single_transformer_blocks.{i}" for i in range(len(denoiser.single_transformer_blocks))]
 
 
+def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
+    """Beginnings of names of layers whose output nothing reads, so that no gradient reaches them; `part` as in TEXT_ENCODERS."""
+    return ()
+
+
 def to_diffusers_keys(state: dict) -> dict:
     """The denoiser's LoRA with the keys of diffusers' transformer files, which are peft's."""
     return state
@@ -1882,7 +1887,8 @@ def lora_targets(denoiser, args: argparse.Namespace) -> list[str]:
     usual layers inside. Errors: UserError if a name or a block number matches nothing.
     """
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    modules = [n for n, m in denoiser.named_modules() if isinstance(m, kinds)]
+    idle = idle_layers(DENOISER, denoiser.config, args)
+    modules = [n for n, m in denoiser.named_modules() if isinstance(m, kinds) and not n.startswith(idle)]
 
     def ends(name: str, part: str) -> bool:
         return name == part or name.endswith("." + part)
@@ -2170,18 +2176,36 @@ class Part:
     schedule: object = None
     ema: object = None
     initial: list = field(default_factory=list)
+    weights: object = None  # with split optimizer state: all parameters in one flat buffer ...
+    own: object = None  # ... and this process's stretch of it, the one parameter that its optimizer sees
 
-    def allocate(self) -> None:
-        """Points every parameter's gradient into the flat buffer, and remembers where the parameters started."""
+    def allocate(self, shards: int = 1, rank: int = 0) -> None:
+        """Points every parameter's gradient into the flat buffer, and remembers where the parameters started.
+
+        shards: over how many processes the optimizer's state is split; 1 for not at all.
+        """
         values = list(self.parameters.values())
         self.initial = [p.detach().cpu().clone() for p in values]
-        self.gradients = torch.zeros(sum(p.numel() for p in values), device=values[0].device)
-        for parameter, view in zip(values, self.gradients.split([p.numel() for p in values]), strict=True):
+        sizes = [p.numel() for p in values]
+        stretch = math.ceil(sum(sizes) / shards)
+        self.gradients = torch.zeros(stretch * shards, device=values[0].device)
+        for parameter, view in zip(values, self.gradients[: sum(sizes)].split(sizes), strict=True):
             parameter.grad = view.view_as(parameter)
+        if shards == 1:
+            return
+        self.weights = torch.zeros_like(self.gradients)
+        for parameter, view in zip(values, self.weights[: sum(sizes)].split(sizes), strict=True):
+            view.copy_(parameter.detach().flatten())
+            parameter.data = view.view_as(parameter)
+        here = slice(rank * stretch, (rank + 1) * stretch)
+        self.own = torch.nn.Parameter(self.weights[here])
+        self.own.grad = self.gradients[here]
 
     def step(self) -> None:
         """One step of optimizer, schedule and moving average; gradients start again at zero."""
         self.optimizer.step()
+        if self.own is not None:
+            torch.distributed.all_gather_single(self.weights, self.own.detach().clone())
         self.schedule.step()
         self.gradients.zero_()
         if self.ema is not None:
@@ -2197,7 +2221,7 @@ class Part:
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
-        self.gradients = self.optimizer = self.schedule = None
+        self.gradients = self.optimizer = self.schedule = self.own = None
 
     def moved(self) -> bool:
         """Whether any parameter differs from its start."""
@@ -2208,7 +2232,7 @@ class Part:
 
 def make_optimizer(part: Part, args: argparse.Namespace):
     """The optimizer of --optimizer for one part. Each part has its own, so that Prodigy finds a step size for each."""
-    values = list(part.parameters.values())
+    values = list(part.parameters.values()) if part.own is None else [part.own]
     common = {"lr": part.learning_rate, "weight_decay": part.weight_decay}
     betas, eps = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
     if args.optimizer == "adamw":
@@ -2242,13 +2266,13 @@ def make_optimizer(part: Part, args: argparse.Namespace):
     return optimizer
 
 
-def prepare_parts(parts: list[Part], args: argparse.Namespace) -> None:
-    """Gives each part its gradient buffer, optimizer, schedule and moving average."""
+def prepare_parts(parts: list[Part], args: argparse.Namespace, shards: int = 1, rank: int = 0) -> None:
+    """Gives each part its gradient buffer, optimizer, schedule and moving average; see Part.allocate for `shards`."""
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
     for part in parts:
-        part.allocate()
+        part.allocate(shards, rank)
         part.optimizer = make_optimizer(part, args)
         part.schedule = get_scheduler(
             args.lr_scheduler,
@@ -2383,7 +2407,27 @@ def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict] | None:
     return None
 
 
-def save_checkpoint(run: Run, step: int) -> None:
+def optimizer_states(run: Run) -> dict[str, object]:
+    """Each part's optimizer state; where it is split, a list of every process's, on the main process."""
+    states = {p.name: p.optimizer.state_dict() if p.optimizer else None for p in run.parts}
+    if not run.splits_optimizer:
+        return states
+    main, count = run.accelerator.is_main_process, run.accelerator.num_processes
+    gathered = [None] * count if main else None
+    torch.distributed.gather_object(on_cpu(states), gathered)
+    return {name: [one[name] for one in gathered] if states[name] else None for name in states} if main else {}
+
+
+def on_cpu(value):
+    """Nested dicts and lists with their tensors on the CPU."""
+    if isinstance(value, dict):
+        return {k: on_cpu(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [on_cpu(v) for v in value]
+    return value.cpu() if torch.is_tensor(value) else value
+
+
+def save_checkpoint(run: Run, step: int, optimizers: dict[str, object]) -> None:
     """Writes checkpoint-N: usable weights, the training state, and a manifest with hashes.
 
     The folder appears under its name only when it is whole; older ones go only after that.
@@ -2400,7 +2444,7 @@ def save_checkpoint(run: Run, step: int) -> None:
             state["parts"][p.name] = {
                 "parameters": {n: v.detach().cpu() for n, v in p.parameters.items()},
                 "initial": p.initial,
-                "optimizer": p.optimizer.state_dict() if p.optimizer else None,
+                "optimizer": optimizers[p.name],
                 "schedule": p.schedule.state_dict() if p.schedule else None,
                 "ema": p.ema.state_dict() if p.ema else None,
             }
@@ -2456,7 +2500,13 @@ def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
                 parameter.copy_(saved["parameters"][name])
         part.initial = saved["initial"]
         if saved["optimizer"] is not None:
-            part.optimizer.load_state_dict(saved["optimizer"])
+            split = len(saved["optimizer"]) if isinstance(saved["optimizer"], list) else 1
+            if split != (run.accelerator.num_processes if run.splits_optimizer else 1):
+                raise UserError(
+                    f"{folder.name}: its optimizer state is split over {split} processes: use as many again"
+                )
+            state_of = saved["optimizer"][run.accelerator.process_index] if split > 1 else saved["optimizer"]
+            part.optimizer.load_state_dict(state_of)
             part.schedule.load_state_dict(saved["schedule"])
         if saved["ema"] is None:
             part.ema = None
@@ -2825,6 +2875,7 @@ class Run:
     plan_size: tuple[int, int] = (0, 0)  # width and height of validation images
     validation_steps: set[int] = field(default_factory=set)
     first_batch: int = 0  # number of the batch that step 0 begins with
+    splits_optimizer: bool = False  # over the processes, as ZeRO does
 
     def text_moves(self, step: int) -> bool:
         """Whether step `step` trains something that text embeddings depend on."""
@@ -2900,7 +2951,7 @@ def train(run: Run, first_step: int) -> None:
                 bar.set_postfix(meter.log(done, norm, active), refresh=False)
             stopping = stop_requested(run)
             if done % args.checkpointing_steps == 0 or stopping:
-                on_main(run, save_checkpoint, run, done)
+                on_main(run, save_checkpoint, run, done, optimizer_states(run))
             if stopping:
                 say(f"stopped by signal {stopping} after step {done}; checkpoint-{done} is written")
                 raise Interrupted(128 + stopping)
@@ -2970,7 +3021,7 @@ class GradientWitness:
             raise UserError(f"no gradient reaches the {part.name}, so nothing would be learned: {advice}")
         layers: dict[str, bool] = {}
         sizes = [p.numel() for p in part.parameters.values()]
-        for name, seen in zip(part.parameters, self.seen[part.name].split(sizes), strict=True):
+        for name, seen in zip(part.parameters, self.seen[part.name][: sum(sizes)].split(sizes), strict=True):
             layer = name.split(".lora_")[0]
             layers[layer] = layers.get(layer, False) or bool(seen.any())
         idle = [layer for layer, works in layers.items() if not works]
@@ -3147,6 +3198,12 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
     if wanted == "fp16" and PREDICTS_FLOW:
         say(f"{FAMILY_TITLE} overflows in fp16: using bf16")
         args.mixed_precision = "bf16"
+    # DeepSpeed's launcher starts the processes; what ZeRO splits of a LoRA, the optimizer's state, Part splits by itself
+    zero = os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if zero and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") not in ("1", "2"):
+        raise UserError("DeepSpeed: use zero_stage 1 or 2; config/accelerate_config_fsdp2.yaml splits the base itself")
+    if zero and args.optimizer not in ("adamw", "adamw8bit"):
+        raise UserError(f"--optimizer {args.optimizer} needs its state in one piece: use adamw with DeepSpeed's ZeRO")
     try:
         accelerator = accelerate.Accelerator(
             mixed_precision=args.mixed_precision, log_with=trackers, project_config=project
@@ -3212,6 +3269,7 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
         sample_prompts=[insert_tokens(p, abstractions) for p in default_prompts(args, examples)],
         stop=stop,
         settings={},
+        splits_optimizer=zero and accelerator.num_processes > 1,
     )
     run.plan_size = buckets[Counter(e.bucket for e in examples).most_common(1)[0][0]]
     run.validation_steps = validation_schedule(args, max_steps, steps_per_epoch)
@@ -3297,7 +3355,9 @@ def prepare_text(
             names = [
                 n
                 for n, m in encoder.named_modules()
-                if isinstance(m, torch.nn.Linear) and n.endswith(TEXT_LORA_TARGETS)
+                if isinstance(m, torch.nn.Linear)
+                and n.endswith(TEXT_LORA_TARGETS)
+                and not n.removeprefix("text_model.").startswith(idle_layers(key, encoder.config, args))
             ]
             add_lora(encoder, names, args)
             prompts.altered.add(key)
@@ -3376,7 +3436,8 @@ def add_trained_parts(run: Run) -> None:
         say(
             f"training {part.name}: {millions:.3f} million parameters, steps 1 to {part.last_step}, learning rate {part.learning_rate:g}"
         )
-    prepare_parts(run.parts, args)
+    shards = run.accelerator.num_processes if run.splits_optimizer else 1
+    prepare_parts(run.parts, args, shards, run.accelerator.process_index)
 
 
 def check_results(run: Run) -> None:

@@ -18,6 +18,7 @@ HARDWARE = {
     "a100_single": ("NO", 1),
     "multi_gpu": ("MULTI_GPU", 8),
     "fsdp2": ("FSDP", 8),
+    "deepspeed_zero2": ("DEEPSPEED", 8),
     "multi_machine": ("MULTI_GPU", 16),
     "cpu": ("NO", 1),
 }
@@ -31,6 +32,8 @@ def test_hardware_configurations_load_in_accelerate(name):
     kind, processes = HARDWARE[name]
     assert (loaded.distributed_type.value, loaded.num_processes) == (kind, processes)
     assert bool(loaded.use_cpu) == (name == "cpu")
+    if name == "deepspeed_zero2":
+        assert loaded.deepspeed_config["zero_stage"] == 2
     if name == "fsdp2":
         assert loaded.fsdp_config["fsdp_version"] == 2
 
@@ -113,8 +116,7 @@ def test_wrapper_trains_what_the_env_file_names(checkout, tmp_path):
         len(weights(output)["lora.unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora.down.weight"]) == 8
     )
     assert list((output / "wandb").glob("offline-run-*"))
-    again = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
-    assert "no checkpoint" in again.stdout + result.stdout  # resume_from_checkpoint latest is in the recipe
+    assert "no checkpoint" in result.stdout  # resume_from_checkpoint latest is in the recipe
 
 
 def test_wrapper_asks_for_the_family_with_a_config_of_ones_own(checkout):

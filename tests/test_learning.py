@@ -115,12 +115,12 @@ def test_prior_preservation_keeps_the_class(family, studio, shelf):
         "--class_prompt",
         "a circle",
         "--num_class_images",
-        64,
+        32,
         "--prior_loss_weight",
         2,
     )
     prior += ("--class_data_dir", shelf / family.name / "class", "--sample_batch_size", 32)
-    sampling = ("--validation_inference_steps", 20, "--validation_guidance_scale", family.guidance)
+    sampling = ("--validation_inference_steps", 12, "--validation_guidance_scale", family.guidance)
     runs = (
         train(family, shelf / family.name / "both", "-d", SAMPLE, *with_text_encoder(family)),
         train(family, shelf / family.name / "prior", "-d", SAMPLE, *with_text_encoder(family), *prior, *sampling),
