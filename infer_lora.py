@@ -298,7 +298,7 @@ def unpacked(base: str) -> Path:
 
     try:
         family = detect(base)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a checkpoint that holds more than tensors, or is none: torch raises many kinds
         raise UserError(f"paths.base_model_path: {base}: {' '.join(str(error).split())[:200]}") from None
     if family is None:
         raise UserError(f"paths.base_model_path: {base}: not a base of Stable Diffusion 1.x/2.x, SDXL, SD3 or FLUX.1")

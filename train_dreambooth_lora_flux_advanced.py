@@ -1247,9 +1247,10 @@ def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
     with tempfile.TemporaryDirectory() as work:
         layout = path.parent if (path.parent / "model_index.json").is_file() else released_layout(Path(work))
         if layout == path.parent:
-            whole = sorted({f.parent.name for f in layout.glob("*/*.safetensors")} - {DENOISER})
-            given = {name: load_part(layout, name) for name in whole}
+            given = parts_with_weights(layout)
         options = {} if layout is None else {"config": str(layout), "local_files_only": True}
+        if path.stat().st_size > 8 << 30:  # float32, which the reader makes of everything, would be twice the file
+            options["dtype"] = torch.bfloat16
         try:
             pipeline = kind.from_single_file(str(path), **options, **given)
         except Exception as error:  # conversion fails in many ways, all of them the file's or the layout's
@@ -1269,15 +1270,17 @@ def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
     return cache
 
 
-def load_part(folder: Path, name: str):
-    """One part of a diffusers folder, on the CPU in its own precision."""
+def parts_with_weights(folder: Path) -> dict[str, object]:
+    """The parts but the denoiser whose weights a diffusers folder has, on the CPU in their own precision."""
     import diffusers
     import transformers
 
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    library, class_name = index[name]
-    kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
-    return kind.from_pretrained(folder / name)
+    libraries, out = {"diffusers": diffusers, "transformers": transformers}, {}
+    for name, pair in json.loads((folder / "model_index.json").read_text(encoding="utf-8")).items():
+        known = isinstance(pair, list) and pair[0] in libraries and name != DENOISER
+        if known and any((folder / name).glob("*.safetensors")):
+            out[name] = getattr(libraries[pair[0]], pair[1]).from_pretrained(folder / name)
+    return out
 
 
 def clip_tokenizer():

@@ -64,7 +64,7 @@ def main() -> int:
         return 2
     try:
         family = detect(sys.argv[1])
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the hub's client and torch's reader of pickles raise many kinds
         reason = " ".join(str(error).split())[:200]
         print(f"{sys.argv[1]}: neither a folder nor a file, nor to be had from the hub ({reason})", file=sys.stderr)
         return 2

@@ -67,6 +67,8 @@ def test_presets_train(family, card, tmp_path):
     values = yaml.safe_load(file.read_text())
     args = load_script(family.script).parse_args(["--config", str(file), "-m", family.base, "-d", str(SAMPLE)])
     assert all(getattr(args, k) in (v, [v]) for k, v in values.items() if k not in ("lora_layers", "learning_rate"))
+    if card in (12, 16):  # their neighbours have the same flags with other numbers
+        return
     quick = tmp_path / "preset.yaml"
     quick.write_text(yaml.safe_dump(values | {"compile": False, "mixed_precision": "bf16"}))
     small = ("--resolution", 64, "--max_train_steps", 2, "--train_batch_size", 2)
