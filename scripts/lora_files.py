@@ -217,10 +217,10 @@ def from_diffusers(raw: dict, metadata: dict[str, str], family: str, path: Path)
     for key, found in raw.items():
         name = key.removeprefix("base_model.model.")
         part, _, rest = name.partition(".")
+        if part in ("unet", "transformer") and part != denoiser:
+            raise FileError(f"{path}: a LoRA with a {part} does not fit {family}, which has a {denoiser}")
         if part not in (denoiser, *TEXT_PARTS):
             part, rest = denoiser, name  # peft's own files don't say
-        if part in ("unet", "transformer") and part != denoiser:
-            raise FileError(f"{path}: {key}: a LoRA for {family} has no {part}")
         rest = re.sub(
             r"\.processor\.to_(q|k|v|out)_lora$", lambda m: f".to_{m[1]}" + (".0" if m[1] == "out" else ""), rest
         )
@@ -262,6 +262,12 @@ def from_kohya(raw: dict, family: str, base: str | None, path: Path) -> dict[str
         alpha = float(found["alpha"].item()) if "alpha" in found else float(found["down"].shape[0])
         layer = as_layer(found, alpha)
         if key in parts_of:
+            height = parts_of[key][0][1].height
+            if layer.up.shape[0] != height:
+                raise FileError(
+                    f"{path}: {key}: {layer.up.shape[0]} rows, where {base or f'the released {family}'} has {height};"
+                    " --base FOLDER says which base it is for"
+                )
             for name, piece in taken_apart(layer, parts_of[key]).items():
                 out.setdefault(script.DENOISER, {})[name] = piece
         elif key in also:

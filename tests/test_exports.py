@@ -387,6 +387,20 @@ def test_other_adapters_are_named(key, words, tmp_path):
         read_lora(tmp_path / "x.safetensors", base=FAMILIES["sd15"].base, family="sd15")
 
 
+def test_a_lora_for_another_base_is_one_line(tmp_path, capsys):
+    """Of another family, or of another width than the released model: named, with the way out."""
+    wide = {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.ones(2, 128)}
+    wide["lora_unet_double_blocks_0_img_attn_proj.lora_up.weight"] = torch.ones(128, 2)
+    save_file(wide, tmp_path / "flux.safetensors")
+    assert convert_lora.main([str(tmp_path / "flux.safetensors"), str(tmp_path / "x.safetensors")]) == 2
+    assert "has 3072; --base FOLDER" in capsys.readouterr().err
+    name = "unet.mid_block.attentions.0.proj_in"
+    save_file({f"{name}.lora.{k}.weight": torch.ones(4, 4) for k in ("up", "down")}, tmp_path / "sd.safetensors")
+    words = [FAMILIES["flux"].base, str(tmp_path / "m"), "--lora", str(tmp_path / "sd.safetensors")]
+    assert merge_lora.main(words) == 2
+    assert "a LoRA with a unet does not fit flux" in capsys.readouterr().err
+
+
 def test_embeddings_for_comfyui_and_back(tmp_path):
     ours = {"clip_l": torch.randn(2, 8), "t5": torch.randn(2, 16)}
     save_file(ours, tmp_path / "a.safetensors")
