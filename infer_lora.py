@@ -288,13 +288,17 @@ def quantization(kind: str, dtype):
     )
 
 
-def unpacked(base: str) -> Path:
-    """The diffusers folder that the training script of its family makes of a .safetensors or .ckpt checkpoint, once."""
-    import importlib.util
-
+def add_scripts_to_path() -> None:
+    """Lets the modules of scripts/ be imported."""
     if str(ROOT / "scripts") not in sys.path:
         sys.path.insert(0, str(ROOT / "scripts"))
+
+
+def unpacked(base: str) -> Path:
+    """The diffusers folder that the training script of its family makes of a .safetensors or .ckpt checkpoint, once."""
+    add_scripts_to_path()
     from detect_family import detect
+    from released_models import load_script
 
     try:
         family = detect(base)
@@ -302,12 +306,7 @@ def unpacked(base: str) -> Path:
         raise UserError(f"paths.base_model_path: {base}: {' '.join(str(error).split())[:200]}") from None
     if family is None:
         raise UserError(f"paths.base_model_path: {base}: not a base of Stable Diffusion 1.x/2.x, SDXL, SD3 or FLUX.1")
-    name = "train_dreambooth_lora_flux_advanced" if family == "flux" else f"train_lora_{family}"
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[name] = script
-    spec.loader.exec_module(script)
-    script.import_libraries()
+    script = load_script(family)
     try:
         return script.unpack_single_file(Path(base), argparse.Namespace(cache_dir=None))
     except script.UserError as error:
@@ -371,8 +370,7 @@ def load_lora(pipeline, file: Path, name: str, base: str) -> None:
         return
     import tempfile
 
-    if str(ROOT / "scripts") not in sys.path:
-        sys.path.insert(0, str(ROOT / "scripts"))
+    add_scripts_to_path()
     from lora_files import FileError, read_lora, write_diffusers
 
     with tempfile.TemporaryDirectory() as folder:

@@ -72,9 +72,7 @@ def convert_embedding(source: Path, target: Path) -> str:
 def convert(source: Path, target: Path, to: str | None, family: str | None, base: str | None) -> str:
     """Converts a LoRA file; returns what was written."""
     lora = read_lora(source, family, base)
-    tensors, _ = read_tensors(source)
-    is_kohya = any(key.startswith(("lora_unet_", "lora_te")) for key in tensors)
-    to = to or ("diffusers" if is_kohya else "kohya")
+    to = to or ("diffusers" if lora.kohya else "kohya")
     part = target.with_name(f".{target.name}")
     if to == "kohya":
         state = to_kohya(lora, base)

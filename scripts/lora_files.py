@@ -67,6 +67,7 @@ class Lora:
     family: str
     layers: dict[str, dict[str, Layer]]
     metadata: dict[str, str] = field(default_factory=dict)
+    kohya: bool = False  # whether its file had the keys of kohya's scripts
 
     def __iter__(self):
         return ((part, name, layer) for part, layers in self.layers.items() for name, layer in layers.items())
@@ -193,11 +194,12 @@ def read_lora(path: str | Path, family: str | None = None, base: str | None = No
         if found["down"].shape[0] != found["up"].shape[1]:
             raise FileError(f"{path}: {layer}: its matrices' ranks differ")
     family = family or family_of(raw, metadata)
-    if any(layer.startswith(("lora_unet_", "lora_te")) for layer in raw):
+    kohya = any(layer.startswith(("lora_unet_", "lora_te")) for layer in raw)
+    if kohya:
         layers = from_kohya(raw, family, base, path)
     else:
         layers = from_diffusers(raw, metadata, family, path)
-    return Lora(family, layers, metadata)
+    return Lora(family, layers, metadata, kohya)
 
 
 def as_layer(found: dict, alpha: float) -> Layer:
