@@ -93,17 +93,23 @@ class Interrupted(Exception):
 
 def import_libraries() -> None:
     """Imports what is slow to import (5 to 10 s) into this module, once the arguments are known to be right."""
-    global np, torch, F, Image, ImageOps, ImageEnhance, load_file, save_file, SafetensorError
+    global torch, F, load_file, save_file, SafetensorError
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import numpy as np
+    import_image_libraries()
     import torch
     import torch.nn.functional as F
-    from PIL import Image, ImageEnhance, ImageOps
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     import_logging_quietly()
+
+
+def import_image_libraries() -> None:
+    """The part of `import_libraries` that reading pictures and captions needs (0.2 s)."""
+    global np, Image, ImageOps, ImageEnhance
+    import numpy as np
+    from PIL import Image, ImageEnhance, ImageOps
 
 
 def import_logging_quietly() -> None:
@@ -403,6 +409,7 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         raise UserError("--pretrained_model_name_or_path is missing: a hub id, a diffusers folder or a checkpoint file")
     check_data_args(args, given, need)
     check_method_args(args, given, need)
+    use_prepared_buckets(args)
     if args.resolution is None:
         args.resolution = [DEFAULT_RESOLUTION]
     if len(args.resolution) > 2:
@@ -433,6 +440,30 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         args.class_data_dir = str(Path(args.output_dir) / "class_images")
     if args.max_train_steps is None and args.num_train_epochs is None:
         args.max_train_steps = 1000
+
+
+def use_prepared_buckets(args: argparse.Namespace) -> None:
+    """Takes the buckets that scripts/prepare_dataset.py has left in the data folder; --aspect_ratio_buckets wins.
+
+    Errors: UserError if --resolution asks for another size, because the pictures have been scaled already.
+    """
+    file = Path(args.train_data_dir or args.instance_data_dir or args.dataset_name) / "buckets.json"
+    if args.aspect_ratio_buckets is not None or not file.is_file():
+        return
+    try:
+        prepared = json.loads(file.read_text(encoding="utf-8"))
+        side, buckets = int(prepared["resolution"]), str(prepared["aspect_ratio_buckets"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: has no resolution and aspect_ratio_buckets; prepare the folder again") from None
+    if args.resolution is not None:
+        width, height = (args.resolution * 2)[:2]
+        if not 3 / 4 <= width * height / side**2 <= 4 / 3:
+            raise UserError(
+                f"--resolution {' '.join(map(str, args.resolution))}: the pictures are prepared for {side}"
+                f" ({file}); prepare them again, or scale them with --aspect_ratio_buckets auto"
+            )
+    args.resolution, args.aspect_ratio_buckets = [side], buckets
+    say(f"buckets as prepared: {file}")
 
 
 def check_data_args(args: argparse.Namespace, given, need) -> None:
@@ -620,6 +651,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".avif"}
 CAPTION_COLUMNS = ("text", "caption", "prompt")
+SAME_LOOK = 6  # bits of 64 in which the perceptual hashes of copies of one picture differ at most
 MAX_PIXELS = 178_956_970  # where Pillow takes a picture for a decompression bomb
 COVER_BUDGET = 2 << 30  # bytes of decoded images kept in memory
 
@@ -634,7 +666,20 @@ class Example:
     digest: str = ""
     size: tuple[int, int] = (0, 0)
     bucket: int = 0
+    look: tuple[int, int, bytes] = (0, 0, b"")
     held_out: bool = False
+
+
+@dataclass
+class Finding:
+    """What is wrong with the data, and the way out. One that `hurts` costs the result something."""
+
+    what: str
+    advice: str
+    hurts: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.advice}"
 
 
 def decode_text(raw: bytes, file: Path) -> str:
@@ -687,8 +732,12 @@ def caption_of_row(row: dict, column: str | None, where: str) -> list[str]:
     return as_captions(next((row[c] for c in CAPTION_COLUMNS if row.get(c)), None))
 
 
-def folder_examples(folder: Path, caption_column: str | None) -> list[Example]:
-    """Images below a folder with captions from metadata files, or from a .txt or .caption beside each image."""
+def folder_examples(folder: Path, caption_column: str | None, missing: list[str] | None = None) -> list[Example]:
+    """Images below a folder with captions from metadata files, or from a .txt or .caption beside each image.
+
+    Where both are there and differ, the text file is taken, for it's what people edit; a named column wins over it.
+    Files that the metadata name and that are not there are an error, or are noted in `missing`, if it's given.
+    """
     folder = folder.resolve()
     files = sorted(
         f for f in folder.rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.relative_to(folder).parts)
@@ -699,25 +748,38 @@ def folder_examples(folder: Path, caption_column: str | None) -> list[Example]:
             image = (meta.parent / row["file_name"]).resolve()
             if not image.is_relative_to(folder):
                 raise UserError(f"{meta}: file_name {row['file_name']!r} leads out of the data folder")
+            if not image.is_file() and missing is not None:
+                missing.append(row["file_name"])
+                continue
             if not image.is_file():
                 raise UserError(f"{meta}: file_name {row['file_name']!r}: there is no such file")
             described[image] = caption_of_row(row, caption_column, str(meta))
-    examples, strays = [], Counter()
+    examples, strays, edited = [], Counter(), []
     for file in files:
         if file.suffix.lower() not in IMAGE_SUFFIXES and file not in described:
-            if file.suffix.lower() not in (".txt", ".caption", ".jsonl", ".csv", ".json", ".md"):
+            if file.suffix.lower() not in (".txt", ".caption", ".jsonl", ".csv", ".json", ".md", ".html"):
                 strays[file.suffix or file.name] += 1
             continue
-        captions = described.get(file)
-        if not captions:
+        name, captions = str(file.relative_to(folder)), described.get(file, [])
+        if not captions or caption_column is None:
             beside = next((b for b in (file.with_suffix(".txt"), file.with_suffix(".caption")) if b.is_file()), None)
-            captions = as_captions(decode_text(beside.read_bytes(), beside)) if beside else []
-        examples.append(Example(str(file.relative_to(folder)), captions, file.read_bytes))
+            written = as_captions(decode_text(beside.read_bytes(), beside)) if beside else []
+            if captions and written and written[0] not in captions:
+                edited.append(name)
+            captions = captions if captions and (not written or written[0] in captions) else written
+        examples.append(Example(name, captions, file.read_bytes))
+    if edited:
+        say(f"{listed(edited)}: the text file and the metadata differ; the text file's caption is taken")
     if strays:
         say("not images, left alone: " + ", ".join(f"{n} x {what}" for what, n in strays.items()))
     if not examples:
         raise UserError(f"no images in {folder} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     return examples
+
+
+def listed(names: list[str], limit: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def builder_dataset(args: argparse.Namespace):
@@ -875,17 +937,131 @@ class ImageStore:
         return image
 
 
-def load_examples(args: argparse.Namespace) -> list[Example]:
-    """The training images and their captions, as the flags say. Captions are still without trigger word."""
-    if args.dataset_name is not None:
-        folder = Path(args.dataset_name)
-        plain = folder.is_dir() and not any(
+def look_of(image) -> tuple[int, int, bytes]:
+    """What an RGB image looks like: (64-bit perceptual hash, which of its bits are sure, 16 x 16 colours).
+
+    A bit says whether one of the lowest 8 x 8 frequencies (DCT of 32 x 32 grey values) is above their median, which
+    outlives scaling and saving again (Zauner 2010, Implementation and benchmarking of perceptual image hash functions).
+    One that is near the median, as half of them are in a symmetric picture, is not sure.
+    """
+    small = image.resize((64, 64), Image.Resampling.BOX)
+    grey = np.asarray(small.convert("L").resize((32, 32), Image.Resampling.BOX), dtype=np.float64)
+    basis = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1))
+    frequencies = (basis @ grey @ basis.T).ravel()
+    frequencies[0] = 0  # the mean brightness
+    height = frequencies - np.median(frequencies)
+    sure = np.abs(height) > max(1.0, 0.01 * np.abs(frequencies).max())
+    sure[0] = False
+    bits, mask = (int.from_bytes(np.packbits(b).tobytes(), "big") for b in (height > 0, sure))
+    return bits, mask, small.resize((16, 16), Image.Resampling.BOX).tobytes()
+
+
+def near_duplicates(looks: list[tuple[int, int, bytes]], distance: int = SAME_LOOK) -> list[tuple[int, int]]:
+    """Pairs (i, j), i < j, that look the same: at most `distance` of 64 bits of their hashes differ (in proportion, where
+    fewer are sure), and their colours vary alike."""
+    hashes, sure = (np.array([look[k] for look in looks], dtype=np.uint64) for k in (0, 1))
+    pairs = []
+    for i in range(len(looks) - 1):
+        both = sure[i + 1 :] & sure[i]
+        apart = np.bitwise_count((hashes[i + 1 :] ^ hashes[i]) & both) * 64.0
+        near = np.flatnonzero(apart <= distance * np.maximum(np.bitwise_count(both), 16)) + i + 1
+        pairs += [(i, int(j)) for j in near if same_colours(looks[i][2], looks[int(j)][2])]
+    return pairs
+
+
+def same_colours(first: bytes, second: bytes) -> bool:
+    """Whether two 16 x 16 RGB thumbnails correlate by 0.975 (copies: 0.98 on) and are about equally bright."""
+    a, b = (np.frombuffer(c, np.uint8).astype(np.float64) for c in (first, second))
+    brightness, a, b = abs(a.mean() - b.mean()), a - a.mean(), b - b.mean()
+    plain = 4.0 * len(a)  # keeps a picture of one colour from being compared by its noise
+    return brightness < 32 and a @ b + plain > 0.975 * (math.sqrt((a @ a) * (b @ b)) + plain)
+
+
+def look_at(example: Example, buckets: list[tuple[int, int]]):
+    """Decodes an image and notes its hash, size, bucket and look. Errors: ValueError or OSError with the reason."""
+    raw = example.read()
+    image = decode_image(raw)
+    example.digest = hashlib.sha256(raw).hexdigest()
+    example.size, example.look = image.size, look_of(image)
+    example.bucket = nearest_bucket(image.size, buckets)
+    return image
+
+
+def examine(examples: list[Example], buckets: list[tuple[int, int]], batch_size: int) -> list[Finding]:
+    """What will hurt in pictures that have been looked at: sizes, crops, buckets, copies, held-out images."""
+    findings, total = [], len(examples)
+
+    def note(names: list[str], what: str, advice: str) -> None:
+        if names:
+            findings.append(Finding(f"{len(names)} of {total} images {what} ({listed(names)})", advice))
+
+    def scale(e: Example) -> float:
+        return max(buckets[e.bucket][0] / e.size[0], buckets[e.bucket][1] / e.size[1])
+
+    def lost(e: Example) -> float:
+        return 1 - buckets[e.bucket][0] * buckets[e.bucket][1] / (e.size[0] * e.size[1] * scale(e) ** 2)
+
+    soft = [f"{e.name}: {e.size[0]} x {e.size[1]}, {scale(e):.1f} times" for e in examples if scale(e) > 1.25]
+    note(soft, "are enlarged to fill their bucket", "the LoRA learns their blur; use larger ones or a lower resolution")
+    narrow = [f"{e.name}: {lost(e):.0%}" for e in examples if lost(e) > 0.25]
+    way_out = "crop them by hand" if len(buckets) > 1 else "use --aspect_ratio_buckets auto"
+    note(narrow, "lose more than a quarter to the crop", way_out)
+    if batch_size > 1:
+        inside = Counter(e.bucket for e in examples)
+        alone = [e.name for e in examples if inside[e.bucket] == 1 and len(inside) > 1]
+        note(alone, "are alone in their bucket", "each counts as much as a full batch; crop them, or use fewer buckets")
+    pairs = near_duplicates([e.look for e in examples])
+    twins = [f"{examples[i].name} = {examples[j].name}" for i, j in pairs]
+    if twins:
+        advice = "they count twice; take one of each out, or let scripts/prepare_dataset.py do it (remove_duplicates)"
+        findings.append(Finding(f"{len(twins)} pairs of images look the same ({listed(twins)})", advice))
+    leaks = [t for t, (i, j) in zip(twins, pairs, strict=True) if examples[i].held_out != examples[j].held_out]
+    if leaks:
+        advice = "the held-out loss will look better than it is; take one of each out"
+        findings.append(Finding(f"{len(leaks)} held-out images look like trained ones ({listed(leaks)})", advice))
+    return findings
+
+
+def unvaried_captions(examples: list[Example]) -> list[Finding]:
+    """A finding if every image of several has the same caption."""
+    captions = {tuple(e.captions) for e in examples}
+    if len(examples) < 2 or len(captions) > 1 or not any(*captions):
+        return []
+    advice = "what else the pictures share is learned with it; say in each what differs, or give --instance_prompt"
+    return [Finding(f"all captions are the same ({examples[0].captions[0][:60]!r})", advice)]
+
+
+def truncated_captions(captions: list[str], tokenizers: dict) -> list[Finding]:
+    """Captions that are longer than a CLIP encoder reads. tokenizers: {"clip_l": tokenizer, ...}, others are skipped."""
+    findings = []
+    for key, tokenizer in tokenizers.items():
+        if not key.startswith("clip") or not captions:
+            continue
+        limit = tokenizer.model_max_length
+        ids = tokenizer(captions, truncation=False).input_ids
+        long = [f"{len(i)} tokens: {c[:60]}…" for c, i in zip(captions, ids, strict=True) if len(i) > limit]
+        if long:
+            what = f"{len(long)} of {len(captions)} captions are longer than the {limit} tokens that {key} reads"
+            findings.append(Finding(f"{what} ({listed(long)})", "their ends are not seen; shorten them"))
+    return findings
+
+
+def source_examples(args: argparse.Namespace, missing: list[str] | None = None) -> list[Example]:
+    """All images of the folder or data set that the flags name, with the captions that they have."""
+    folder = Path(args.dataset_name or args.train_data_dir or args.instance_data_dir)
+    plain = args.dataset_name is None or (
+        folder.is_dir()
+        and not any(
             f.suffix in (".arrow", ".parquet") or f.name in ("dataset_dict.json", "state.json", "dataset_infos.json")
             for f in folder.rglob("*")
         )
-        examples = folder_examples(folder, args.caption_column) if plain else dataset_examples(args)
-    else:
-        examples = folder_examples(Path(args.train_data_dir or args.instance_data_dir), args.caption_column)
+    )
+    return folder_examples(folder, args.caption_column, missing) if plain else dataset_examples(args)
+
+
+def load_examples(args: argparse.Namespace) -> list[Example]:
+    """The training images and their captions, as the flags say. Captions are still without trigger word."""
+    examples = source_examples(args)
     if args.max_train_samples is not None and args.max_train_samples < len(examples):
         chosen = random.Random(stable_seed(args.seed, "max_train_samples")).sample(
             range(len(examples)), args.max_train_samples
@@ -918,13 +1094,9 @@ def prepare_examples(
     def prepare(index: int) -> str | None:
         example = examples[index]
         try:
-            raw = example.read()
-            image = decode_image(raw)
+            image = look_at(example, buckets)
         except (ValueError, OSError) as error:
             return str(error)
-        example.digest = hashlib.sha256(raw).hexdigest()
-        example.size = image.size
-        example.bucket = nearest_bucket(image.size, buckets)
         if keep_images:
             store.cover(index, example.bucket, image)
         return None
@@ -3159,22 +3331,6 @@ def validation_schedule(args: argparse.Namespace, max_steps: int, steps_per_epoc
     return set(range(every, max_steps, every)) | {max_steps}
 
 
-def count_truncated(captions: list[str], prompts: Prompts) -> None:
-    """Says how many captions are longer than a CLIP encoder reads, and shows the first few."""
-    for key, tokenizer in prompts.tokenizers.items():
-        if not key.startswith("clip"):
-            continue
-        limit = tokenizer.model_max_length
-        ids = tokenizer(captions, truncation=False).input_ids if captions else []
-        long = [(c, len(i)) for c, i in zip(captions, ids, strict=True) if len(i) > limit]
-        if long:
-            say(
-                f"warning: {len(long)} of {len(captions)} captions are longer than {limit} tokens of {key}; their ends are not seen:"
-            )
-            for caption, length in long[:3]:
-                say(f"  {length} tokens: {caption[:100]}…")
-
-
 def default_prompts(args: argparse.Namespace, examples: list[Example]) -> list[str]:
     """What the before/after pictures show: the validation prompts, else the instance prompt or two captions."""
     if args.num_validation_images == 0 or (args.skip_final_inference and not args.validation_prompt):
@@ -3238,7 +3394,14 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
     hold_out(examples, args)
     print_buckets(examples, buckets)
     prompts = Prompts(args, components)
-    count_truncated([with_trigger(c, args.trigger_word) for e in examples for c in e.captions], prompts)
+    findings = examine(examples, buckets, args.train_batch_size)
+    if not args.instance_prompt and not args.default_caption:
+        findings += unvaried_captions(examples)
+    captions = [with_trigger(c, args.trigger_word) for e in examples for c in e.captions]
+    smallest, *_, largest = sorted((e.size for e in examples), key=lambda s: s[0] * s[1]) * 2
+    say(f"{len(examples)} images from {' x '.join(map(str, smallest))} to {' x '.join(map(str, largest))} pixels")
+    for finding in findings + truncated_captions(captions, prompts.tokenizers):
+        say(f"warning: {finding}")
     class_store = None
     if args.with_prior_preservation:
         generate_class_images(args, components, prompts, accelerator)

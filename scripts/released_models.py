@@ -16,13 +16,16 @@ SCRIPTS = {
 }
 
 
-def load_script(family: str):
-    """The family's training script as a module, with its libraries."""
+def load_script(family: str, libraries: bool = True):
+    """The family's training script as a module, with its libraries, or with those alone that read pictures."""
     spec = importlib.util.spec_from_file_location(f"{family}_script", ROOT / SCRIPTS[family])
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    module.import_libraries()
+    if libraries:
+        module.import_libraries()
+    else:
+        module.import_image_libraries()
     return module
 
 

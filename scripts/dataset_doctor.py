@@ -1,0 +1,246 @@
+"""What is wrong with a data set: prepare_dataset.py --doctor. Changes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import statistics
+from collections import Counter
+from pathlib import Path
+
+import image_steps
+from caption_models import ModelError, local_folder
+from prepare_dataset import in_parallel, source_args
+from released_models import load_script
+
+FEW = 5  # images
+
+
+class PieceCounter:
+    """Stands in for CLIP's tokenizer where none is at hand: counts words, digits and signs, each a token at least."""
+
+    model_max_length = 77
+
+    def __call__(self, captions: list[str], truncation: bool = False):
+        pieces = [["<start>", *re.findall(r"[^\W\d_]+|\d|[^\s\w]+|_", c), "<end>"] for c in captions]
+        return argparse.Namespace(input_ids=pieces)
+
+
+def clip_tokenizers(base: str | None, script) -> dict:
+    """CLIP's tokenizers by key: the base's; without a base, from open_clip_torch or the hub's cache, else a lower bound."""
+    from transformers import AutoTokenizer
+
+    if base is not None:
+        names = {key: pair[0] for key, pair in script.TEXT_ENCODERS.items() if key.startswith("clip")}
+        folder = local_folder(base, "--pretrained_model_name_or_path", [f"{name}/*" for name in names.values()])
+        try:
+            return {key: AutoTokenizer.from_pretrained(folder / name) for key, name in names.items()}
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(f"--pretrained_model_name_or_path {base}: no tokenizer there ({reason})") from None
+    tokenizer = script.clip_tokenizer()
+    if tokenizer is None:
+        with contextlib.suppress(OSError, ValueError):
+            tokenizer = AutoTokenizer.from_pretrained("openai/clip-vit-large-patch14", local_files_only=True)
+    return {"clip": tokenizer} if tokenizer is not None else {"clip, counting words and signs alone,": PieceCounter()}
+
+
+def training_args(settings, args) -> argparse.Namespace:
+    """The flags of the training scripts that the checks depend on."""
+    out = source_args(settings)
+    out.aspect_ratio_buckets, out.resolution = args.aspect_ratio_buckets, args.resolution
+    out.validation_split, out.seed = args.validation_split or 0.0, 0 if args.seed is None else args.seed
+    return out
+
+
+def file_findings(folder: Path, script) -> list:
+    """Files that don't belong together: captions without image, images that share one, formats that aren't read."""
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
+    files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
+    images = [f for f in files if f.suffix.lower() in script.IMAGE_SUFFIXES]
+    stems = Counter(f.with_suffix("") for f in images)
+    name = {f: str(f.relative_to(folder)) for f in files}
+    findings = []
+    phone = [name[f] for f in files if f.suffix.lower() in (".heic", ".heif")]
+    if phone:
+        advice = "scripts/prepare_dataset.py converts them" + (
+            "" if image_steps.PHONE_SUFFIXES else " (pip install pillow-heif)"
+        )
+        findings.append(
+            script.Finding(f"{len(phone)} HEIC files are not read in training ({script.listed(phone)})", advice)
+        )
+    orphans = [name[f] for f in files if f.suffix.lower() in (".txt", ".caption") and f.with_suffix("") not in stems]
+    if orphans:
+        advice = "give it the image's name, or take it away"
+        findings.append(
+            script.Finding(f"{len(orphans)} caption files have no image ({script.listed(orphans)})", advice)
+        )
+    shared = [
+        f"{name[f]} and another"
+        for f in images
+        if stems[f.with_suffix("")] > 1 and any(f.with_suffix(s).is_file() for s in (".txt", ".caption"))
+    ]
+    if shared:
+        advice = "images that differ in their suffix alone share a caption; rename one"
+        findings.append(script.Finding(f"{len(shared)} images share a caption file ({script.listed(shared)})", advice))
+    return findings
+
+
+def caption_findings(examples: list, settings, args, script) -> list:
+    """Missing and unvaried captions, the trigger word, and ends that are not read."""
+    findings, total = [], len(examples)
+    bare = [e.name for e in examples if not any(e.captions)]
+    if bare and not args.instance_prompt:
+        advice = "caption them (auto_caption), or train with --instance_prompt or --default_caption"
+        what = "no image has a caption" if len(bare) == total else f"{len(bare)} of {total} images have no caption"
+        findings.append(script.Finding(f"{what} ({script.listed(bare)})", advice))
+    captioned = [e for e in examples if any(e.captions)]
+    captions = [c for e in captioned for c in e.captions]
+    if not args.instance_prompt:
+        findings += script.unvaried_captions(captioned)
+    word = settings.trigger_word
+    lacking = [e.name for e in captioned if word and any(script.with_trigger(c, word) != c for c in e.captions)]
+    if lacking:
+        findings.append(
+            script.Finding(
+                f"the trigger word {word!r} is missing in {len(lacking)} of {len(captioned)} captions ({script.listed(lacking)})",
+                f"write it there, or train with --trigger_word {word}, which puts it first",
+            )
+        )
+    elif not word and len(captioned) > 1 and not args.instance_prompt:
+        words = [{w.strip(".,:;!?\"'()") for w in c.lower().split()} for c in captions]
+        if not set.intersection(*words) - {"a", "an", "the", "of", "in", "on", "with", "and", "is"}:
+            advice = "--trigger_word gives the LoRA a name to call it by, unless it's for a style that is always on"
+            findings.append(script.Finding("no word stands in all captions", advice, hurts=False))
+    if captions:
+        findings += script.truncated_captions(captions, clip_tokenizers(args.pretrained_model_name_or_path, script))
+    return findings
+
+
+def diagnose(settings, args) -> int:
+    """Prints what is known of the data set and what is wrong with it. Returns 1 if something will hurt, else 0."""
+    script = load_script(settings.family, libraries=False)
+    training = training_args(settings, args)
+    findings, broken, missing = [], [], []
+    script.use_prepared_buckets(training)
+    training.resolution = training.resolution or [script.DEFAULT_RESOLUTION]
+    if training.aspect_ratio_buckets is not None:
+        script.import_logging_quietly()  # diffusers makes the buckets
+    buckets = script.bucket_sizes(training)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            examples = script.source_examples(training, missing)
+        except script.UserError as error:
+            print(f"HURTS  {error}\n       -> nothing can be trained on this")
+            return 1
+    findings += [
+        script.Finding(line.removeprefix("warning: "), "", hurts=False) for line in said.getvalue().splitlines()
+    ]
+    facts = {}
+
+    def look(example) -> str | None:
+        try:
+            script.look_at(example, buckets)
+            facts[example.name] = image_steps.header_facts(example.read())
+        except (ValueError, OSError) as error:
+            return str(error)
+        return None
+
+    for example, problem in in_parallel(look, examples, os.cpu_count() or 1, "looking"):
+        if problem is not None:
+            broken.append(f"{example.name}: {problem}")
+    examples = [e for e in examples if e.name in facts]
+    if missing:
+        advice = "training stops at this; put them back, or take their lines out of the metadata"
+        findings.append(
+            script.Finding(
+                f"{len(missing)} images are named in the metadata and not there ({script.listed(missing)})", advice
+            )
+        )
+    if broken:
+        findings.append(
+            script.Finding(
+                f"{len(broken)} images can't be read ({script.listed(broken)})",
+                "training leaves them out; replace them",
+            )
+        )
+    folder = Path(settings.data_dir or settings.dataset_name)
+    if folder.is_dir():
+        findings += file_findings(folder, script)
+    if not examples:
+        print("\n".join(render(findings)))
+        return 1
+    if training.validation_split:
+        script.hold_out(examples, training)
+    if len(examples) < FEW:
+        advice = "10 to 50 that differ in light, place and angle are usual"
+        findings.append(script.Finding(f"only {len(examples)} images", advice, hurts=False))
+    findings += script.examine(examples, buckets, args.train_batch_size or 1)
+    if training.validation_split and args.seed is None and any("look the same" in f.what for f in findings):
+        findings.append(
+            script.Finding(
+                "which images are held out depends on --seed", "give the one that you train with", hurts=False
+            )
+        )
+    inside = Counter(e.bucket for e in examples)
+    alone = [e.name for e in examples if inside[e.bucket] == 1 and len(inside) > 1]
+    if alone and (args.train_batch_size or 1) == 1:
+        advice = "harmless with --train_batch_size 1; with more, each counts as much as a full batch"
+        findings.append(
+            script.Finding(
+                f"{len(alone)} images are alone in their bucket ({script.listed(alone)})", advice, hurts=False
+            )
+        )
+    turned, located = ([n for n, f in facts.items() if f[key]] for key in ("turned", "gps"))
+    if turned:
+        advice = "training puts them upright; other tools may not (image_resizing writes them upright)"
+        findings.append(
+            script.Finding(f"{len(turned)} images are turned by EXIF ({script.listed(turned)})", advice, hurts=False)
+        )
+    if located:
+        advice = "take it out before you publish the set (image_resizing does)"
+        findings.append(
+            script.Finding(
+                f"{len(located)} images hold the place where they were taken ({script.listed(located)})",
+                advice,
+                hurts=False,
+            )
+        )
+    findings += caption_findings(examples, settings, args, script)
+    print("\n".join(overview(settings, examples, facts, broken, buckets, training)))
+    script.print_buckets(examples, buckets)
+    print("\n".join(["", *render(findings)]))
+    return int(any(f.hurts for f in findings))
+
+
+def overview(settings, examples: list, facts: dict, broken: list, buckets: list, training) -> list[str]:
+    """Counts and sizes, a line each."""
+    by_area = sorted((e.size for e in examples), key=lambda s: s[0] * s[1])
+    words = [len(c.split()) for e in examples for c in e.captions if c]
+    shapes = Counter("square" if w == h else "wide" if w > h else "tall" for w, h in by_area)
+    modes = Counter(f"{f['format']} {f['mode']}" for f in facts.values())
+    sizes = " to ".join("{} x {}".format(*s) for s in (by_area[0], by_area[-1]))
+    length = f", of {min(words)} to {max(words)} words (median {statistics.median(words):g})" if words else ""
+    target = f"{len(buckets)} buckets" if len(buckets) > 1 else "{} x {} alone".format(*buckets[0])
+    return [
+        f"data set   {settings.data_dir or settings.dataset_name}, for {settings.family} at {target}",
+        f"images     {len(examples)}{f', and {len(broken)} that can not be read' if broken else ''}",
+        f"sizes      {sizes} pixels; {', '.join(f'{n} {what}' for what, n in shapes.most_common())}",
+        f"files      {', '.join(f'{n} {what}' for what, n in modes.most_common())}",
+        f"captions   {sum(any(e.captions) for e in examples)} of {len(examples)} images{length}",
+    ]
+
+
+def render(findings: list) -> list[str]:
+    """What hurts first, each with what to do."""
+    lines = []
+    for f in sorted(findings, key=lambda f: not f.hurts):
+        lines.append(f"{'HURTS' if f.hurts else 'note '}  {f.what}")
+        if f.advice:
+            lines.append(f"       -> {f.advice}")
+    hurting = sum(f.hurts for f in findings)
+    lines.append(f"{hurting} things will hurt" if hurting else "nothing that will hurt")
+    return lines

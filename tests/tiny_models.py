@@ -1,0 +1,177 @@
+"""Small models of the classes that prepare_dataset.py uses, made from configurations, that can tell colours apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40)}
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+
+
+def words_tokenizer(words: list[str], begin: bool = False, **special: str):
+    """A tokenizer that knows whole words; `begin` puts <s> first, `special` names more tokens, as Florence-2 wants."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if begin:
+        core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=special,
+    )
+
+
+def teach(model, batch: dict) -> None:
+    """Trains until the model repeats its labels."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    model.train()
+    for _ in range(300):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if loss.item() < 0.02:
+            break
+    model.eval()
+
+
+def colour_pictures(*names: str) -> list:
+    return [Image.new("RGB", (32, 32), COLOURS[n]) for n in names or COLOURS]
+
+
+def make_blip2(folder: Path) -> Path:
+    """A BLIP-2 with OPT that says "a COLOUR picture"."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    tokenizer = words_tokenizer(["a", "picture", *COLOURS], begin=True)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = t.Blip2Config(
+        vision_config=t.Blip2VisionConfig(**size, image_size=32, patch_size=16).to_dict(),
+        qformer_config=t.Blip2QFormerConfig(**size, encoder_hidden_size=32, vocab_size=16).to_dict(),
+        text_config=t.OPTConfig(
+            vocab_size=len(tokenizer), hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2,
+            word_embed_proj_dim=32, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ).to_dict(),
+        num_query_tokens=4,
+        image_token_index=4,
+    )  # fmt: skip
+    model = t.Blip2ForConditionalGeneration(config)
+    images = t.BlipImageProcessorPil(size={"height": 32, "width": 32})
+    processor = t.Blip2Processor(images, tokenizer, num_query_tokens=4)
+    texts = [f"a {c} picture </s>" for c in COLOURS]
+    batch = dict(processor(images=colour_pictures(), text=texts, return_tensors="pt"))
+    batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] == 4, -100)
+    teach(model, batch)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def make_florence2(folder: Path) -> Path:
+    """A Florence-2 that answers the task <DETAILED_CAPTION> with "a COLOUR picture in detail", for red and blue."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    words = ["a", "picture", "Describe", "in", "detail", "what", "is", "shown", "the", "image.", *COLOURS]
+    tokenizer = words_tokenizer(words, image_token="<image>")
+    config = t.Florence2Config(
+        vision_config={
+            "depths": [1, 1, 1, 1], "embed_dim": [8, 8, 16, 16], "num_heads": [1, 1, 2, 2], "num_groups": [1, 1, 2, 2],
+            "window_size": 2, "projection_dim": 32, "drop_path_rate": 0.0,
+        },
+        text_config=t.BartConfig(
+            vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64,
+            decoder_ffn_dim=64, encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=64,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
+        ).to_dict(),
+        image_token_id=4,
+    )  # fmt: skip
+    model = t.Florence2ForConditionalGeneration(config)
+    images = t.CLIPImageProcessorPil(size={"height": 64, "width": 64}, do_center_crop=False)
+    images.image_seq_length = 5
+    processor = t.Florence2Processor(images, tokenizer)
+    batch = dict(processor(images=colour_pictures("red", "blue"), text=["<DETAILED_CAPTION>"] * 2, return_tensors="pt"))
+    answers = tokenizer([f"<s> a {c} picture in detail </s>" for c in ("red", "blue")], return_tensors="pt").input_ids
+    teach(model, batch | {"labels": answers})
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def make_git(folder: Path) -> Path:
+    """A GIT, which describes without being asked: for model_type auto."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    tokenizer = words_tokenizer(["a", "picture", *COLOURS])
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = t.GitVisionConfig(**size, image_size=32, patch_size=16).to_dict()
+    config = t.GitConfig(
+        **size, vision_config=vision, vocab_size=len(tokenizer), max_position_embeddings=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = t.GitForCausalLM(config)
+    images = t.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = t.GitProcessor(images, tokenizer)
+    words = tokenizer([f"<s> a {c} picture </s>" for c in COLOURS], return_tensors="pt")
+    pixels = images(colour_pictures(), return_tensors="pt").pixel_values
+    teach(model, dict(words) | {"pixel_values": pixels, "labels": words.input_ids})
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def make_tagger(folder: Path, batch: str | int = "batch_size") -> Path:
+    """A tagger's two files. The ONNX graph: means of the 448 x 448 BGR picture, then a linear layer and a sigmoid."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        ("general", 9, (0, 0, 0), 5.0),
+        ("red_background", 0, (-1, -1, 2), -100),
+        ("green_background", 0, (-1, 2, -1), -100),
+        ("blue_background", 0, (2, -1, -1), -100),
+        ("white_border", 0, (1, 1, 1), -600),
+        ("o_o", 0, (0, 0, 0), 1.0),
+        ("hatsune_miku", 4, (0, 0, 0), 0.5),
+        ("never", 0, (0, 0, 0), -9.0),
+    ]
+    lines = [f"{i},{name},{category},1" for i, (name, category, _, _) in enumerate(rows)]
+    (folder / "selected_tags.csv").write_text("\n".join(["tag_id,name,category,count", *lines]) + "\n")
+    weight = np.array([w for _, _, w, _ in rows], np.float32).T / 20
+    bias = np.array([b / 20 if abs(b) > 50 else b for _, _, _, b in rows], np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("ReduceMean", ["input", "sides"], ["means"], keepdims=0),
+            helper.make_node("MatMul", ["means", "weight"], ["product"]),
+            helper.make_node("Add", ["product", "bias"], ["sum"]),
+            helper.make_node("Sigmoid", ["sum"], ["output"]),
+        ],
+        "tagger",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, 448, 448, 3])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [batch, len(rows)])],
+        [
+            numpy_helper.from_array(np.array([1, 2], np.int64), "sides"),
+            numpy_helper.from_array(weight, "weight"),
+            numpy_helper.from_array(bias, "bias"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, folder / "model.onnx")
+    return folder
