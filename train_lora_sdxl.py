@@ -103,9 +103,9 @@ def import_libraries() -> None:
 
 def import_image_libraries() -> None:
     """The part of `import_libraries` that reading pictures and captions needs (0.2 s)."""
-    global np, Image, ImageOps, ImageEnhance
+    global np, Image, ImageCms, ImageEnhance, ImageOps
     import numpy as np
-    from PIL import Image, ImageEnhance, ImageOps
+    from PIL import Image, ImageCms, ImageEnhance, ImageOps
 
 
 def import_logging_quietly() -> None:
@@ -844,9 +844,23 @@ def dataset_examples(args: argparse.Namespace) -> list[Example]:
     return [Example(f"row {i}", captions[i], reader(i)) for i in range(len(table))]
 
 
+def to_srgb(image):
+    """An RGB or CMYK image with the colours that its profile means (phones: Display P3), in sRGB; others as they are."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "CMYK"):
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if image.mode == "RGB" and ImageCms.getProfileDescription(source).startswith("sRGB"):
+            return image
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):  # a broken profile, or one for another mode
+        return image
+
+
 def to_rgb(image):
-    """An upright RGB image: EXIF rotation applied, transparency laid on white, 16 bit scaled down to 8."""
-    image = ImageOps.exif_transpose(image)
+    """An upright sRGB image: EXIF rotation and colour profile applied, transparency laid on white, 16 bit brought to 8."""
+    image = to_srgb(ImageOps.exif_transpose(image))
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         top = 65535.0 if values.max() > 255 else 255.0

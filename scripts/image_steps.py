@@ -52,11 +52,14 @@ def sharpness(image) -> float:
     """
     grey = image.convert("L")
     grey.thumbnail((1024, 1024), Image.Resampling.BOX)
-    g = np.asarray(grey, dtype=np.float32)
+    g = np.asarray(grey).astype(np.int16)
     if min(g.shape) < 3:
         return 0.0
-    laplacian = g[:-2, 1:-1] + g[2:, 1:-1] + g[1:-1, :-2] + g[1:-1, 2:] - 4 * g[1:-1, 1:-1]
-    return float(laplacian.var())
+    laplacian = g[:-2, 1:-1] + g[2:, 1:-1]
+    laplacian += g[1:-1, :-2]
+    laplacian += g[1:-1, 2:]
+    laplacian -= 4 * g[1:-1, 1:-1]
+    return float(laplacian.astype(np.float32).var())
 
 
 def header_facts(raw: bytes) -> dict:
@@ -80,7 +83,7 @@ def measure(raw: bytes, script, thumbnail: Path) -> dict:
         return {"problem": str(error)}
     bits, sure, colours = script.look_of(image)
     known = {"size": image.size, "look": [bits, sure, base64.b64encode(colours).decode()], "facts": facts}
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=1.0)
     write_whole(thumbnail, encode(image, "jpg", 75))
     return known
 
@@ -160,9 +163,14 @@ def crop_box(size: tuple[int, int], target: tuple[int, int], position: str) -> t
 
 
 def cover(image, target: tuple[int, int], interpolation: str, position: str):
-    """The image scaled to cover `target` and cropped to it."""
+    """The image scaled to cover `target` and cropped to it; only what is kept is computed."""
     size = scaled_size(image.size, target, "cover")
-    return scaled(image, size, interpolation).crop(crop_box(size, target, position))
+    box = crop_box(size, target, position)
+    if size == image.size:
+        return image.crop(box) if target != size else image
+    x, y = image.width / size[0], image.height / size[1]
+    part = box[0] * x, box[1] * y, box[2] * x, box[3] * y
+    return image.resize(target, getattr(Image.Resampling, interpolation.upper()), box=part)
 
 
 def resize(image, step):
@@ -206,13 +214,20 @@ def kept_part(p: Picture, resizing, bucketing, target: tuple[int, int] | None) -
     return left, top, right, bottom
 
 
+def is_on_the_way(size: tuple[int, int], resizing, target: tuple[int, int]) -> bool:
+    """Whether image_resizing keeps the whole picture, at no less than the bucket's size: cropping the source to the bucket
+    gives the same picture, scaled once."""
+    whole = resizing.crop_position == "none" if resizing.mode == "cover" else resizing.fill == "none"
+    return whole and all(t <= a for t, a in zip(target, resized_size(size, resizing), strict=True))
+
+
 def render(raw: bytes, script, resizing, target: tuple[int, int] | None, bucketing, form: str, quality: int) -> bytes:
     """The bytes of the output file: decoded once, resized, cropped to its bucket, encoded once.
 
     A file that already is what would come out (size, RGB, upright, format) is returned as it is.
     """
     image = whole = script.decode_image(raw)
-    if resizing is not None:
+    if resizing is not None and not (target and is_on_the_way(image.size, resizing, target)):
         image = resize(image, resizing)
     if target is not None:
         image = cover(image, target, bucketing.interpolation, bucketing.crop_position)

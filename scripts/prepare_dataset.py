@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -118,7 +119,8 @@ class Preparation:
             stem = self.journal.get("name", example.name)
             if stem is None:
                 wanted = Path(example.name.replace("row ", "row_")).with_suffix("").as_posix()
-                stem = next(s for s in (wanted, *(f"{wanted}_{n}" for n in range(2, 10**6))) if s.lower() not in taken)
+                numbered = (f"{wanted}_{n}" for n in itertools.count(2))
+                stem = next(s for s in itertools.chain([wanted], numbered) if s.lower() not in taken)
                 taken.add(stem.lower())
                 self.journal.put("name", example.name, stem)
             source = "kept" if example.captions else ""
