@@ -419,8 +419,6 @@ def prepare(settings, script) -> int:
     started = time.perf_counter()
     run = Preparation(settings, script)
     steps = settings.steps
-    if steps.auto_caption or steps.aspect_ratio_bucketing:
-        script.import_logging_quietly()
     run.readable = set(script.IMAGE_SUFFIXES)
     script.IMAGE_SUFFIXES |= image_steps.PHONE_SUFFIXES
     run.find()
@@ -437,6 +435,8 @@ def prepare(settings, script) -> int:
         raise script.UserError(
             f"none of {len(run.pictures)} images is left; the reasons are in {run.out / 'left_out.jsonl'}"
         )
+    if steps.auto_caption or steps.aspect_ratio_bucketing:
+        script.import_logging_quietly()
     if steps.auto_caption:
         run.caption()
     if steps.auto_tagging:
