@@ -13,7 +13,8 @@ from pathlib import Path
 
 import image_steps
 from caption_models import ModelError, local_folder
-from prepare_dataset import in_parallel, source_args
+from image_steps import in_parallel
+from prepare_settings import source_args
 from released_models import load_script
 
 FEW = 5  # images
@@ -130,12 +131,12 @@ def diagnose(settings, args) -> int:
     if training.aspect_ratio_buckets is not None:
         script.import_logging_quietly()  # diffusers makes the buckets
     buckets = script.bucket_sizes(training)
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        try:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
             examples = script.source_examples(training, missing)
-        except script.UserError as error:
-            print(f"HURTS  {error}\n       -> nothing can be trained on this")
-            return 1
+    except script.UserError as error:
+        print(f"HURTS  {error}\n       -> training stops at this; mend it first")
+        return 1
     findings += [
         script.Finding(line.removeprefix("warning: "), "", hurts=False) for line in said.getvalue().splitlines()
     ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -239,3 +241,28 @@ def render(raw: bytes, script, resizing, target: tuple[int, int] | None, bucketi
 def digest_of(*parts: object) -> str:
     """A short name for a content made from `parts`."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def in_parallel(work, items: list, workers: int, title: str):
+    """Yields (item, work(item)) in order, computed by threads a few items ahead, with a progress bar."""
+    from tqdm import tqdm
+
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(items), desc=title, unit=" images", disable=not items) as bar,
+    ):
+        waiting, left = deque(), iter(items)
+        try:
+            for item in left:
+                waiting.append((item, pool.submit(work, item)))
+                if len(waiting) > 2 * workers:
+                    done, result = waiting.popleft()
+                    yield done, result.result()
+                    bar.update()
+            while waiting:
+                done, result = waiting.popleft()
+                yield done, result.result()
+                bar.update()
+        finally:
+            for _, result in waiting:
+                result.cancel()

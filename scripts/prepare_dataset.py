@@ -14,21 +14,21 @@ only what is missing. A .txt that you edit there stays as you wrote it.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 import threading
 import time
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from pathlib import Path
 
 import image_steps
-from prepare_settings import RESOLUTIONS, STATE, read_settings
+from image_steps import in_parallel
+from prepare_settings import RESOLUTIONS, STATE, read_settings, source_args
 from released_models import load_script
 
 
@@ -65,31 +65,6 @@ class Journal:
                 self.file.flush()
 
 
-def in_parallel(work, items: list, workers: int, title: str):
-    """Yields (item, work(item)) in order, computed by threads a few items ahead, with a progress bar."""
-    from tqdm import tqdm
-
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(items), desc=title, unit=" images", disable=not items) as bar,
-    ):
-        waiting, left = deque(), iter(items)
-        try:
-            for item in left:
-                waiting.append((item, pool.submit(work, item)))
-                if len(waiting) > 2 * workers:
-                    done, result = waiting.popleft()
-                    yield done, result.result()
-                    bar.update()
-            while waiting:
-                done, result = waiting.popleft()
-                yield done, result.result()
-                bar.update()
-        finally:
-            for _, result in waiting:
-                result.cancel()
-
-
 class Preparation:
     """One run over one data set; each method is a pass over its pictures."""
 
@@ -118,7 +93,7 @@ class Preparation:
         for example in examples:
             stem = self.journal.get("name", example.name)
             if stem is None:
-                wanted = Path(example.name.replace("row ", "row_")).with_suffix("").as_posix()
+                wanted = Path(re.sub(r"^row (\d+)$", r"row_\1", example.name)).with_suffix("").as_posix()
                 numbered = (f"{wanted}_{n}" for n in itertools.count(2))
                 stem = next(s for s in itertools.chain([wanted], numbered) if s.lower() not in taken)
                 taken.add(stem.lower())
@@ -378,20 +353,6 @@ def with_tags(caption: str, tags: str) -> str:
     return ", ".join([caption, *(t for t in tags.split(", ") if t and t.lower() not in there)])
 
 
-def source_args(settings) -> argparse.Namespace:
-    """What the training scripts' readers want to know of the source."""
-    return argparse.Namespace(
-        dataset_name=settings.dataset_name,
-        dataset_config_name=settings.dataset_config_name,
-        dataset_split=settings.dataset_split,
-        train_data_dir=settings.data_dir,
-        instance_data_dir=None,
-        image_column=settings.image_column,
-        caption_column=settings.caption_column,
-        cache_dir=settings.cache_dir,
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the program; what a person can mend ends as one line. Returns the exit code."""
     script = load_script("sd15", libraries=False)
@@ -406,6 +367,11 @@ def main(argv: list[str] | None = None) -> int:
         return prepare(settings, script)
     except (script.UserError, ModelError) as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"{Path(__file__).name}: error: {error.filename or settings.output_dir}: {error.strerror}", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)

@@ -359,3 +359,17 @@ def check_settings(settings, args: argparse.Namespace, UserError) -> None:
             fallback = {"interpolation": "lanczos", "quality": 95, "format": "jpg"}[key]
             if getattr(bucketing, key) is None:
                 setattr(bucketing, key, getattr(resizing, key) if resizing else fallback)
+
+
+def source_args(settings) -> argparse.Namespace:
+    """What the training scripts' readers want to know of the source."""
+    return argparse.Namespace(
+        dataset_name=settings.dataset_name,
+        dataset_config_name=settings.dataset_config_name,
+        dataset_split=settings.dataset_split,
+        train_data_dir=settings.data_dir,
+        instance_data_dir=None,
+        image_column=settings.image_column,
+        caption_column=settings.caption_column,
+        cache_dir=settings.cache_dir,
+    )
