@@ -679,7 +679,13 @@ class Finding:
     hurts: bool = True
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.advice}"
+        return f"{self.what}; {self.advice}"
+
+
+def found(what: str, names: list[str], total: int | None, advice: str, hurts: bool = True) -> list[Finding]:
+    """[a finding with how many, of how many, and the first few names], or [] if there are none."""
+    of = "" if total is None else f" of {total}"
+    return [Finding(f"{what}: {len(names)}{of} ({listed(names)})", advice, hurts)] if names else []
 
 
 def decode_text(raw: bytes, file: Path) -> str:
@@ -1003,11 +1009,7 @@ def look_at(example: Example, buckets: list[tuple[int, int]]):
 
 def examine(examples: list[Example], buckets: list[tuple[int, int]], batch_size: int) -> list[Finding]:
     """What will hurt in pictures that have been looked at: sizes, crops, buckets, copies, held-out images."""
-    findings, total = [], len(examples)
-
-    def note(names: list[str], what: str, advice: str) -> None:
-        if names:
-            findings.append(Finding(f"{len(names)} of {total} images {what} ({listed(names)})", advice))
+    total = len(examples)
 
     def scale(e: Example) -> float:
         return max(buckets[e.bucket][0] / e.size[0], buckets[e.bucket][1] / e.size[1])
@@ -1016,24 +1018,23 @@ def examine(examples: list[Example], buckets: list[tuple[int, int]], batch_size:
         return 1 - buckets[e.bucket][0] * buckets[e.bucket][1] / (e.size[0] * e.size[1] * scale(e) ** 2)
 
     soft = [f"{e.name}: {e.size[0]} x {e.size[1]}, {scale(e):.1f} times" for e in examples if scale(e) > 1.25]
-    note(soft, "are enlarged to fill their bucket", "the LoRA learns their blur; use larger ones or a lower resolution")
+    advice = "the LoRA learns their blur; use larger ones or a lower resolution"
+    findings = found("images enlarged to fill their bucket", soft, total, advice)
     narrow = [f"{e.name}: {lost(e):.0%}" for e in examples if lost(e) > 0.25]
-    way_out = "crop them by hand" if len(buckets) > 1 else "use --aspect_ratio_buckets auto"
-    note(narrow, "lose more than a quarter to the crop", way_out)
-    if batch_size > 1:
-        inside = Counter(e.bucket for e in examples)
-        alone = [e.name for e in examples if inside[e.bucket] == 1 and len(inside) > 1]
-        note(alone, "are alone in their bucket", "each counts as much as a full batch; crop them, or use fewer buckets")
+    advice = "crop them by hand" if len(buckets) > 1 else "use --aspect_ratio_buckets auto"
+    findings += found("images that lose more than a quarter to the crop", narrow, total, advice)
+    inside = Counter(e.bucket for e in examples)
+    alone = [e.name for e in examples if inside[e.bucket] == 1 and len(inside) > 1]
+    weight = "each counts as much as a full batch; crop them, or use fewer buckets"
+    advice = weight if batch_size > 1 else f"harmless with --train_batch_size 1; with more, {weight}"
+    findings += found("images alone in their bucket", alone, total, advice, hurts=batch_size > 1)
     pairs = near_duplicates([e.look for e in examples])
     twins = [f"{examples[i].name} = {examples[j].name}" for i, j in pairs]
-    if twins:
-        advice = "they count twice; take one of each out, or let scripts/prepare_dataset.py do it (remove_duplicates)"
-        findings.append(Finding(f"{len(twins)} pairs of images look the same ({listed(twins)})", advice))
+    advice = "they count twice; take one of each out, or let scripts/prepare_dataset.py do it (remove_duplicates)"
+    findings += found("pairs of images that look the same", twins, None, advice)
     leaks = [t for t, (i, j) in zip(twins, pairs, strict=True) if examples[i].held_out != examples[j].held_out]
-    if leaks:
-        advice = "the held-out loss will look better than it is; take one of each out"
-        findings.append(Finding(f"{len(leaks)} held-out images look like trained ones ({listed(leaks)})", advice))
-    return findings
+    advice = "the held-out loss will look better than it is; take one of each out"
+    return findings + found("held-out images that look like trained ones", leaks, None, advice)
 
 
 def unvaried_captions(examples: list[Example]) -> list[Finding]:
@@ -1054,9 +1055,8 @@ def truncated_captions(captions: list[str], tokenizers: dict) -> list[Finding]:
         limit = tokenizer.model_max_length
         ids = tokenizer(captions, truncation=False).input_ids
         long = [f"{len(i)} tokens: {c[:60]}…" for c, i in zip(captions, ids, strict=True) if len(i) > limit]
-        if long:
-            what = f"{len(long)} of {len(captions)} captions are longer than the {limit} tokens that {key} reads"
-            findings.append(Finding(f"{what} ({listed(long)})", "their ends are not seen; shorten them"))
+        what = f"captions longer than the {limit} tokens that {key} reads"
+        findings += found(what, long, len(captions), "their ends are not seen; shorten them")
     return findings
 
 
@@ -3415,7 +3415,8 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
     smallest, *_, largest = sorted((e.size for e in examples), key=lambda s: s[0] * s[1]) * 2
     say(f"{len(examples)} images from {' x '.join(map(str, smallest))} to {' x '.join(map(str, largest))} pixels")
     for finding in findings + truncated_captions(captions, prompts.tokenizers):
-        say(f"warning: {finding}")
+        if finding.hurts:
+            say(f"warning: {finding}")
     class_store = None
     if args.with_prior_preservation:
         generate_class_images(args, components, prompts, accelerator)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-CAPTION_MODELS = {"blip2": "Salesforce/blip2-opt-2.7b", "florence2": "microsoft/Florence-2-large"}
+CAPTION_MODELS = {"blip2": "Salesforce/blip2-opt-2.7b", "florence2": "florence-community/Florence-2-large"}
+OWN_CODE_FLORENCE = "microsoft/Florence-2-large"  # the same weights; the default with trust_remote_code
+SNAPSHOT = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.safetensors"]
 FLORENCE_TASKS = {
     "caption": "<CAPTION>",
     "detailed_caption": "<DETAILED_CAPTION>",
@@ -38,6 +41,17 @@ def local_folder(name: str, what: str, patterns: list[str] | None = None) -> Pat
         raise ModelError(f"{what}: {name} is neither a local folder nor to be had from the hub ({reason})") from None
 
 
+def own_code(folder: Path) -> dict[str, str]:
+    """The Python classes that a model wants to be run with, for lack of a layout that transformers knows; {} without."""
+    from transformers import CONFIG_MAPPING
+
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    parts = [config, *(v for v in config.values() if isinstance(v, dict) and "model_type" in v)]
+    known = all(part.get("model_type") in CONFIG_MAPPING for part in parts)
+    return {} if known else config.get("auto_map", {})
+
+
 class Captioner:
     """An image-to-text model of transformers: BLIP-2, Florence-2, or any that AutoModelForImageTextToText knows."""
 
@@ -48,7 +62,6 @@ class Captioner:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         what = f"auto_caption: model_name {step.model_name}"
-        folder = local_folder(step.model_name, "auto_caption: model_name")
         if step.device == "cuda" and not torch.cuda.is_available():
             raise ModelError("auto_caption: device cuda: there is no CUDA GPU; use device=cpu or auto")
         self.step, self.batch_size = step, step.batch_size
@@ -60,33 +73,31 @@ class Captioner:
             "florence2": transformers.Florence2ForConditionalGeneration,
             "auto": transformers.AutoModelForImageTextToText,
         }[step.model_type]
-        if step.trust_remote_code:
-            kind = transformers.AutoModelForCausalLM if self.own_code(folder) else kind
+        own = own_code(local_folder(step.model_name, "auto_caption: model_name", ["*.json"]))
+        if own and not step.trust_remote_code:
+            raise ModelError(
+                f"{what} comes with code of its own: trust_remote_code=true runs that, or take a copy in the layout of"
+                " transformers, such as florence-community/Florence-2-large"
+            )
+        if own:
+            kinds = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM", "AutoModel")
+            kind = getattr(transformers, next((k for k in kinds if k in own), "AutoModel"))
         options = {"trust_remote_code": step.trust_remote_code}
+        folder = local_folder(step.model_name, "auto_caption: model_name", SNAPSHOT)
+        if not any(folder.glob("*.safetensors")):
+            folder = local_folder(step.model_name, "auto_caption: model_name", [*SNAPSHOT, "*.bin"])
         try:
             self.model, info = kind.from_pretrained(folder, dtype=self.dtype, output_loading_info=True, **options)
             self.processor = self.load_processor(folder, options)
         except Exception as error:  # of a dozen kinds, by what it is that doesn't fit
             reason = " ".join(str(error).split())[:300]
-            advice = ""
-            if self.own_code(folder) and not step.trust_remote_code:
-                advice = (
-                    "; it comes with code of its own: trust_remote_code=true runs that, or take a copy in the layout of"
-                    " transformers, such as florence-community/Florence-2-large"
-                )
-            raise ModelError(f"{what} can't be loaded as {step.model_type}: {reason}{advice}") from None
+            raise ModelError(f"{what} can't be loaded as {step.model_type}: {reason}") from None
         missing = [k for k in info["missing_keys"] if not k.endswith("position_ids")]
         if missing:
             raise ModelError(
                 f"{what} is no {step.model_type} model: it has no weights for {len(missing)} tensors, such as {missing[0]}"
             )
         self.model.to(self.device).eval()
-
-    @staticmethod
-    def own_code(folder: Path) -> bool:
-        """Whether a model brings Python files that it wants to be run."""
-        config = folder / "config.json"
-        return config.is_file() and '"auto_map"' in config.read_text(encoding="utf-8")
 
     @staticmethod
     def load_processor(folder: Path, options: dict):

@@ -46,7 +46,7 @@ def clip_tokenizers(base: str | None, script) -> dict:
     if tokenizer is None:
         with contextlib.suppress(OSError, ValueError):
             tokenizer = AutoTokenizer.from_pretrained("openai/clip-vit-large-patch14", local_files_only=True)
-    return {"clip": tokenizer} if tokenizer is not None else {"clip, counting words and signs alone,": PieceCounter()}
+    return {"clip": tokenizer} if tokenizer is not None else {"clip (words and signs counted)": PieceCounter()}
 
 
 def training_args(settings, args) -> argparse.Namespace:
@@ -64,53 +64,39 @@ def file_findings(folder: Path, script) -> list:
     images = [f for f in files if f.suffix.lower() in script.IMAGE_SUFFIXES]
     stems = Counter(f.with_suffix("") for f in images)
     name = {f: str(f.relative_to(folder)) for f in files}
-    findings = []
     phone = [name[f] for f in files if f.suffix.lower() in (".heic", ".heif")]
-    if phone:
-        advice = "scripts/prepare_dataset.py converts them" + (
-            "" if image_steps.PHONE_SUFFIXES else " (pip install pillow-heif)"
-        )
-        findings.append(
-            script.Finding(f"{len(phone)} HEIC files are not read in training ({script.listed(phone)})", advice)
-        )
+    advice = "scripts/prepare_dataset.py converts them"
+    advice += "" if image_steps.PHONE_SUFFIXES else " (pip install pillow-heif)"
+    findings = script.found("HEIC files, which are not read in training", phone, None, advice)
     orphans = [name[f] for f in files if f.suffix.lower() in (".txt", ".caption") and f.with_suffix("") not in stems]
-    if orphans:
-        advice = "give it the image's name, or take it away"
-        findings.append(
-            script.Finding(f"{len(orphans)} caption files have no image ({script.listed(orphans)})", advice)
-        )
+    findings += script.found(
+        "caption files without an image", orphans, None, "give it the image's name, or take it away"
+    )
     shared = [
-        f"{name[f]} and another"
+        name[f]
         for f in images
         if stems[f.with_suffix("")] > 1 and any(f.with_suffix(s).is_file() for s in (".txt", ".caption"))
     ]
-    if shared:
-        advice = "images that differ in their suffix alone share a caption; rename one"
-        findings.append(script.Finding(f"{len(shared)} images share a caption file ({script.listed(shared)})", advice))
-    return findings
+    advice = "they differ in their suffix alone; rename one, and give it a caption of its own"
+    return findings + script.found("images that share a caption file", shared, None, advice)
 
 
 def caption_findings(examples: list, settings, args, script) -> list:
     """Missing and unvaried captions, the trigger word, and ends that are not read."""
     findings, total = [], len(examples)
     bare = [e.name for e in examples if not any(e.captions)]
-    if bare and not args.instance_prompt:
-        advice = "caption them (auto_caption), or train with --instance_prompt or --default_caption"
-        what = "no image has a caption" if len(bare) == total else f"{len(bare)} of {total} images have no caption"
-        findings.append(script.Finding(f"{what} ({script.listed(bare)})", advice))
+    if not args.instance_prompt:
+        advice = "describe them (auto_caption), or train with --instance_prompt or --default_caption"
+        findings += script.found("images without a caption", bare, total, advice)
     captioned = [e for e in examples if any(e.captions)]
     captions = [c for e in captioned for c in e.captions]
     if not args.instance_prompt:
         findings += script.unvaried_captions(captioned)
     word = settings.trigger_word
-    lacking = [e.name for e in captioned if word and any(script.with_trigger(c, word) != c for c in e.captions)]
-    if lacking:
-        findings.append(
-            script.Finding(
-                f"the trigger word {word!r} is missing in {len(lacking)} of {len(captioned)} captions ({script.listed(lacking)})",
-                f"write it there, or train with --trigger_word {word}, which puts it first",
-            )
-        )
+    if word:
+        lacking = [e.name for e in captioned if any(script.with_trigger(c, word) != c for c in e.captions)]
+        advice = f"write it there, or train with --trigger_word {word}, which puts it first"
+        findings += script.found(f"captions without the trigger word {word!r}", lacking, len(captioned), advice)
     elif not word and len(captioned) > 1 and not args.instance_prompt:
         words = [{w.strip(".,:;!?\"'()") for w in c.lower().split()} for c in captions]
         if not set.intersection(*words) - {"a", "an", "the", "of", "in", "on", "with", "and", "is"}:
@@ -154,20 +140,9 @@ def diagnose(settings, args) -> int:
         if problem is not None:
             broken.append(f"{example.name}: {problem}")
     examples = [e for e in examples if e.name in facts]
-    if missing:
-        advice = "training stops at this; put them back, or take their lines out of the metadata"
-        findings.append(
-            script.Finding(
-                f"{len(missing)} images are named in the metadata and not there ({script.listed(missing)})", advice
-            )
-        )
-    if broken:
-        findings.append(
-            script.Finding(
-                f"{len(broken)} images can't be read ({script.listed(broken)})",
-                "training leaves them out; replace them",
-            )
-        )
+    advice = "training stops at this; put them back, or take their lines out of the metadata"
+    findings += script.found("images named in the metadata that are not there", missing, None, advice)
+    findings += script.found("images that can't be read", broken, None, "training leaves them out; replace them")
     folder = Path(settings.data_dir or settings.dataset_name)
     if folder.is_dir():
         findings += file_findings(folder, script)
@@ -176,9 +151,10 @@ def diagnose(settings, args) -> int:
         return 1
     if training.validation_split:
         script.hold_out(examples, training)
-    if len(examples) < FEW:
+    total = len(examples)
+    if total < FEW:
         advice = "10 to 50 that differ in light, place and angle are usual"
-        findings.append(script.Finding(f"only {len(examples)} images", advice, hurts=False))
+        findings.append(script.Finding(f"only {total} image{'s' if total > 1 else ''}", advice, hurts=False))
     findings += script.examine(examples, buckets, args.train_batch_size or 1)
     if training.validation_split and args.seed is None and any("look the same" in f.what for f in findings):
         findings.append(
@@ -186,30 +162,11 @@ def diagnose(settings, args) -> int:
                 "which images are held out depends on --seed", "give the one that you train with", hurts=False
             )
         )
-    inside = Counter(e.bucket for e in examples)
-    alone = [e.name for e in examples if inside[e.bucket] == 1 and len(inside) > 1]
-    if alone and (args.train_batch_size or 1) == 1:
-        advice = "harmless with --train_batch_size 1; with more, each counts as much as a full batch"
-        findings.append(
-            script.Finding(
-                f"{len(alone)} images are alone in their bucket ({script.listed(alone)})", advice, hurts=False
-            )
-        )
     turned, located = ([n for n, f in facts.items() if f[key]] for key in ("turned", "gps"))
-    if turned:
-        advice = "training puts them upright; other tools may not (image_resizing writes them upright)"
-        findings.append(
-            script.Finding(f"{len(turned)} images are turned by EXIF ({script.listed(turned)})", advice, hurts=False)
-        )
-    if located:
-        advice = "take it out before you publish the set (image_resizing does)"
-        findings.append(
-            script.Finding(
-                f"{len(located)} images hold the place where they were taken ({script.listed(located)})",
-                advice,
-                hurts=False,
-            )
-        )
+    advice = "training puts them upright; other tools may not (image_resizing writes them upright)"
+    findings += script.found("images turned by EXIF", turned, total, advice, hurts=False)
+    advice = "take it out before you publish the set (image_resizing does)"
+    findings += script.found("images that tell the place where they were taken", located, total, advice, hurts=False)
     findings += caption_findings(examples, settings, args, script)
     print("\n".join(overview(settings, examples, facts, broken, buckets, training)))
     script.print_buckets(examples, buckets)
@@ -243,5 +200,5 @@ def render(findings: list) -> list[str]:
         if f.advice:
             lines.append(f"       -> {f.advice}")
     hurting = sum(f.hurts for f in findings)
-    lines.append(f"{hurting} things will hurt" if hurting else "nothing that will hurt")
+    lines.append(f"{hurting} thing{'s' if hurting > 1 else ''} will hurt" if hurting else "nothing that will hurt")
     return lines

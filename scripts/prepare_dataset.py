@@ -416,6 +416,10 @@ def prepare(settings, script) -> int:
     examples = run.examples()
     square = steps.image_resizing.target_resolution if steps.image_resizing else (RESOLUTIONS[settings.family],) * 2
     findings = script.examine(examples, run.buckets or [square], 1) + script.unvaried_captions(examples)
+    bare = [p.file for p in run.kept if not p.captions and p.caption_source != "by hand"]
+    what = "images without a caption" + (", but for the trigger word" if settings.trigger_word else "")
+    findings += script.found(what, bare, len(examples), "auto_caption describes them, or write a .txt beside each")
+    findings = [f for f in findings if f.hurts]
     write_report(run, findings)
     seconds = time.perf_counter() - started
     print(f"\n{'step':<22}{'images':>8}{'done now':>10}{'from before':>13}   note")

@@ -82,10 +82,12 @@ def build_schema():
 
         @model_validator(mode="after")
         def name_the_model(self):
-            from caption_models import CAPTION_MODELS
+            from caption_models import CAPTION_MODELS, OWN_CODE_FLORENCE
 
             if self.model_name is None and self.model_type == "auto":
                 raise ValueError("model_type auto needs model_name")
+            if self.model_type == "florence2" and self.trust_remote_code:
+                self.model_name = self.model_name or OWN_CODE_FLORENCE
             self.model_name = self.model_name or CAPTION_MODELS[self.model_type]
             return self
 

@@ -516,6 +516,30 @@ def test_a_model_of_another_kind_is_refused(models, tmp_path, capsys):
     assert "8 probabilities for 1 tags" in error("--auto_tagging", f"model_name={strange}")
 
 
+def test_code_that_a_model_brings_runs_only_when_asked_for(models, tmp_path, capsys):
+    own, folder = tmp_path / "own", tmp_path / "in"
+    for place in (own, folder):
+        place.mkdir()
+    for file in models["git"].iterdir():
+        (own / file.name).write_bytes(file.read_bytes())
+    config = json.loads((own / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (own / "config.json").write_text(json.dumps(config))
+    (own / "mine.py").write_text(
+        "from transformers import GitConfig, GitForCausalLM\n"
+        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+        "class Config(GitConfig):\n    model_type = 'mine'\n"
+        "class Model(GitForCausalLM):\n    config_class = Config\n"
+    )
+    tiny_models.colour_pictures("blue")[0].resize((300, 300)).save(folder / "a.png")
+    words = ["-d", folder, "-o", tmp_path / "out", "--auto_caption", "model_type=auto", f"model_name={own}"]
+    assert prepare(*words) == 2
+    assert "comes with code of its own: trust_remote_code=true runs that" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    assert prepare(*words, "trust_remote_code=true", "max_new_tokens=8") == 0
+    assert (tmp_path / "ran").exists() and texts(tmp_path / "out") == {"a.png": "a blue picture"}
+
+
 def test_weights_that_are_missing_are_not_made_up(models, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -703,23 +727,23 @@ def spoil(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "expected", "flags"),
     [
-        ("duplicate", "1 pairs of images look the same (1.jpg = again.png)", ()),
-        ("damaged", "1 images can't be read (0.jpg: damaged", ()),
-        ("small", "1 of 8 images are enlarged to fill their bucket (0.jpg: 200 x 200, 2.6 times)", ()),
-        ("long", "1 of 8 images lose more than a quarter to the crop (0.jpg: 50%)", ()),
-        ("long", "1 of 8 images are alone in their bucket (0.jpg)",
+        ("duplicate", "pairs of images that look the same: 1 (1.jpg = again.png)", ()),
+        ("damaged", "images that can't be read: 1 (0.jpg: damaged", ()),
+        ("small", "images enlarged to fill their bucket: 1 of 8 (0.jpg: 200 x 200, 2.6 times)", ()),
+        ("long", "images that lose more than a quarter to the crop: 1 of 8 (0.jpg: 50%)", ()),
+        ("long", "images alone in their bucket: 1 of 8 (0.jpg)",
          ("--aspect_ratio_buckets", "512,512;720,368", "--train_batch_size", "2")),
-        ("bare", "1 of 8 images have no caption (0.jpg)", ()),
-        ("trigger", "the trigger word 'sks' is missing in 1 of 8 captions (0.jpg)", ("--trigger_word", "sks")),
+        ("bare", "images without a caption: 1 of 8 (0.jpg)", ()),
+        ("trigger", "captions without the trigger word 'sks': 1 of 8 (0.jpg)", ("--trigger_word", "sks")),
         ("same", "all captions are the same ('sks thing')", ()),
-        ("wordy", "1 of 8 captions are longer than the 77 tokens", ()),
+        ("wordy", "captions longer than the 77 tokens that clip", ()),
         ("wordy", "longer than the 77 tokens that clip_l reads", ("-m", ROOT / "assets" / "toy_sd15")),
-        ("orphan", "1 caption files have no image (O.txt)", ()),
-        ("shared", "2 images share a caption file (0.jpg and another, 0.png and another)", ()),
-        ("missing", "1 images are named in the metadata and not there (gone.jpg)", ()),
+        ("orphan", "caption files without an image: 1 (O.txt)", ()),
+        ("shared", "images that share a caption file: 2 (0.jpg, 0.png)", ()),
+        ("missing", "images named in the metadata that are not there: 1 (gone.jpg)", ()),
         ("metadata", "line 1: not JSON", ()),
-        ("phone", "1 HEIC files are not read in training (x.heic)", ()),
-        ("duplicate", "1 held-out images look like trained ones", ("--validation_split", "0.1", "--seed", "SEED")),
+        ("phone", "HEIC files, which are not read in training: 1 (x.heic)", ()),
+        ("duplicate", "held-out images that look like trained ones: 1 (", ("--validation_split", "0.1", "--seed", "SEED")),
     ],
 )  # fmt: skip
 def test_the_doctor_finds(healthy, capsys, how, expected, flags):
@@ -768,8 +792,8 @@ def test_training_says_what_the_doctor_would(healthy, tmp_path, capsys):
     assert run_here(FAMILIES["sd15"], tmp_path / "run", "-d", healthy, "--resolution", "256") == 0
     said = capsys.readouterr().out
     assert "9 images from 200 x 200 to 600 x 600 pixels" in said
-    assert "warning: 1 of 9 images are enlarged to fill their bucket (0.jpg: 200 x 200, 1.3 times): " in said
-    assert "warning: 1 pairs of images look the same (1.jpg = again.png): " in said
+    assert "warning: images enlarged to fill their bucket: 1 of 9 (0.jpg: 200 x 200, 1.3 times); " in said
+    assert "warning: pairs of images that look the same: 1 (1.jpg = again.png); " in said
 
 
 def test_a_caption_edited_beside_the_metadata_is_trained(healthy):
