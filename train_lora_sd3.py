@@ -411,20 +411,7 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
     use_prepared_buckets(args)
     if args.resolution is None:
         args.resolution = [DEFAULT_RESOLUTION]
-    if len(args.resolution) > 2:
-        raise UserError("--resolution takes one number, or width and height")
-    for side in args.resolution:
-        if side % PIXEL_DIVISOR:
-            raise UserError(f"--resolution {side} is not divisible by {PIXEL_DIVISOR}")
-    if args.aspect_ratio_buckets not in (None, "auto"):
-        for pair in args.aspect_ratio_buckets.split(";"):
-            sides = pair.split(",")
-            if len(sides) != 2 or not all(
-                s.strip().isdigit() and int(s) and int(s) % PIXEL_DIVISOR == 0 for s in sides
-            ):
-                raise UserError(
-                    f'--aspect_ratio_buckets: {pair!r} is no "height,width" of multiples of {PIXEL_DIVISOR}; or use "auto"'
-                )
+    check_sizes(args)
     if args.color_jitter is not None and len(args.color_jitter) not in (0, 4):
         raise UserError("--color_jitter takes four numbers (brightness contrast saturation hue) or none")
     if args.color_jitter == []:
@@ -439,6 +426,24 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         args.class_data_dir = str(Path(args.output_dir) / "class_images")
     if args.max_train_steps is None and args.num_train_epochs is None:
         args.max_train_steps = 1000
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    """--resolution and --aspect_ratio_buckets: numbers that the VAE and the denoiser can divide."""
+    if len(args.resolution) > 2:
+        raise UserError("--resolution takes one number, or width and height")
+    for side in args.resolution:
+        if side % PIXEL_DIVISOR:
+            raise UserError(f"--resolution {side} is not divisible by {PIXEL_DIVISOR}")
+    if args.aspect_ratio_buckets not in (None, "auto"):
+        for pair in args.aspect_ratio_buckets.split(";"):
+            sides = pair.split(",")
+            if len(sides) != 2 or not all(
+                s.strip().isdigit() and int(s) and int(s) % PIXEL_DIVISOR == 0 for s in sides
+            ):
+                raise UserError(
+                    f'--aspect_ratio_buckets: {pair!r} is no "height,width" of multiples of {PIXEL_DIVISOR}; or use "auto"'
+                )
 
 
 def use_prepared_buckets(args: argparse.Namespace) -> None:
@@ -3399,8 +3404,8 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
     if not args.instance_prompt and not args.default_caption:
         findings += unvaried_captions(examples)
     captions = [with_trigger(c, args.trigger_word) for e in examples for c in e.captions]
-    smallest, *_, largest = sorted((e.size for e in examples), key=lambda s: s[0] * s[1]) * 2
-    say(f"{len(examples)} images from {' x '.join(map(str, smallest))} to {' x '.join(map(str, largest))} pixels")
+    sizes = [f"{w} x {h}" for w, h in sorted((e.size for e in examples), key=lambda s: s[0] * s[1])]
+    say(f"{len(examples)} images from {sizes[0]} to {sizes[-1]} pixels")
     for finding in findings + truncated_captions(captions, prompts.tokenizers):
         if finding.hurts:
             say(f"warning: {finding}")

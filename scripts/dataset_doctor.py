@@ -15,7 +15,6 @@ import image_steps
 from caption_models import ModelError, local_folder
 from image_steps import in_parallel
 from prepare_settings import source_args
-from released_models import load_script
 
 FEW = 5  # images
 
@@ -103,17 +102,18 @@ def caption_findings(examples: list, settings, args, script) -> list:
             advice = "--trigger_word gives the LoRA a name to call it by, unless it's for a style that is always on"
             findings.append(script.Finding("no word stands in all captions", advice, hurts=False))
     if captions:
+        captions = [script.with_trigger(c, word) for c in captions]
         findings += script.truncated_captions(captions, clip_tokenizers(args.pretrained_model_name_or_path, script))
     return findings
 
 
-def diagnose(settings, args) -> int:
+def diagnose(settings, args, script) -> int:
     """Prints what is known of the data set and what is wrong with it. Returns 1 if something will hurt, else 0."""
-    script = load_script(settings.family, libraries=False)
     training = training_args(settings, args)
     findings, broken, missing = [], [], []
     script.use_prepared_buckets(training)
     training.resolution = training.resolution or [script.DEFAULT_RESOLUTION]
+    script.check_sizes(training)
     if training.aspect_ratio_buckets is not None:
         script.import_logging_quietly()  # diffusers makes the buckets
     buckets = script.bucket_sizes(training)

@@ -363,7 +363,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.doctor:
             from dataset_doctor import diagnose
 
-            return diagnose(settings, args)
+            trainer = load_script(settings.family, libraries=False)
+            try:
+                return diagnose(settings, args, trainer)
+            except trainer.UserError as error:
+                raise script.UserError(error) from None
         return prepare(settings, script)
     except (script.UserError, ModelError) as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
