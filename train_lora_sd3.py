@@ -981,7 +981,7 @@ def look_of(image) -> tuple[int, int, bytes]:
     outlives scaling and saving again (Zauner 2010, Implementation and benchmarking of perceptual image hash functions).
     One that is near the median, as half of them are in a symmetric picture, is not sure.
     """
-    small = image.resize((64, 64), Image.Resampling.BOX)
+    small = image.resize((64, 64), Image.Resampling.BOX, reducing_gap=1.0)
     grey = np.asarray(small.convert("L").resize((32, 32), Image.Resampling.BOX), dtype=np.float64)
     basis = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1))
     frequencies = (basis @ grey @ basis.T).ravel()
