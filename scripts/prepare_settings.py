@@ -23,6 +23,9 @@ def build_schema():
     def off_is_none(value):
         return None if value is False or value == "off" else value
 
+    def as_number(value):
+        return int(value) if isinstance(value, str) and value.isdigit() else value
+
     def as_size(value):
         parts = str(value).lower().replace("x", " ").replace(",", " ").strip("[]()").split()
         sides = [int(p) for p in parts] if all(p.isdigit() and int(p) for p in parts) else []
@@ -132,7 +135,9 @@ def build_schema():
         custom_buckets: Annotated[list[tuple[int, int]] | None, BeforeValidator(as_buckets)] = Field(
             None, description='"height,width;height,width;..." instead'
         )
-        divisibility: Literal[8, 16, 32, 64] = Field(16, description="sides are multiples of this")
+        divisibility: Annotated[Literal[8, 16, 32, 64], BeforeValidator(as_number)] = Field(
+            16, description="sides are multiples of this"
+        )
         max_aspect_ratio: float = Field(2.0, ge=1, le=4, description="of the longest buckets, both ways")
         resize_images: bool = Field(False, description="also scale and crop the images to their buckets")
         interpolation: INTERPOLATIONS | None = Field(None, description="(as image_resizing, else lanczos)")

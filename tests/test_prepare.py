@@ -396,6 +396,20 @@ def test_formats_quality_and_files_that_are_right_already(tmp_path):
     assert Image.open(out / "large.png").format == "PNG"
 
 
+def test_every_parameter_can_be_given_as_text():
+    """The command line gives all values as text; each parameter takes its default back in that form."""
+    for name, model in prepare_dataset_schema().items():
+        made = model(**{"model_type": "blip2"} if name == "auto_caption" else {})
+        given = {
+            key: ",".join(value) if isinstance(value, list) else str(value).lower() if value is not None else "off"
+            for key, value in made.model_dump().items()
+            if value is not None or key in ("blur_threshold", "max_tags", "general_threshold", "character_threshold")
+        }
+        assert {k: v for k, v in model(**given).model_dump().items() if k != "model_name"} == {
+            k: v for k, v in made.model_dump().items() if k != "model_name"
+        }
+
+
 def test_pictures_of_phones(tmp_path):
     pillow_heif = pytest.importorskip("pillow_heif")
     folder, out = tmp_path / "in", tmp_path / "out"
