@@ -895,16 +895,14 @@ def decode_image(raw: bytes):
     """Bytes of an image file -> upright RGB image. Errors: ValueError with the reason in plain words."""
     try:
         image = Image.open(io.BytesIO(raw))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(
-                f"{image.width} x {image.height} pixels; at most {MAX_PIXELS // 10**6} megapixels are taken"
-            )
-        return to_rgb(image)
+        if image.width * image.height <= MAX_PIXELS:
+            return to_rgb(image)
     except Image.DecompressionBombError:
         raise ValueError(f"more than {MAX_PIXELS // 10**6} megapixels") from None
-    except (OSError, SyntaxError, EOFError, MemoryError) as error:
+    except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
         text = str(error)
         raise ValueError("not an image" if "cannot identify" in text else f"damaged ({text})") from None
+    raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS // 10**6} megapixels are taken")
 
 
 def bucket_sizes(args: argparse.Namespace) -> list[tuple[int, int]]:

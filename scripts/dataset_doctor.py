@@ -162,6 +162,9 @@ def diagnose(settings, args, script) -> int:
                 "which images are held out depends on --seed", "give the one that you train with", hurts=False
             )
         )
+    disguised = [n for n, f in facts.items() if f["format"] == "HEIF"]
+    advice = "scripts/prepare_dataset.py converts them"
+    findings += script.found("HEIC files under another suffix, which are not read in training", disguised, None, advice)
     turned, located = ([n for n, f in facts.items() if f[key]] for key in ("turned", "gps"))
     advice = "training puts them upright; other tools may not (image_resizing writes them upright)"
     findings += script.found("images turned by EXIF", turned, total, advice, hurts=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -68,13 +70,12 @@ def sharpness(image) -> float:
 def header_facts(raw: bytes) -> dict:
     """What a file says without being decoded: format, colour mode, whether EXIF turns it or holds a GPS position."""
     with Image.open(io.BytesIO(raw)) as image:
-        exif = image.getexif()
-        return {
-            "format": image.format,
-            "mode": image.mode,
-            "turned": exif.get(ExifTags.Base.Orientation, 1) != 1,
-            "gps": bool(exif.get_ifd(ExifTags.IFD.GPSInfo)),
-        }
+        turned = gps = False
+        with contextlib.suppress(Exception):  # a damaged EXIF block is as good as none
+            exif = image.getexif()
+            turned = exif.get(ExifTags.Base.Orientation, 1) != 1
+            gps = bool(exif.get_ifd(ExifTags.IFD.GPSInfo))
+        return {"format": image.format, "mode": image.mode, "turned": turned, "gps": gps}
 
 
 def measure(raw: bytes, script, thumbnail: Path) -> dict:
@@ -104,7 +105,7 @@ def encode(image, form: str, quality: int) -> bytes:
 def write_whole(file: Path, content: bytes) -> None:
     """Writes a file so that it's there whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
+    partial = file.with_name(f".{file.name}.{threading.get_ident()}.partial")  # copies of a picture share a thumbnail
     partial.write_bytes(content)
     partial.replace(file)
 

@@ -230,9 +230,9 @@ class Preparation:
         writer = bucketing if bucketing and bucketing.resize_images else resizing
 
         def work(picture) -> bool:
-            suffix = Path(picture.name).suffix.lower() if self.settings.dataset_name is None else ""
+            suffix, form = Path(picture.name).suffix.lower(), picture.facts["format"]
             formats = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif"}
-            plain = suffix if suffix in self.readable else formats.get(picture.facts["format"])
+            plain = suffix if suffix in self.readable and form != "HEIF" else formats.get(form)
             picture.file = f"{picture.stem}{f'.{writer.format}' if writer else plain or '.jpg'}"
             target = self.target(picture)
             how = [resizing and resizing.model_dump(), target, writer and writer.model_dump(), picture.file]

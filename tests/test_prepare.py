@@ -418,7 +418,37 @@ def test_pictures_of_phones(tmp_path):
     (folder / "IMG_0001.txt").write_text("from a phone")
     assert prepare("-d", folder, "-o", out, "--image_filtering", "min_size=100") == 0
     assert texts(out) == {"IMG_0001.jpg": "from a phone"}
+    assert Image.open(out / "IMG_0001.jpg").format == "JPEG"
+    (folder / "IMG_0001.HEIC").rename(folder / "IMG_0001.jpg")  # as some apps do
+    assert prepare("-d", folder, "-o", tmp_path / "again", "--image_filtering", "min_size=100") == 0
+    assert Image.open(tmp_path / "again" / "IMG_0001.jpg").format == "JPEG"
     assert Image.open(out / "IMG_0001.jpg").size == (320, 240)
+
+
+def test_many_copies_of_one_picture(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for i in range(30):
+        photo(300, 300).save(folder / f"{i}.png")
+    assert prepare("-d", folder, "-o", out, "--image_resizing", "--num_workers", 8) == 0
+    assert len(rows(out)) == 30
+    assert not list(out.rglob("*.partial"))
+    assert prepare("-d", folder, "-o", out, "--image_resizing", "--image_filtering", "remove_duplicates=true") == 0
+    assert len(rows(out)) == 1 and len(list(out.glob("*.jpg"))) == len(list(out.glob("*.txt"))) + 1 == 1
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF"])
+def test_damaged_files_are_named_and_never_stop_a_run(tmp_path, form):
+    """Bytes changed and ends cut off: a picture, or a ValueError in plain words."""
+    rng, buffer = np.random.default_rng(0), io.BytesIO()
+    photo(96, 80).save(buffer, form)
+    for _ in range(150):
+        raw = bytearray(buffer.getvalue())
+        for place in rng.integers(0, min(len(raw), 900), rng.choice([1, 3, 10])):
+            raw[place] = rng.integers(256)
+        known = image_steps.measure(bytes(raw[: rng.integers(len(raw) // 2, len(raw) + 1)]), SCRIPT, tmp_path / "t.jpg")
+        assert known.get("problem", "") or known["size"]
 
 
 @pytest.mark.unit
