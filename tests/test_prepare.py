@@ -425,6 +425,15 @@ def test_pictures_of_phones(tmp_path):
     assert Image.open(out / "IMG_0001.jpg").size == (320, 240)
 
 
+def test_pictures_are_taken_a_few_at_a_time():
+    """However many there are, no more than a window of them is in memory."""
+    started, most = [], 0
+    for done, (item, result) in enumerate(image_steps.in_parallel(started.append, list(range(200)), 2, "")):
+        most = max(most, len(started) - done)
+        assert item == done and result is None
+    assert done == 199 and 1 < most <= 6
+
+
 def test_many_copies_of_one_picture(tmp_path):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
