@@ -76,6 +76,8 @@ class Preparation:
         self.rows: list[tuple[str, int, int, int, str]] = []  # step, images, done now, from before, note
         self.pictures: list = []
         self.buckets: list[tuple[int, int]] = []
+        self.readable = set(script.IMAGE_SUFFIXES)  # in training
+        script.IMAGE_SUFFIXES |= image_steps.PHONE_SUFFIXES
 
     @property
     def kept(self) -> list:
@@ -120,18 +122,19 @@ class Preparation:
             if known is not None:
                 return known, False
             known = image_steps.measure(raw, self.script, self.thumbnail(picture))
-            self.journal.put("look", picture.digest, known)
+            if "problem" not in known:  # what can't be read now may be readable with another library
+                self.journal.put("look", picture.digest, known)
             return known, True
 
-        todo, fresh = self.kept, 0
-        for picture, (known, is_fresh) in in_parallel(work, todo, self.workers, "reading"):
-            fresh += is_fresh
+        fresh = 0
+        for picture, (known, is_fresh) in in_parallel(work, self.kept, self.workers, "reading"):
             picture.problem = known.get("problem")
             if picture.problem is None:
+                fresh += is_fresh
                 bits, sure, colours = known["look"]
                 picture.size, picture.facts = tuple(known["size"]), known["facts"]
                 picture.look = bits, sure, base64.b64decode(colours)
-        self.rows.append(("reading", len(self.pictures), fresh, len(todo) - fresh, self.reasons(self.pictures)))
+        self.rows.append(("reading", len(self.pictures), fresh, len(self.kept) - fresh, self.reasons(self.pictures)))
 
     def reasons(self, pictures: list) -> str:
         """How many were left out, by the first words of the reasons."""
@@ -238,8 +241,8 @@ class Preparation:
             how = [resizing and resizing.model_dump(), target, writer and writer.model_dump(), picture.file]
             key = image_steps.digest_of(picture.digest, *how)
             known, file = self.journal.get("image", picture.stem), self.out / picture.file
-            if known and known["key"] == key and file.is_file() and file.stat().st_size == known["bytes"]:
-                return False
+            if known and known["key"] == key and file.is_file() and file.stat().st_size:
+                return False  # retouched or not
             raw = picture.read()
             if writer:
                 raw = image_steps.render(raw, self.script, resizing, target, bucketing, writer.format, writer.quality)
@@ -284,13 +287,15 @@ class Preparation:
                 beside.unlink(missing_ok=True)
             elif not beside.is_file() or beside.read_bytes() != content:
                 image_steps.write_whole(beside, content)
-            row = {"file_name": p.file, "text": p.final[0] if len(p.final) == 1 else p.final or ""}
             size = self.target(p) or p.resized
-            row |= {"width": size[0], "height": size[1]}
+            rows.append({"file_name": p.file, "text": p.final, "width": size[0], "height": size[1]})
             if self.buckets:
-                row["bucket"] = "{} x {}".format(*self.buckets[p.bucket])
-            rows.append(json.dumps(row, ensure_ascii=False) + "\n")
-        image_steps.write_whole(file, "".join(rows).encode())
+                rows[-1]["bucket"] = "{} x {}".format(*self.buckets[p.bucket])
+        if all(
+            len(row["text"]) < 2 for row in rows
+        ):  # a column of lists or one of texts, for readers that want one type
+            rows = [row | {"text": "".join(row["text"])} for row in rows]
+        image_steps.write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         for p in self.kept:  # at last, so that an interruption isn't taken for an edit
             if p.caption_source != "by hand":
                 self.journal.put("text", p.stem, p.final)
@@ -319,7 +324,8 @@ class Preparation:
                 continue
             file, last = self.out / known["file"], self.journal.get("text", stem)
             beside = file.with_suffix(".txt")
-            file.unlink(missing_ok=True)
+            if file.is_file() and file.stat().st_size == known["bytes"]:  # else it's retouched
+                file.unlink()
             if beside.is_file():
                 there = self.script.clean_caption(self.script.decode_text(beside.read_bytes(), beside))
                 if there == (last[0] if last else ""):
@@ -389,8 +395,6 @@ def prepare(settings, script) -> int:
     started = time.perf_counter()
     run = Preparation(settings, script)
     steps = settings.steps
-    run.readable = set(script.IMAGE_SUFFIXES)
-    script.IMAGE_SUFFIXES |= image_steps.PHONE_SUFFIXES
     run.find()
     run.read()
     if steps.image_filtering:
