@@ -1,9 +1,5 @@
 """Two gloo processes with batch 1 do what one process with batch 2 does."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 from conftest import FAMILIES, ROOT, SAMPLE, losses, quick_flags, run_here, same_weights, weights
 
@@ -43,33 +39,18 @@ CASES |= {
     ),
     "split optimizer": ("--train_text_encoder_ti", "--token_abstraction", "circle", "--use_ema", "--ema_decay", 0.5),
 }
-# each process start costs 9 s, so what shared blocks alone decide runs for one UNet and one transformer
-FAMILIES_OF = {
-    "odd number of images": ("sdxl", "sd3"),
-    "buckets, accumulation, cached": ("sd15", "flux"),
-    "sharded base": ("sdxl", "flux"),
-    "split optimizer": ("sdxl", "flux"),
-}
 
 
 def two_processes(family, output, environment, *flags):
     """Runs a training with two gloo processes; returns what it has said."""
-    port = f"--master-port={29500 + (os.getpid() * 7 + len(str(output))) % 20000}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", port, str(ROOT / family.script)]
-    result = subprocess.run(
-        [*command, *quick_flags(family, output, *flags)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"} | environment,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+    from ready_process import launch
+
+    return launch(ROOT / family.script, quick_flags(family, output, *flags), environment, output.parent / "logs")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(family, pictures, tmp_path, case):
-    if family.name not in FAMILIES_OF.get(case, FAMILIES):
+    if case in SPLIT and family.name in ("sd15", "sd3"):
         pytest.skip("one UNet and one transformer suffice")
     data = SAMPLE if case == "split optimizer" else pictures
     flags = ("-d", data, "--max_train_steps", 5, "--checkpointing_steps", 5, "--learning_rate", 1e-3, *CASES[case])

@@ -1,0 +1,68 @@
+"""Processes of a distributed run, forked from one that has the libraries: importing them takes longer than the tests' training.
+
+Only imported by name, by the fork server and by tests that start such processes. Each is told what torchrun tells its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import socket
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+
+import accelerate  # noqa: F401
+import bitsandbytes  # noqa: F401
+import datasets  # noqa: F401
+import diffusers
+import peft  # noqa: F401
+import pytest
+import transformers
+
+LAZY = (  # modules that these packages import when they are asked for by name
+    *(getattr(diffusers, f"{name}Pipeline") for name in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux")),
+    *(transformers.CLIPTextModelWithProjection, transformers.T5EncoderModel, transformers.AutoTokenizer),
+)  # fmt: skip
+
+
+def run(script: str, argv: list[str], environment: dict[str, str], log: str) -> None:
+    """Runs a training script as the main program of this process, with its output in a file."""
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    os.environ.update(environment)
+    sys.argv = [script, *argv]
+    spec = importlib.util.spec_from_file_location(Path(script).stem, script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    sys.exit(module.main(argv))
+
+
+def launch(script: Path, argv: list[str], environment: dict[str, str], folder: Path, processes: int = 2) -> str:
+    """Runs a script in so many gloo processes; returns what the first has said. Errors: AssertionError if one fails."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ready_process"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the server finds modules by this alone
+        forkserver.ensure_running()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    started = []
+    for rank in range(processes):
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        told = {key: str(value) for key, value in told.items()} | environment
+        log = folder / f"process-{rank}.log"
+        started.append((context.Process(target=run, args=(str(script), argv, told, str(log))), log))
+        started[-1][0].start()
+    for process, log in started:
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+        assert process.exitcode == 0, log.read_text()[-3000:]
+    return started[0][1].read_text()
