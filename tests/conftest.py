@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,12 +145,6 @@ def run_here(family: Family, output: Path, *flags: object) -> int:
     accelerate.state.AcceleratorState._reset_state(True)
     accelerate.state.GradientState._reset_state()
     return load_script(family.script).main(quick_flags(family, output, *flags))
-
-
-def run_apart(family: Family, output: Path, *flags: object, **options) -> subprocess.CompletedProcess:
-    """Runs a training script as a process of its own."""
-    command = [sys.executable, str(ROOT / family.script), *quick_flags(family, output, *flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
 def metrics(output: Path) -> list[dict]:

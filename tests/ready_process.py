@@ -1,6 +1,6 @@
-"""Processes of a distributed run, forked from one that has the libraries: importing them takes longer than the tests' training.
+"""Training scripts as processes of their own, forked from one that has the libraries: importing them takes longer than a test.
 
-Only imported by name, by the fork server and by tests that start such processes. Each is told what torchrun tells its own.
+Only imported by name: by the fork server, and by tests that start such processes.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import resource
 import socket
 import sys
 from multiprocessing import forkserver
@@ -27,8 +28,13 @@ LAZY = (  # modules that these packages import when they are asked for by name
 )  # fmt: skip
 
 
-def run(script: str, argv: list[str], environment: dict[str, str], log: str) -> None:
-    """Runs a training script as the main program of this process, with its output in a file."""
+def run(script: str, argv: list[str], environment: dict[str, str], log: str, file_limit: int | None) -> None:
+    """Runs a training script as the main program of this process, with its output in a file.
+
+    With a file_limit it can write no file of more bytes, which stands in for a full disk.
+    """
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
@@ -41,25 +47,31 @@ def run(script: str, argv: list[str], environment: dict[str, str], log: str) -> 
     sys.exit(module.main(argv))
 
 
-def launch(script: Path, argv: list[str], environment: dict[str, str], folder: Path, processes: int = 2) -> str:
-    """Runs a script in so many gloo processes; returns what the first has said. Errors: AssertionError if one fails."""
+def start(script: Path, argv: list[object], environment: dict[str, str], log: Path, file_limit: int | None = None):
+    """Starts a script with these arguments; returns the process, which has exitcode, join and kill."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ready_process"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the server finds modules by this alone
         forkserver.ensure_running()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    words = [str(word) for word in argv]
+    process = context.Process(target=run, args=(str(script), words, environment, str(log), file_limit))
+    process.start()
+    return process
+
+
+def launch(script: Path, argv: list[object], environment: dict[str, str], folder: Path, processes: int = 2) -> str:
+    """Runs a script in so many gloo processes, told what torchrun tells its own; returns what the first has said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folder.mkdir(parents=True, exist_ok=True)
     started = []
     for rank in range(processes):
         told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-        told = {key: str(value) for key, value in told.items()} | environment
         log = folder / f"process-{rank}.log"
-        started.append((context.Process(target=run, args=(str(script), argv, told, str(log))), log))
-        started[-1][0].start()
+        started.append((start(script, argv, {k: str(v) for k, v in told.items()} | environment, log), log))
     for process, log in started:
         process.join(300)
         if process.exitcode is None:

@@ -3,14 +3,13 @@
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import FAMILIES, ROOT, SAMPLE, losses, run_apart, run_here
+from conftest import FAMILIES, ROOT, SAMPLE, losses, quick_flags, run_here
 from PIL import Image
 
 pytestmark = pytest.mark.faults
@@ -200,15 +199,17 @@ def test_full_disk_while_a_checkpoint_is_written(family, tmp_path):
     """A limit on file sizes stands in for a full disk: the second checkpoint is bigger than what is left."""
     output = tmp_path / "x"
     assert run_here(family, output, "-d", SAMPLE, "--checkpointing_steps", 2, "--max_train_steps", 2) == 0
-    limit = 100_000
-    result = run_apart(
-        family, output, "-d", SAMPLE, "--checkpointing_steps", 1, "--max_train_steps", 3, "--resume_from_checkpoint", "latest",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert "checkpoint-3 could not be written" in result.stderr.splitlines()[-1]
-    assert "the last one is checkpoint-2" in result.stderr
-    assert "Traceback" not in result.stderr
+    from ready_process import start
+
+    more = ("--checkpointing_steps", 1, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+    flags, log = quick_flags(family, output, "-d", SAMPLE, *more), tmp_path / "log"
+    process = start(ROOT / family.script, flags, {}, log, file_limit=100_000)
+    process.join(120)
+    said = log.read_text()
+    assert process.exitcode == 2
+    assert "checkpoint-3 could not be written" in said.splitlines()[-1]
+    assert "the last one is checkpoint-2" in said
+    assert "Traceback" not in said
     assert [p.name for p in output.glob("*checkpoint*")] == ["checkpoint-2"]
 
 

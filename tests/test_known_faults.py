@@ -1,8 +1,5 @@
 """What other trainers get wrong, done right here: each test is a fault that people have met elsewhere."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, SAMPLE, load_script, losses, metrics, run_here, weights
@@ -192,24 +189,24 @@ PIVOTAL += ("--text_encoder_lr=1.0", "--lr_scheduler=constant", "--lr_warmup_ste
 )
 def test_the_published_flux_commands_run(flags, tmp_path):
     """As people type them for diffusers' Flux script, with local model and data set, and W&B offline."""
-    import os
 
     import datasets
 
     rows = [{"image": str(f), "prompt": f"a TOK icon {k}"} for k, f in enumerate(sorted(SAMPLE.glob("*.png"))[:4])]
+    from ready_process import start
+
     table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     table.save_to_disk(tmp_path / "3d-icon")
     output = tmp_path / "3d-icon-flux"
-    command = [sys.executable, str(ROOT / "train_dreambooth_lora_flux_advanced.py")]
-    command += ["--pretrained_model_name_or_path", FAMILIES["flux"].base, "--dataset_name", str(tmp_path / "3d-icon")]
+    command = ["--pretrained_model_name_or_path", FAMILIES["flux"].base, "--dataset_name", str(tmp_path / "3d-icon")]
     command += [*map(str, ICONS), *flags, "--output_dir", str(output), "--mixed_precision=bf16", "--resolution=64"]
     command += ["--train_batch_size=1", "--gradient_accumulation_steps=1", "--gradient_checkpointing", "--seed=0"]
     command += ["--report_to=wandb", "--max_train_steps=4", "--checkpointing_steps=2000", "--max_sequence_length=77"]
     command += ["--num_validation_images=1", "--validation_inference_steps=1", "--validation_prompt=a <s0><s1> icon"]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env=os.environ | {"WANDB_MODE": "offline"}
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
+    script, log = ROOT / "train_dreambooth_lora_flux_advanced.py", tmp_path / "log"
+    process = start(script, command, {"WANDB_MODE": "offline"}, log)
+    process.join(200)
+    assert process.exitcode == 0, log.read_text()[-2000:]
     table = load_file(output / "3d-icon-flux_emb.safetensors")
     assert set(table) == ({"clip_l", "t5"} if "--enable_t5_ti" in flags else {"clip_l"})
     assert (output / "pytorch_lora_weights.safetensors").exists() == ("--train_transformer_frac=0" not in flags)

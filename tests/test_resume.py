@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -45,18 +44,20 @@ def test_resumed_run_equals_unbroken_run(family, pictures, tmp_path, case):
 
 
 def test_killed_at_a_random_step(family, pictures, tmp_path):
+    from ready_process import start
+
     flags = ("-d", pictures, "--max_train_steps", 40, "--checkpointing_steps", 4, "--rank", 8)
     assert run_here(family, tmp_path / "a" / "x", *flags) == 0
     output = tmp_path / "b" / "x"
-    command = [sys.executable, str(ROOT / family.script), *quick_flags(family, output, *flags)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(ROOT / family.script, quick_flags(family, output, *flags), {}, tmp_path / "log")
     wanted, limit = random.randrange(5, 30), time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < limit:
+    while process.exitcode is None and time.monotonic() < limit:
         if (output / "metrics.jsonl").exists() and len((output / "metrics.jsonl").read_text().splitlines()) >= wanted:
             process.kill()
             break
         time.sleep(0.005)
-    assert process.wait() == -signal.SIGKILL
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert not (output / "pytorch_lora_weights.safetensors").exists()
     assert run_here(family, output, *flags, "--resume_from_checkpoint", "latest") == 0
     assert same_weights(tmp_path / "a" / "x", output)
