@@ -18,7 +18,7 @@ FLORENCE_TASKS = {
     "detailed_caption": "<DETAILED_CAPTION>",
     "more_detailed_caption": "<MORE_DETAILED_CAPTION>",
 }
-GENERAL, CHARACTER, RATING = 0, 4, 9  # categories in selected_tags.csv
+GENERAL, CHARACTER = 0, 4  # categories in selected_tags.csv; others, such as ratings, are no tags
 
 
 class ModelError(Exception):
@@ -107,7 +107,7 @@ class Captioner:
         processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil", **options)
         if isinstance(processor, transformers.ProcessorMixin):
             return processor
-        images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
+        pixels = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
 
         class Pair:
@@ -116,13 +116,11 @@ class Captioner:
             chat_template = None
             batch_decode = staticmethod(tokenizer.batch_decode)
 
-            def __call__(self, images_in, text=None, **rest):
-                words = tokenizer(text, padding=True, return_tensors="pt") if text else {}
-                return transformers.BatchFeature({**images(images_in, return_tensors="pt"), **words})
+            def __call__(self, images, text=None, **options):
+                words = tokenizer(text, **options) if text else {}
+                return {**pixels(images, return_tensors="pt"), **words}
 
-        pair = Pair()
-        pair.tokenizer = tokenizer
-        return pair
+        return Pair()
 
     def texts(self, count: int) -> list[str] | None:
         """What the model is asked, once per image; None for a model that describes without being asked."""

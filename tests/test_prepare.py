@@ -28,7 +28,7 @@ SCRIPT = load_script("train_lora_sd15.py")
 def models(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     made = {"blip2": tiny_models.make_blip2, "florence2": tiny_models.make_florence2, "git": tiny_models.make_git}
-    made["tagger"] = tiny_models.make_tagger
+    made |= {"vit": tiny_models.make_vit, "tagger": tiny_models.make_tagger}
     return {name: make(folder / name) for name, make in made.items()}
 
 
@@ -523,6 +523,7 @@ def test_captions_of_each_model_and_what_is_kept(models, tmp_path):
         "sks, a blue picture in detail",
     ]
     assert captions(3, "model_type=auto", f"model_name={models['git']}") == ["my own words", "a blue picture"]
+    assert captions(5, "model_type=auto", f"model_name={models['vit']}") == ["my own words", "a blue picture"]
     assert captions(4, f"model_name={models['blip2']}", "prompt=a", "overwrite=true") == ["red picture", "blue picture"]
 
 

@@ -136,6 +136,32 @@ def make_git(folder: Path) -> Path:
     return folder
 
 
+def make_vit(folder: Path) -> Path:
+    """A vision encoder with GPT-2, saved as such models are: image processor and tokenizer without a processor."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    tokenizer = words_tokenizer(["a", "picture", *COLOURS])
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    decoder = t.GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=32,
+        add_cross_attention=True, is_decoder=True, **ends,
+    )  # fmt: skip
+    encoder = t.ViTConfig(**size, image_size=32, patch_size=16)
+    config = t.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 1, 0, 2
+    model = t.VisionEncoderDecoderModel(config=config)
+    model.generation_config.update(decoder_start_token_id=1, **ends)
+    images = t.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    answers = tokenizer([f"a {c} picture </s>" for c in COLOURS], return_tensors="pt").input_ids
+    pixels = images(colour_pictures(), return_tensors="pt").pixel_values
+    teach(model, {"pixel_values": pixels, "labels": answers})
+    for part in (model, tokenizer, images):
+        part.save_pretrained(folder)
+    return folder
+
+
 def make_tagger(folder: Path, batch: str | int = "batch_size") -> Path:
     """A tagger's two files. The ONNX graph: means of the 448 x 448 BGR picture, then a linear layer and a sigmoid."""
     import onnx
