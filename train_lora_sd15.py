@@ -337,11 +337,8 @@ def yes_or_no(text: str) -> bool:
     return words[text.lower()]
 
 
-def config_tokens(parser: argparse.ArgumentParser, file: str) -> list[str]:
-    """The content of a --config file as command-line words.
-
-    Errors: UserError if the file is missing or unreadable, or has a key that is no flag (the nearest is named).
-    """
+def read_config(file: str) -> dict:
+    """The keys and values of a --config file. Errors: UserError if it's missing, or no YAML or JSON of keys and values."""
     try:
         text = Path(file).read_text(encoding="utf-8")
     except OSError as error:
@@ -354,8 +351,16 @@ def config_tokens(parser: argparse.ArgumentParser, file: str) -> list[str]:
         raise UserError(f"--config {file}: not YAML or JSON: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {file}: expected flag names and values, found {type(values).__name__}")
+    return values
+
+
+def config_tokens(parser: argparse.ArgumentParser, file: str) -> list[str]:
+    """The content of a --config file as command-line words.
+
+    Errors: UserError if the file can't be read, or has a key that is no flag (the nearest is named).
+    """
     tokens = []
-    for key, value in values.items():
+    for key, value in read_config(file).items():
         flag = f"--{key}"
         action = parser._option_string_actions.get(flag)
         if action is None or flag == "--config":

@@ -133,13 +133,14 @@ def leave_out(pictures: list[Picture], step, script) -> None:
                 rest[j].problem = f"duplicate of {rest[i].name}"
 
 
+def keeps_shape(step) -> bool:
+    """Whether image_resizing scales a picture alone, without a crop or a border."""
+    return (step.crop_position if step.mode == "cover" else step.fill) == "none"
+
+
 def resized_size(size: tuple[int, int], step) -> tuple[int, int]:
     """The (width, height) of a picture after image_resizing."""
-    width, height = step.target_resolution
-    whole = step.crop_position == "none" if step.mode == "cover" else step.fill == "none"
-    if not whole:
-        return width, height
-    return scaled_size(size, (width, height), step.mode)
+    return scaled_size(size, step.target_resolution, step.mode) if keeps_shape(step) else step.target_resolution
 
 
 def scaled_size(size: tuple[int, int], box: tuple[int, int], mode: str) -> tuple[int, int]:
@@ -179,10 +180,10 @@ def cover(image, target: tuple[int, int], interpolation: str, position: str):
 
 def resize(image, step):
     """image_resizing of one picture."""
-    if step.mode == "cover" and step.crop_position != "none":
+    if step.mode == "cover" and not keeps_shape(step):
         return cover(image, step.target_resolution, step.interpolation, step.crop_position)
     image = scaled(image, scaled_size(image.size, step.target_resolution, step.mode), step.interpolation)
-    if step.mode == "cover" or step.fill == "none":
+    if keeps_shape(step):
         return image
     width, height = step.target_resolution
     canvas = Image.new("RGB", (width, height), step.fill)
@@ -205,7 +206,7 @@ def make_buckets(step) -> list[tuple[int, int]]:
 def kept_part(p: Picture, resizing, bucketing, target: tuple[int, int] | None) -> tuple[float, float, float, float]:
     """Left, top, right and bottom of what is left of a picture after both crops, as shares of its sides."""
     left, top, right, bottom = 0.0, 0.0, 1.0, 1.0
-    if resizing and resizing.mode == "cover" and resizing.crop_position != "none":
+    if resizing and resizing.mode == "cover" and not keeps_shape(resizing):
         size = scaled_size(p.size, resizing.target_resolution, "cover")
         box = crop_box(size, resizing.target_resolution, resizing.crop_position)
         left, top, right, bottom = box[0] / size[0], box[1] / size[1], box[2] / size[0], box[3] / size[1]
@@ -221,8 +222,7 @@ def kept_part(p: Picture, resizing, bucketing, target: tuple[int, int] | None) -
 def is_on_the_way(size: tuple[int, int], resizing, target: tuple[int, int]) -> bool:
     """Whether image_resizing keeps the whole picture, at no less than the bucket's size: cropping the source to the bucket
     gives the same picture, scaled once."""
-    whole = resizing.crop_position == "none" if resizing.mode == "cover" else resizing.fill == "none"
-    return whole and all(t <= a for t, a in zip(target, resized_size(size, resizing), strict=True))
+    return keeps_shape(resizing) and all(t <= a for t, a in zip(target, resized_size(size, resizing), strict=True))
 
 
 def render(raw: bytes, script, resizing, target: tuple[int, int] | None, bucketing, form: str, quality: int) -> bytes:
@@ -253,9 +253,9 @@ def in_parallel(work, items: list, workers: int, title: str):
         ThreadPoolExecutor(workers) as pool,
         tqdm(total=len(items), desc=title, unit=" images", disable=not items) as bar,
     ):
-        waiting, left = deque(), iter(items)
+        waiting = deque()
         try:
-            for item in left:
+            for item in items:
                 waiting.append((item, pool.submit(work, item)))
                 if len(waiting) > 2 * workers:
                     done, result = waiting.popleft()

@@ -259,6 +259,10 @@ class Preparation:
         note = "" if writer else "copied as they are"
         self.rows.append((name, len(self.kept), done, len(self.kept) - done, note))
 
+    def text_in(self, file: Path) -> list[str]:
+        """The caption in a .txt file of the output, as a list of none or one."""
+        return self.script.as_captions(self.script.decode_text(file.read_bytes(), file))
+
     def write_captions(self) -> None:
         """The .txt files and metadata.jsonl. What a person has changed there since the last run stays."""
         file = self.out / "metadata.jsonl"
@@ -273,7 +277,7 @@ class Preparation:
             fresh += last != p.final
             by_hand = None
             if last is not None and beside.is_file():
-                text = self.script.as_captions(self.script.decode_text(beside.read_bytes(), beside))
+                text = self.text_in(beside)
                 listed = self.script.as_captions(earlier.get(p.file, last))
                 if text not in (last[:1], p.final[:1]):
                     by_hand = text
@@ -326,10 +330,8 @@ class Preparation:
             beside = file.with_suffix(".txt")
             if file.is_file() and file.stat().st_size == known["bytes"]:  # else it's retouched
                 file.unlink()
-            if beside.is_file():
-                there = self.script.clean_caption(self.script.decode_text(beside.read_bytes(), beside))
-                if there == (last[0] if last else ""):
-                    beside.unlink()
+            if beside.is_file() and self.text_in(beside) == (last or [])[:1]:
+                beside.unlink()
             self.journal.put("image", stem, None)
             removed += 1
         if removed:
@@ -346,7 +348,7 @@ class Preparation:
     def examples(self) -> list:
         """The kept pictures for the training scripts' checks, at the sizes that they came in, unless they were padded."""
         resizing = self.steps.image_resizing
-        padded = resizing is not None and resizing.mode == "contain" and resizing.fill != "none"
+        padded = resizing is not None and resizing.mode == "contain" and not image_steps.keeps_shape(resizing)
         return [
             self.script.Example(p.file, p.final, None, p.digest, p.resized if padded else p.size, p.bucket, p.look)
             for p in self.kept

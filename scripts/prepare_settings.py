@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +16,7 @@ POSITION_NAMES = Literal["center", "top", "bottom", "left", "right"]
 
 
 def build_schema():
-    """The pydantic models of the steps and of the whole configuration. In a function, for --help shall not wait for pydantic."""
+    """The pydantic models of the whole configuration and of its steps."""
     from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
     def off_is_none(value):
@@ -235,12 +234,10 @@ DOCTOR_ONLY = (
 def read_settings(argv: list[str] | None, script):
     """(settings, command line) from the command line on top of the configuration file. Errors: UserError."""
     UserError = script.UserError
-    names = ["image_filtering", "auto_caption", "auto_tagging", "image_resizing", "aspect_ratio_bucketing"]
-    argv = list(sys.argv[1:] if argv is None else argv)
-    epilog = steps_help(build_schema()[1]) if {"-h", "--help"} & set(argv) else None
-    args = make_parser(script, names, epilog).parse_args(argv)
     schema, step_schema = build_schema()
-    values = read_config(args.config, script) if args.config else {}
+    names = list(step_schema.model_fields)
+    args = make_parser(script, names, steps_help(step_schema)).parse_args(argv)
+    values = script.read_config(args.config) if args.config else {}
     steps = values.get("steps") or {}
     if isinstance(steps, list):  # a list of names, or of names with parameters
         steps = {k: v for s in steps for k, v in (s.items() if isinstance(s, dict) else [(s, {})])}
@@ -264,21 +261,6 @@ def read_settings(argv: list[str] | None, script):
     settings = validated(schema, values, args.config, script)
     check_settings(settings, args, UserError)
     return settings, args
-
-
-def read_config(file: str, script) -> dict:
-    """The content of a configuration file."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise script.UserError(f"--config {file}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise script.UserError(f"--config {file}: not YAML or JSON: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise script.UserError(f"--config {file}: expected keys and values")
-    return values
 
 
 def validated(schema, values: dict, source: str | None, script):
