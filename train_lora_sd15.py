@@ -1,4 +1,13 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "peft==0.21.2",
+#   "accelerate==1.15.0", "datasets==5.2.0", "bitsandbytes==0.50.2", "prodigyopt==1.1.2",
+#   "schedulefree==1.4.1", "safetensors==0.8.0", "pillow==13.0.0", "pyyaml==6.0.3",
+#   "tensorboard==2.21.0", "wandb==0.31.0",
+# ]
+# ///
 """Trains a LoRA for Stable Diffusion 1.x/2.x on your own pictures.
 
 From a folder with pictures and captions (`metadata.jsonl`, `metadata.csv`, or a `.txt` beside each picture):
@@ -21,10 +30,9 @@ Files written to the output folder (-o):
     comparison.png                     the same prompts and seeds without and with the LoRA
     samples/  checkpoint-N/  metrics.jsonl  logs/  README.md
 
-Read it from top to bottom: constants, arguments, data, prior preservation, token embeddings, models, LoRA, prompts,
-caches, loss, optimizer, checkpoints, validation, saving, the loop. Code between "# >>> shared" markers is the same in
-all four training scripts. Exit codes: 0 done, 1 failed, 2 wrong arguments or input, 128 + signal after a signal
-(SIGINT 130, SIGUSR1 138, SIGTERM 143; a checkpoint is written first).
+Read it from the top: what is this family's own comes first (noise, loss, prompts, names of layers), below the line what
+all four scripts share, the run and its loop first. Exit codes: 0 done, 1 failed, 2 wrong arguments or input, 128 + signal
+after a signal (SIGINT 130, SIGUSR1 138, SIGTERM 143; a checkpoint is written first).
 """
 
 from __future__ import annotations
@@ -57,14 +65,17 @@ FAMILY_TITLE = "Stable Diffusion 1.x/2.x"
 MODELSPEC_ARCHITECTURE = "stable-diffusion-v1/lora"
 HUB_TAGS = ["stable-diffusion", "stable-diffusion-diffusers"]
 PIPELINE_CLASS = "StableDiffusionPipeline"
+PIPELINE_OPTIONS = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+TRAINING_SCHEDULER = "DDPMScheduler"  # noise or velocity of a DDPM with the base's betas
 DENOISER = "unet"  # the denoiser's name in the pipeline
-TEXT_ENCODERS = {
-    "clip_l": ("tokenizer", "text_encoder")
-}  # key in embedding files: (tokenizer, encoder) in the pipeline
+BLOCKS = ("down_blocks", "mid_block", "up_blocks")
+TEXT_ENCODERS = {"clip_l": ("tokenizer", "text_encoder")}  # key in embedding files: names in the pipeline
+DROPPED_PARTS: dict[str, tuple[str, ...]] = {}  # flag: parts of the base that the run then does without
 TEXT_LORA_ENCODERS = ("clip_l",)  # those that --train_text_encoder gives a LoRA
 TI_ENCODERS = ("clip_l",)  # those that learn new tokens by default
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 TEXT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+DIFFUSERS_SPELLING = ((".lora_A.", ".lora.down."), (".lora_B.", ".lora.up."))
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
 DEFAULT_RESOLUTION = 512
 PIXEL_DIVISOR = 8  # image sides must be divisible by this
@@ -73,565 +84,11 @@ LOADS_EMBEDDINGS = True  # whether the pipeline has load_textual_inversion
 PREDICTS_FLOW = False  # rectified flow (True) or noise/velocity of a DDPM (False)
 DEFAULT_INFERENCE_STEPS = 50
 DEFAULT_INFERENCE_GUIDANCE = 7.5
+FAMILY_RULES: tuple[tuple, ...] = ()  # as RULES
 
-# >>> shared: libraries
 
-
-class UserError(Exception):
-    """A mistake that a person can mend; ends the program with its message as one line and exit code 2."""
-
-
-class Interrupted(Exception):
-    """Raised after a signal has been answered with a checkpoint; carries the exit code."""
-
-
-def import_libraries() -> None:
-    """Imports what is slow to import (5 to 10 s) into this module, once the arguments are known to be right."""
-    global torch, F, load_file, save_file, SafetensorError
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import_image_libraries()
-    import torch
-    import torch.nn.functional as F
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
-    import_logging_quietly()
-
-
-def import_image_libraries() -> None:
-    """The part of `import_libraries` that reading pictures and captions needs (0.2 s)."""
-    global np, Image, ImageCms, ImageEnhance, ImageOps
-    import numpy as np
-    from PIL import Image, ImageCms, ImageEnhance, ImageOps
-
-
-def import_logging_quietly() -> None:
-    """Imports the model libraries with progress bars and advice below the level of a warning turned off."""
-    import logging
-
-    logging.getLogger("diffusers.quantizers.bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import diffusers
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-
-
-def say(text: str) -> None:
-    """Prints a line, on the first process of this machine's group only."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(text, flush=True)
-
-
-def stable_seed(*place: object) -> int:
-    """A 63-bit seed that depends on nothing but its arguments: (seed, what is drawn, where it happens)."""
-    digest = hashlib.sha256("|".join(str(p) for p in place).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-# <<< shared: libraries
-
-# >>> shared: arguments
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line that names the flag and the nearest known one."""
-
-    def error(self, message: str) -> None:
-        if message.startswith("unrecognized arguments:"):
-            wrong = message.split(":", 1)[1].split()[0].split("=")[0]
-            near = difflib.get_close_matches(wrong, list(self._option_string_actions), n=1, cutoff=0.5)
-            message = f"unknown flag {wrong}" + (f"; did you mean {near[0]}?" if near else "; --help lists all flags")
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def count(text: str) -> int:
-    """A whole number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
-
-
-def amount(text: str) -> float:
-    """A finite number from 0 on."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
-    return value
-
-
-def lower(text: str) -> str:
-    """Lower case, so that `--optimizer AdamW` works."""
-    return text.lower()
-
-
-def add_shared_args(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that all four training scripts have."""
-    # fmt: off
-    add = parser.add_argument_group("run").add_argument
-    add("--config", metavar="FILE", help="YAML or JSON file with flag names as keys; flags on the command line win")
-    add("--dry_run", action="store_true", help="check everything with one real step, save and validation; keep nothing")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", "--model_name_or_path", "-m", metavar="BASE", help="hub id, diffusers folder, or .safetensors/.ckpt file")
-    add("--pretrained_vae_model_name_or_path", metavar="VAE", help="another VAE: hub id, folder or file (default: the base's)")
-    add("--revision", help="revision of the base on the hub")
-    add("--variant", help="weights variant of the base, such as fp16")
-    add("--cache_dir", help="folder for downloads (default: the hub's own)")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--train_data_dir", "--data_dir", "-d", metavar="DIR", help="folder of images with metadata.jsonl/.csv or a .txt beside each image")
-    add("--dataset_name", "--data_name", metavar="NAME", help="hub data set, local folder, or a Python file with a datasets builder")
-    add("--dataset_config_name", help="configuration of the data set")
-    add("--dataset_split", "--data_split", default="train", help="split of the data set (train)")
-    add("--image_column", default="image", help="image column of the data set (image)")
-    add("--caption_column", help="caption column (default: the one of text, caption, prompt that exists)")
-    add("--max_train_samples", type=count, help="use so many images, drawn by --seed (default: all)")
-    add("--instance_data_dir", metavar="DIR", help="folder of images of one thing, without captions")
-    add("--instance_prompt", help="caption of every image that has none of its own")
-    add("--repeats", type=count, default=1, help="times that each image is shown per epoch (1)")
-    add("--trigger_word", help="word put before each caption, once")
-    add("--default_caption", help="caption of images that have none")
-    add("--caption_dropout", type=share, default=0.0, help="share of captions replaced by the empty one (0: off)")
-    add("--shuffle_tags", action="store_true", help="shuffle the tags of a caption anew in each epoch")
-    add("--tag_separator", default=", ", help="what stands between tags (', ')")
-    add("--validation_split", type=share, default=0.0, help="share of images held out for the held-out loss (0: none)")
-
-    add = parser.add_argument_group("image").add_argument
-    add("--resolution", "--base_resolution", type=count, nargs="+", metavar="PIXELS", help=f"one side, or width and height ({DEFAULT_RESOLUTION})")
-    add("--aspect_ratio_buckets", metavar="BUCKETS", help='"auto", or "H,W;H,W;..." (default: one size for all)')
-    add("--center_crop", action="store_true", help="crop the middle (default: crop anywhere)")
-    add("--random_flip", action="store_true", help="mirror every other image")
-    add("--image_interpolation_mode", default="lanczos", choices=["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"], help="(lanczos)")
-    add("--color_jitter", type=amount, nargs="*", metavar="B C S H", help="brightness, contrast, saturation, hue (off; bare: 0.1 0.1 0.1 0.05)")
-    add("--random_rotation", type=amount, nargs="?", const=5.0, metavar="DEGREES", help="turn by up to so many degrees (off; bare: 5)")
-    add("--random_rotation_prob", type=share, default=0.3, help="share of images turned (0.3)")
-
-    add = parser.add_argument_group("caches").add_argument
-    add("--cache_latents", action="store_true", help="encode each image once; its crop is then drawn once per image")
-    add("--cache_text_embeddings", action="store_true", help="encode each caption once (always on where captions and encoders can't change)")
-    add("--cache_folder", metavar="DIR", help="keep the caches on disk, for the next run (default: in memory)")
-
-    add = parser.add_argument_group("prior preservation").add_argument
-    add("--with_prior_preservation", "--dreambooth", action="store_true", help="train on images of the class too, so that it is not forgotten")
-    add("--class_data_dir", metavar="DIR", help="class images; missing ones are generated (default: class_images in the output folder)")
-    add("--class_prompt", help="prompt of the class images")
-    add("--num_class_images", type=count, default=100, help="class images (100)")
-    add("--prior_loss_weight", type=amount, default=1.0, help="weight of the class images' loss (1)")
-    add("--sample_batch_size", type=count, default=4, help="class images generated at a time (4)")
-    add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="precision while generating them (default: the training's)")
-
-    add = parser.add_argument_group("LoRA").add_argument
-    add("--rank", "--lora_r", "-r", type=count, default=4, help="rank (4)")
-    add("--lora_alpha", "--alpha", type=amount, help="the update is scaled by alpha/rank (default: the rank)")
-    add("--lora_dropout", type=share, default=0.0, help="dropout before the LoRA layers (0: off)")
-    add("--lora_layers", "--target_modules", nargs="+", metavar="NAME", help=f"module names or block prefixes ({','.join(LORA_TARGETS)})")
-    add("--lora_blocks", nargs="+", metavar="N", help="numbers of the blocks that get a LoRA (default: all); names are taken as --lora_layers")
-    add("--use_dora", action="store_true", help="weight-decomposed LoRA (DoRA)")
-    add("--use_rslora", action="store_true", help="scale by alpha/sqrt(rank)")
-    add("--init_lora_weights", default="gaussian", help="gaussian, default, olora, pissa, pissa_niter_N, orthogonal, ... as peft (gaussian)")
-    add("--merge_lora", action="store_true", help="also write the base with the LoRA merged in, to merged/")
-
-    add = parser.add_argument_group("text encoders").add_argument
-    add("--train_text_encoder", action="store_true", help="LoRA on the text encoder too")
-    add("--train_text_encoder_frac", type=share, default=1.0, help="share of the steps in which it is trained (1)")
-    add("--text_encoder_lr", type=amount, help="learning rate of text encoders and new tokens (default: --learning_rate)")
-    add("--train_text_encoder_ti", action="store_true", help="pivotal tuning: learn new tokens (textual inversion), then the LoRA alone")
-    add("--train_text_encoder_ti_frac", type=share, default=0.5, help="share of the steps in which the tokens are trained (0.5)")
-    add("--token_abstraction", default="TOK", help="word in prompts that stands for the new tokens; several with commas (TOK)")
-    add("--num_new_tokens_per_abstraction", type=count, default=2, help="new tokens per word (2)")
-    add("--initializer_concept", help="start from this text's embeddings; its tokens decide how many new ones (default: random)")
-    add("--train_transformer_frac", "--train_unet_frac", type=share, default=1.0, help="share of the steps in which the LoRA is trained (1; 0: textual inversion alone)")
-
-    add = parser.add_argument_group("loss").add_argument
-    add("--loss_type", choices=["l2", "huber"], default="l2", help="(l2)")
-    add("--huber_c", type=amount, default=0.1, help="where huber turns from square to linear (0.1)")
-
-    add = parser.add_argument_group("optimizer").add_argument
-    add("--optimizer", type=lower, default="adamw", choices=["adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree"], help="(adamw)")
-    add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
-    add("--use_prodigy", action="store_true", help="the same as --optimizer prodigy")
-    add("--learning_rate", type=amount, default=1e-4, help="(1e-4; for prodigy use 1)")
-    add("--scale_lr", action="store_true", help="multiply it by processes, batch size and accumulation steps")
-    add("--lr_scheduler", default="constant", choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"], help="(constant)")
-    add("--lr_warmup_steps", type=int, default=0, help="steps until the full learning rate (0)")
-    add("--lr_num_cycles", type=count, default=1, help="restarts of cosine_with_restarts (1)")
-    add("--lr_power", type=amount, default=1.0, help="of polynomial (1)")
-    add("--adam_beta1", type=share, default=0.9, help="(0.9)")
-    add("--adam_beta2", type=share, default=0.999, help="(0.999)")
-    add("--adam_weight_decay", type=amount, default=1e-2, help="(1e-2)")
-    add("--adam_weight_decay_text_encoder", type=amount, default=1e-3, help="of text encoders and new tokens (1e-3)")
-    add("--adam_epsilon", type=amount, default=1e-8, help="(1e-8)")
-    add("--prodigy_beta3", type=share, help="for prodigy's step size (default: the square root of beta2)")
-    add("--prodigy_decouple", type=yes_or_no, default=True, nargs="?", const=True, help="weight decay as in AdamW (true)")
-    add("--prodigy_use_bias_correction", type=yes_or_no, default=True, nargs="?", const=True, help="(true)")
-    add("--prodigy_safeguard_warmup", type=yes_or_no, default=True, nargs="?", const=True, help="(true)")
-    add("--max_grad_norm", type=amount, default=1.0, help="gradients are clipped to this norm (1; 0: off)")
-    add("--use_ema", action="store_true", help="save and validate with a moving average of the LoRA")
-    add("--ema_decay", type=share, default=0.9999, help="(0.9999)")
-
-    add = parser.add_argument_group("length and batch").add_argument
-    add("--seed", type=int, help="same seed, same run (default: drawn, printed and stored)")
-    add("--train_batch_size", type=count, default=1, help="images per process and step (1)")
-    add("--num_train_epochs", type=count, help="times through the data")
-    add("--max_train_steps", type=count, help="optimizer steps; wins over epochs (1000 when neither is given)")
-    add("--gradient_accumulation_steps", type=count, default=1, help="batches per optimizer step (1)")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the frozen base (default: as accelerate is configured)")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that prepare images (0: none)")
-    add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
-
-    add = parser.add_argument_group("memory and speed").add_argument
-    add("--gradient_checkpointing", action="store_true", help="less memory, about a third more time per step")
-    add("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later")
-    add("--compile", action="store_true", help="torch.compile of the repeated blocks: slow first step, then faster")
-    add("--quantize_base", choices=["nf4", "int8", "fp8"], help="hold the frozen base in 4 or 8 bits")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="attention by xformers (torch's own is as good)")
-    add("--offload", action="store_true", help="text encoders and VAE stay on the CPU while they are unused")
-
-    add = parser.add_argument_group("checkpoints").add_argument
-    add("--output_dir", "--output_path", "-o", metavar="DIR", help="folder for everything that is written (output/FAMILY-lora)")
-    add("--checkpointing_steps", type=count, default=500, help="steps between checkpoints (500)")
-    add("--checkpoints_total_limit", type=count, help="keep the latest so many (default: all)")
-    add("--resume_from_checkpoint", metavar="PATH", help='a checkpoint, or "latest"')
-    add("--upcast_before_saving", action="store_true", help="save the LoRA in float32 (default: in the precision of the base)")
-
-    add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompt", "--eval_prompt", nargs="+", metavar="PROMPT", help="prompts drawn during training")
-    add("--num_validation_images", type=int, default=4, help="per prompt (4; 0: none)")
-    add("--validation_epochs", type=count, help="draw every so many epochs")
-    add("--validation_steps", type=count, help="draw every so many steps (with neither: about five times)")
-    add("--validation_inference_steps", type=count, default=DEFAULT_INFERENCE_STEPS, help=f"({DEFAULT_INFERENCE_STEPS})")
-    add("--validation_guidance_scale", type=amount, default=DEFAULT_INFERENCE_GUIDANCE, help=f"({DEFAULT_INFERENCE_GUIDANCE})")
-    add("--skip_final_inference", action="store_true", help="no pictures before and after: no comparison.png")
-
-    add = parser.add_argument_group("logging").add_argument
-    add("--report_to", default="tensorboard", help="tensorboard, wandb, another tracker of accelerate, all, none (tensorboard)")
-    add("--logging_dir", default="logs", help="inside the output folder (logs)")
-    add("--logging_steps", type=count, default=1, help="steps between log lines (1)")
-    add("--run_name", help="name in trackers (default: the output folder's)")
-    add("--push_to_hub", action="store_true", help="upload the results at the end")
-    add("--hub_model_id", help="repository on the hub (default: the output folder's name)")
-    add("--hub_token", help="token for the hub; never stored or logged")
-    # fmt: on
-
-
-def yes_or_no(text: str) -> bool:
-    """true/false, as people write it."""
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return words[text.lower()]
-
-
-def read_config(file: str) -> dict:
-    """The keys and values of a --config file. Errors: UserError if it's missing, or no YAML or JSON of keys and values."""
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--config {file}: {error.strerror}") from None
-    import yaml
-
-    try:
-        values = yaml.safe_load(text)  # JSON is YAML too
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {file}: not YAML or JSON: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {file}: expected flag names and values, found {type(values).__name__}")
-    return values
-
-
-def config_tokens(parser: argparse.ArgumentParser, file: str) -> list[str]:
-    """The content of a --config file as command-line words.
-
-    Errors: UserError if the file can't be read, or has a key that is no flag (the nearest is named).
-    """
-    tokens = []
-    for key, value in read_config(file).items():
-        flag = f"--{key}"
-        action = parser._option_string_actions.get(flag)
-        if action is None or flag == "--config":
-            near = difflib.get_close_matches(flag, list(parser._option_string_actions), n=1, cutoff=0.0)[0]
-            raise UserError(f"--config {file}: unknown key {key!r}; the nearest is {near.lstrip('-')!r}")
-        if isinstance(action, argparse._StoreTrueAction):
-            if not isinstance(value, bool):
-                raise UserError(f"--config {file}: {key} must be true or false, not {value!r}")
-            tokens += [flag] if value else []
-        elif isinstance(value, list):
-            tokens += [flag, *(str(v) for v in value)]
-        elif value is not None:
-            tokens.append(f"{flag}={value}")
-    return tokens
-
-
-def parse_with_config(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parses the command line on top of the --config file, if one is named."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    finder = OneLineParser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    file = finder.parse_known_args(argv)[0].config
-    return parser.parse_args((config_tokens(parser, file) if file else []) + argv)
-
-
-def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuses combinations that can't work or would be ignored, and fills in defaults that depend on other flags.
-
-    Errors: UserError that names the flag and the way out.
-    """
-
-    def given(*names: str) -> list[str]:
-        return [
-            f"--{n}"
-            for n in names
-            if getattr(args, n) not in (None, False) and getattr(args, n) != parser.get_default(n)
-        ]
-
-    def need(names: tuple[str, ...], condition: object, reason: str) -> None:
-        for flag in given(*names):
-            if not condition:
-                raise UserError(f"{flag} has no effect without {reason}")
-
-    if args.pretrained_model_name_or_path is None:
-        raise UserError("--pretrained_model_name_or_path is missing: a hub id, a diffusers folder or a checkpoint file")
-    check_data_args(args, given, need)
-    check_method_args(args, given, need)
-    use_prepared_buckets(args)
-    if args.resolution is None:
-        args.resolution = [DEFAULT_RESOLUTION]
-    check_sizes(args)
-    if args.color_jitter is not None and len(args.color_jitter) not in (0, 4):
-        raise UserError("--color_jitter takes four numbers (brightness contrast saturation hue) or none")
-    if args.color_jitter == []:
-        args.color_jitter = [0.1, 0.1, 0.1, 0.05]
-    for name in ("lr_warmup_steps", "dataloader_num_workers", "num_validation_images"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} must not be negative")
-    if args.output_dir is None:
-        args.output_dir = f"output/{FAMILY}-lora"
-    args.output_dir = str(Path(args.output_dir))  # "name/" and "name" are the same folder
-    if args.class_data_dir is None:
-        args.class_data_dir = str(Path(args.output_dir) / "class_images")
-    if args.max_train_steps is None and args.num_train_epochs is None:
-        args.max_train_steps = 1000
-
-
-def check_sizes(args: argparse.Namespace) -> None:
-    """--resolution and --aspect_ratio_buckets: numbers that the VAE and the denoiser can divide."""
-    if len(args.resolution) > 2:
-        raise UserError("--resolution takes one number, or width and height")
-    for side in args.resolution:
-        if side % PIXEL_DIVISOR:
-            raise UserError(f"--resolution {side} is not divisible by {PIXEL_DIVISOR}")
-    if args.aspect_ratio_buckets not in (None, "auto"):
-        for pair in args.aspect_ratio_buckets.split(";"):
-            sides = pair.split(",")
-            if len(sides) != 2 or not all(
-                s.strip().isdigit() and int(s) and int(s) % PIXEL_DIVISOR == 0 for s in sides
-            ):
-                raise UserError(
-                    f'--aspect_ratio_buckets: {pair!r} is no "height,width" of multiples of {PIXEL_DIVISOR}; or use "auto"'
-                )
-
-
-def use_prepared_buckets(args: argparse.Namespace) -> None:
-    """Takes the buckets that scripts/prepare_dataset.py has left in the data folder; --aspect_ratio_buckets wins.
-
-    Errors: UserError if --resolution asks for another size, because the pictures have been scaled already.
-    """
-    file = Path(args.train_data_dir or args.instance_data_dir or args.dataset_name) / "buckets.json"
-    if args.aspect_ratio_buckets is not None or not file.is_file():
-        return
-    try:
-        prepared = json.loads(file.read_text(encoding="utf-8"))
-        side, buckets = int(prepared["resolution"]), str(prepared["aspect_ratio_buckets"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file}: has no resolution and aspect_ratio_buckets; prepare the folder again") from None
-    if args.resolution is not None:
-        width, height = (args.resolution * 2)[:2]
-        if not 3 / 4 <= width * height / side**2 <= 4 / 3:
-            raise UserError(
-                f"--resolution {' '.join(map(str, args.resolution))}: the pictures are prepared for {side}"
-                f" ({file}); prepare them again, or scale them with --aspect_ratio_buckets auto"
-            )
-    args.resolution, args.aspect_ratio_buckets = [side], buckets
-    say(f"buckets as prepared: {file}")
-
-
-def check_data_args(args: argparse.Namespace, given, need) -> None:
-    """The part of `check_args` about data, images, caches and prior preservation."""
-    builder = args.dataset_name is not None and args.dataset_name.endswith(".py")
-    sources = given("train_data_dir", "dataset_name", "instance_data_dir")
-    if not sources:
-        raise UserError("no data: give --train_data_dir, --dataset_name, or --instance_data_dir with --instance_prompt")
-    if len(sources) > 1 and not (builder and args.instance_data_dir is None):
-        raise UserError(f"{' and '.join(sources)} exclude each other: give one")
-    for name in ("train_data_dir", "instance_data_dir"):
-        folder = getattr(args, name)
-        if folder is not None and not Path(folder).is_dir():
-            raise UserError(f"--{name} {folder}: no such folder")
-    need(("dataset_config_name", "dataset_split", "image_column"), args.dataset_name, "--dataset_name")
-    if args.instance_data_dir and not args.instance_prompt and not args.default_caption:
-        raise UserError('--instance_data_dir needs --instance_prompt, such as "a photo of sks dog"')
-    if args.instance_prompt and args.default_caption:
-        raise UserError("--instance_prompt and --default_caption say the same thing: give one")
-    if args.validation_split >= 1:
-        raise UserError("--validation_split 1 leaves no image to train on")
-    need(("random_rotation_prob",), args.random_rotation, "--random_rotation")
-    need(("tag_separator",), args.shuffle_tags, "--shuffle_tags")
-    need(
-        (
-            "class_data_dir",
-            "class_prompt",
-            "num_class_images",
-            "prior_loss_weight",
-            "sample_batch_size",
-            "prior_generation_precision",
-        ),
-        args.with_prior_preservation,
-        "--with_prior_preservation",
-    )
-    if args.with_prior_preservation and not args.class_prompt:
-        raise UserError('--with_prior_preservation needs --class_prompt, such as "a photo of a dog"')
-    if args.cache_latents and (args.color_jitter is not None or args.random_rotation):
-        raise UserError(
-            "--cache_latents can't be combined with --color_jitter or --random_rotation: they change each image each time"
-        )
-    if args.cache_text_embeddings:
-        for name in ("train_text_encoder", "train_text_encoder_ti", "shuffle_tags"):
-            if getattr(args, name):
-                raise UserError(f"--cache_text_embeddings can't be combined with --{name}: the embeddings change")
-    text_fixed = not (args.train_text_encoder or args.train_text_encoder_ti or args.shuffle_tags)
-    need(
-        ("cache_folder",), args.cache_latents or text_fixed, "--cache_latents or captions whose embeddings can't change"
-    )
-
-
-def check_method_args(args: argparse.Namespace, given, need) -> None:
-    """The part of `check_args` about LoRA, text encoders, loss, optimizer, validation and logging."""
-    if args.train_text_encoder and args.train_text_encoder_ti:
-        raise UserError("--train_text_encoder and --train_text_encoder_ti exclude each other: give one")
-    need(("train_text_encoder_frac",), args.train_text_encoder, "--train_text_encoder")
-    need(
-        ("train_text_encoder_ti_frac", "token_abstraction", "num_new_tokens_per_abstraction", "initializer_concept"),
-        args.train_text_encoder_ti,
-        "--train_text_encoder_ti",
-    )
-    need(
-        ("text_encoder_lr", "adam_weight_decay_text_encoder"),
-        args.train_text_encoder or args.train_text_encoder_ti,
-        "--train_text_encoder or --train_text_encoder_ti",
-    )
-    if args.initializer_concept and given("num_new_tokens_per_abstraction"):
-        raise UserError(
-            "--num_new_tokens_per_abstraction has no effect with --initializer_concept: its tokens decide how many"
-        )
-    if args.train_transformer_frac == 0:
-        if not args.train_text_encoder_ti:
-            raise UserError("--train_transformer_frac 0 trains no LoRA: it needs --train_text_encoder_ti")
-        for flag in given("rank"):  # stands in the published commands for textual inversion
-            say(f"note: {flag} has no effect with --train_transformer_frac 0, which adds no LoRA")
-        for flag in given(
-            "lora_alpha",
-            "lora_dropout",
-            "lora_layers",
-            "lora_blocks",
-            "use_dora",
-            "use_rslora",
-            "init_lora_weights",
-            "merge_lora",
-            "use_ema",
-        ):
-            raise UserError(f"{flag} has no effect with --train_transformer_frac 0, which adds no LoRA")
-    elif args.train_transformer_frac < 1:
-        tokens_to_end = args.train_text_encoder_ti and args.train_text_encoder_ti_frac == 1
-        if not tokens_to_end and not (args.train_text_encoder and args.train_text_encoder_frac == 1):
-            raise UserError(
-                "--train_transformer_frac below 1 leaves steps in which nothing is trained; raise it or a text fraction to 1"
-            )
-    if args.rank and args.lora_alpha is None:
-        args.lora_alpha = float(args.rank)
-    if args.lora_alpha == 0:
-        raise UserError("--lora_alpha 0 scales the update to nothing")
-    if args.quantize_base and (
-        args.merge_lora or args.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq"))
-    ):
-        raise UserError(
-            "--quantize_base can't be combined with --merge_lora or an initialisation that changes the base's weights"
-        )
-    need(("huber_c",), args.loss_type == "huber", "--loss_type huber")
-    for name, optimizer in (("use_8bit_adam", "adamw8bit"), ("use_prodigy", "prodigy")):
-        if getattr(args, name):
-            if args.optimizer not in ("adamw", optimizer):
-                raise UserError(f"--{name} and --optimizer {args.optimizer} contradict each other")
-            args.optimizer = optimizer
-    need(("prodigy_beta3",), args.optimizer == "prodigy", "--optimizer prodigy")
-    for name in ("prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"):
-        if not getattr(args, name) and args.optimizer != "prodigy":
-            raise UserError(f"--{name} has no effect without --optimizer prodigy")
-    if args.optimizer == "schedulefree" and (args.lr_scheduler != "constant" or args.use_ema):
-        raise UserError("--optimizer schedulefree averages by itself: use --lr_scheduler constant and no --use_ema")
-    if args.optimizer == "adafactor":
-        for flag in given("adam_beta2", "adam_epsilon"):
-            raise UserError(f"{flag} has no effect with --optimizer adafactor")
-    need(("lr_num_cycles",), args.lr_scheduler == "cosine_with_restarts", "--lr_scheduler cosine_with_restarts")
-    need(("lr_power",), args.lr_scheduler == "polynomial", "--lr_scheduler polynomial")
-    if args.lr_warmup_steps and args.lr_scheduler == "constant" and args.optimizer != "schedulefree":
-        args.lr_scheduler = "constant_with_warmup"  # the two flags together can mean nothing else
-    need(("ema_decay",), args.use_ema, "--use_ema")
-    if args.learning_rate == 0:
-        raise UserError("--learning_rate 0 trains nothing")
-    if args.validation_epochs and args.validation_steps:
-        raise UserError("--validation_epochs and --validation_steps exclude each other: give one")
-    if args.num_validation_images == 0:
-        for flag in given("validation_prompt"):
-            raise UserError(f"{flag} has no effect with --num_validation_images 0")
-    if args.num_validation_images == 0 and args.validation_split == 0:
-        for flag in given("validation_epochs", "validation_steps"):
-            raise UserError(f"{flag} has no effect: there are no validation images and no held-out images")
-    need(("hub_model_id", "hub_token"), args.push_to_hub, "--push_to_hub")
-    if args.hub_token and args.report_to in ("wandb", "all"):
-        raise UserError(
-            "--hub_token is refused with wandb, which stores command lines: log in with `hf auth login` instead"
-        )
-    if args.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
-        raise UserError(
-            "--enable_xformers_memory_efficient_attention: xformers isn't installed; torch's own attention needs no flag"
-        )
-    if args.report_to not in ("none", "all"):
-        for tracker in args.report_to.split(","):
-            known = {"tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"}
-            if tracker not in known:
-                raise UserError(f"--report_to {tracker}: unknown; use one of {', '.join(sorted(known))}, all, none")
-            module = {"dvclive": "dvclive", "comet_ml": "comet_ml"}.get(tracker, tracker)
-            if importlib.util.find_spec(module) is None:
-                raise UserError(
-                    f"--report_to {tracker}: the package isn't installed; `pip install {tracker}` or --report_to none"
-                )
-
-
-# <<< shared: arguments
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses and checks the command line; nothing heavy has been imported yet."""
-    parser = OneLineParser(
-        description=f"Trains a LoRA for {FAMILY_TITLE}.", allow_abbrev=False, formatter_class=argparse.HelpFormatter
-    )
-    add_shared_args(parser)
-    add = parser.add_argument_group(f"{FAMILY_TITLE} only").add_argument
+def add_family_args(add) -> None:
+    """Flags that only this family has."""
     add(
         "--clip_skip",
         type=count,
@@ -641,18 +98,644 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="(default: the scheduler's)")
     add("--noise_offset", type=amount, default=0.0, help="noise added per channel and image, 0.05 is usual (0: off)")
     add("--input_perturbation", type=amount, default=0.0, help="extra noise on the input, 0.1 is usual (0: off)")
-    args = parse_with_config(parser, argv)
-    check_args(args, parser)
-    return args
 
 
-# >>> shared: data
+def draw_noise(
+    generator, shape: tuple[int, int, int], scheduler, args: argparse.Namespace, quantile: float | None = None
+) -> dict:
+    """What the loss needs at random for one sample: noise (C, H, W) and a timestep; `quantile` fixes the timestep."""
+    draws = {"noise": torch.randn(shape, generator=generator)}
+    steps = scheduler.config.num_train_timesteps
+    drawn = torch.randint(0, steps, (), generator=generator)
+    draws["timesteps"] = drawn if quantile is None else torch.tensor(int(quantile * steps))
+    if args.noise_offset:  # https://www.crosslabs.org/blog/diffusion-with-offset-noise
+        draws["noise"] = draws["noise"] + args.noise_offset * torch.randn(shape[0], 1, 1, generator=generator)
+    if args.input_perturbation:  # https://arxiv.org/abs/2301.11706
+        draws["perturbation"] = torch.randn(shape, generator=generator)
+    return draws
+
+
+def compute_loss(batch: dict, latents, embeds: dict, denoiser, scheduler, args: argparse.Namespace):
+    """Loss of each sample, (B,), float32. latents (B, C, H, W); batch: noise (B, C, H, W), timesteps (B,)."""
+    noise, timesteps = batch["noise"], batch["timesteps"]
+    # x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps, https://arxiv.org/abs/2006.11239 eq. 4
+    used = noise + args.input_perturbation * batch["perturbation"] if args.input_perturbation else noise
+    noisy_latents = scheduler.add_noise(latents, used, timesteps)
+    model_pred = denoiser(noisy_latents.to(denoiser.dtype), timesteps, embeds["prompt_embeds"]).sample.float()
+    # v = sqrt(a_t) eps - sqrt(1 - a_t) x_0, https://arxiv.org/abs/2202.00512
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+    loss = elementwise_loss(model_pred, target, args).mean(dim=(1, 2, 3))
+    if args.snr_gamma:  # min-SNR, https://arxiv.org/abs/2303.09556
+        from diffusers.training_utils import compute_snr
+
+        snr = compute_snr(scheduler, timesteps)
+        loss = loss * snr.clamp(max=args.snr_gamma) / (snr + 1 if velocity else snr)
+    return loss
+
+
+def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: argparse.Namespace) -> dict:
+    """Prompts -> {"hidden": (B, 77, D)}, as the pipeline encodes them (CLIP's last layer, or --clip_skip before).
+
+    Differentiable in the text encoder.
+    """
+    ids = tokenizer(
+        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids.to(text_encoder.device)
+    if args.clip_skip is None:
+        return {"hidden": text_encoder(ids)[0]}
+    hidden = text_encoder(ids, output_hidden_states=True).hidden_states[-(args.clip_skip + 1)]
+    return {"hidden": text_encoder.final_layer_norm(hidden)}
+
+
+def join_embeds(encoded: dict[str, dict], args: argparse.Namespace, config: dict) -> dict:
+    """What each encoder gave, by key -> the denoiser's {"prompt_embeds": (B, 77, D)}. config: the denoiser's."""
+    return {"prompt_embeds": encoded["clip_l"]["hidden"]}
+
+
+def negative_embeds(empty: dict, components: Components) -> dict:
+    """The pipeline's arguments for the unconditional half of guidance, from the empty prompt's embeddings."""
+    return {"negative_prompt_embeds": empty["prompt_embeds"]}
+
+
+def check_base(components: Components) -> None:
+    """Refuses bases that this script can't train."""
+    channels = components.config(DENOISER)["in_channels"]
+    if channels != components.config("vae")["latent_channels"]:
+        raise UserError(
+            f"--pretrained_model_name_or_path: a UNet with {channels} input channels (inpainting, editing) can't be trained"
+        )
+
+
+def unpack_output(latents, size: tuple[int, int]):
+    """What the pipeline gives as latents -> (B, C, H, W)."""
+    return latents
+
+
+def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
+    """Beginnings of names of layers whose output nothing reads, so that no gradient reaches them; `part` as in TEXT_ENCODERS."""
+    if part != "clip_l" or args.clip_skip is None:
+        return ()
+    return tuple(f"encoder.layers.{config.num_hidden_layers - 1 - k}." for k in range(args.clip_skip))
+
+
+def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
+    """The UNet's modules under the names of kohya's files: for Stable Diffusion 1.x and 2.x those of diffusers."""
+    return modules
+
+
+# By line: 196 the run: what happens, in which order · 460 the loop, and one step of it · 611 what is logged, and the
+# guard against learning nothing · 735 data: images and captions · 1065 images: decoding, buckets, crops, batches ·
+# 1493 text: embeddings and new tokens · 1722 LoRA and optimizer · 2033 checkpoints and signals · 2199 pictures:
+# validation, class images, comparison · 2397 files that a run leaves · 2656 command line · 3102 base model: loading,
+# quantising, splitting · 3363 errors, lines, seeds, libraries
+
+# ==== From here on, the four training scripts are the same, line for line ====
+
+
+# ---- the run: what happens, in which order ---------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains as the command line says; returns the exit code. What a person can mend ends as one line on stderr."""
+    program = Path(sys.argv[0]).name
+    try:
+        args = parse_args(argv)
+        import_libraries()
+        with temporary_output(args) if args.dry_run else contextlib.nullcontext():
+            execute(args)
+        return 0
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        return stop.args[0]
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(
+            f"{program}: error: the GPU's memory does not suffice; in this order, try {MEMORY_ADVICE}", file=sys.stderr
+        )
+        return 1
+
+
+MEMORY_ADVICE = (
+    "--gradient_checkpointing, --cache_latents, --mixed_precision bf16, --optimizer adamw8bit, --quantize_base nf4,"
+    " a lower --train_batch_size or --resolution"
+)
+
+
+def execute(args: argparse.Namespace) -> None:
+    """A whole run, in the order in which it happens."""
+    from peft.helpers import disable_input_dtype_casting
+
+    run, resume = prepare_run(args)
+    first_step = load_checkpoint(run, *resume) if resume else 0
+    active_parts(run, first_step)
+    start_trackers(run)
+    say(
+        f"{sum(not e.held_out for e in run.data.examples)} images, {run.plan.per_epoch} batches per epoch, {run.max_steps} steps, batch"
+        f" {args.train_batch_size} x {run.accelerator.num_processes} processes x {args.gradient_accumulation_steps} accumulated"
+    )
+    with disable_input_dtype_casting(run.denoiser, active=run.accelerator.mixed_precision != "no"):
+        if run.compares and first_step == 0:
+            on_main(run, draw_samples, run, 0)  # the base's own pictures; memory that doesn't suffice shows now
+        if args.dry_run:
+            rehearse(run)
+        else:
+            train(run, first_step)
+    check_results(run)
+    on_main(run, save_results, run)
+    run.accelerator.end_training()
+    if args.push_to_hub and run.accelerator.is_main_process:
+        push_to_hub(args)
+
+
+def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None]:
+    """Everything up to the first step: base, data, text, what is trained. Returns (run, the checkpoint to go on from)."""
+    stop = StopSignal()  # first, so that a signal during the preparations is answered too
+    run = Run(args, start_accelerator(args), stop)
+    make_output_folder(args)
+    resume = find_checkpoint(args)
+    settle_seed(run, resume)
+    run.components = open_base(run)
+    load_data(run)
+    load_text(run)
+    add_trained_parts(run)
+    run.settings = resume_settings(run)
+    return run, resume
+
+
+@dataclass
+class Run:
+    """Everything that the loop uses; `prepare_run` fills it from top to bottom."""
+
+    args: argparse.Namespace
+    accelerator: object
+    stop: StopSignal
+    components: Components = None
+    data: TrainingData = None
+    plan: BatchPlan = None
+    max_steps: int = 0
+    plan_size: tuple[int, int] = (0, 0)  # width and height of validation images
+    validation_steps: set[int] = field(default_factory=set)
+    scheduler: object = None
+    prompts: Prompts = None
+    abstractions: dict[str, list[str]] = field(default_factory=dict)
+    sample_prompts: list[str] = field(default_factory=list)
+    rows: dict[str, TokenRows] = field(default_factory=dict)  # by encoder key
+    lora_modules: dict[str, object] = field(default_factory=dict)  # pipeline name -> module
+    initial_states: dict = field(default_factory=dict)
+    denoiser: object = None
+    parts: list[Part] = field(default_factory=list)
+    guard: StepGuard = None
+    settings: dict = field(default_factory=dict)
+
+    @property
+    def compares(self) -> bool:
+        """Whether the run draws pictures before and after, for comparison.png."""
+        return bool(self.sample_prompts) and not self.args.skip_final_inference
+
+    def text_moves(self, step: int) -> bool:
+        """Whether step `step` trains something that text embeddings depend on."""
+        return any(p.name != "denoiser" and step < p.last_step for p in self.parts)
+
+
+def start_accelerator(args: argparse.Namespace):
+    """accelerate's view of the machine: device, precision, processes, trackers."""
+    import logging
+
+    import accelerate
+
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    project = accelerate.utils.ProjectConfiguration(
+        project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)
+    )
+    trackers = None if args.report_to == "none" else args.report_to.split(",") if args.report_to != "all" else "all"
+    wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")  # the launcher's configuration
+    if wanted == "fp16" and PREDICTS_FLOW:
+        say(f"{FAMILY_TITLE} overflows in fp16: using bf16")
+        args.mixed_precision = "bf16"
+    args.deepspeed = os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false") == "true"  # its launcher, not its engine
+    if args.deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") not in ("1", "2"):
+        raise UserError("DeepSpeed: use zero_stage 1 or 2; config/accelerate_config_fsdp2.yaml splits the base itself")
+    try:
+        accelerator = accelerate.Accelerator(
+            mixed_precision=args.mixed_precision, log_with=trackers, project_config=project
+        )
+    except ValueError as error:
+        raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from None
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no")
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def make_output_folder(args: argparse.Namespace) -> None:
+    """Makes the output folder and sees that it can be written to."""
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output_dir):
+            pass
+    except OSError as error:
+        raise UserError(f"--output_dir {args.output_dir} can't be written to: {error.strerror}") from None
+
+
+def settle_seed(run: Run, resume: tuple[Path, dict] | None) -> None:
+    """Without --seed: the checkpoint's, or one that is drawn, the same on every process."""
+    from accelerate.utils import broadcast_object_list
+
+    if run.args.seed is None:
+        drawn = [resume[1]["seed"] if resume else random.SystemRandom().randrange(2**31)]
+        run.args.seed = broadcast_object_list(drawn)[0] if run.accelerator.num_processes > 1 else drawn[0]
+        say(f"seed {run.args.seed}")
+
+
+def open_base(run: Run) -> Components:
+    """The base's parts, none of them loaded yet."""
+    args, accelerator = run.args, run.accelerator
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
+    if sharded and (args.quantize_base or args.compile):
+        raise UserError(
+            "--quantize_base and --compile can't be combined with FSDP: use a configuration for several GPUs"
+        )
+    components = Components(resolve_base(args), args, dtype, accelerator.device, sharded)
+    check_base(components)
+    return components
+
+
+def load_data(run: Run) -> None:
+    """Examples, class images, which of them stand in which batch, and their latents, if these are cached."""
+    args, components, processes = run.args, run.components, run.accelerator.num_processes
+    buckets = bucket_sizes(args)
+    examples, store = prepare_examples(load_examples(args), buckets, args)
+    hold_out(examples, args)
+    print_buckets(examples, buckets)
+    run.prompts = Prompts(args, components)
+    report_findings(examples, buckets, run.prompts.tokenizers, args)
+    class_store = None
+    if args.with_prior_preservation:
+        generate_class_images(args, components, run.prompts, run.accelerator)
+        _, class_store = prepare_examples(load_class_examples(args), buckets, args)
+    run.plan = BatchPlan(examples, args, processes, len(class_store.examples) if class_store else 0)
+    steps_per_epoch = run.plan.per_epoch / args.gradient_accumulation_steps
+    run.max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
+    run.validation_steps = validation_schedule(args, run.max_steps, steps_per_epoch)
+    run.plan_size = buckets[Counter(e.bucket for e in examples).most_common(1)[0][0]]
+    run.scheduler = components.training_scheduler()
+    run.data = TrainingData(examples, store, class_store, args, components.config("vae"), run.scheduler)
+    if args.cache_latents:
+        cache_latents(run.data, run.plan, components, args)
+
+
+def load_text(run: Run) -> None:
+    """New tokens, the text encoders' LoRA, and the embeddings that can't change."""
+    examples = run.data.examples
+    run.abstractions = abstraction_tokens(run.args, next(iter(run.prompts.tokenizers.values())))
+    run.sample_prompts = [insert_tokens(p, run.abstractions) for p in default_prompts(run.args, examples)]
+    if run.abstractions:
+        add_tokens(run)
+    if run.args.train_text_encoder:
+        add_text_lora(run)
+    fill_text_cache(run)
+
+
+def start_trackers(run: Run) -> None:
+    """Starts the trackers with the settings as their configuration; the hub token is not among them."""
+    args = run.args
+    if args.report_to == "none" or not run.accelerator.log_with:
+        return
+    config = {
+        k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items() if k != "hub_token"
+    }
+    name = args.run_name or Path(args.output_dir).resolve().name
+    run.accelerator.init_trackers(
+        f"lora-{FAMILY}", config=config, init_kwargs={"wandb": {"name": name, "dir": args.output_dir}}
+    )
+
+
+def check_results(run: Run) -> None:
+    """Errors if what was trained is no different from where it began."""
+    for part in run.parts:
+        if torch.equal(part.weights.detach().cpu(), part.initial):
+            raise UserError(f"the {part.name} did not change in {run.max_steps} steps: nothing was learned")
+
+
+@contextlib.contextmanager
+def temporary_output(args: argparse.Namespace):
+    """--dry_run: while inside, everything is written to a folder that goes afterwards, and nothing is uploaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        args.output_dir, args.cache_folder, args.push_to_hub, args.report_to = folder, None, False, "none"
+        if args.with_prior_preservation:
+            args.class_data_dir, args.num_class_images = str(Path(folder) / "class_images"), 2
+        yield
+
+
+def rehearse(run: Run) -> None:
+    """--dry_run: two steps at the largest bucket (the second is timed), a checkpoint; prints time and memory."""
+    args, planned = run.args, run.max_steps
+    areas = [run.data.store.buckets[b[0].bucket] for b in run.plan.epoch(0)]
+    largest = max(range(len(areas)), key=lambda i: areas[i][0] * areas[i][1])
+    run.plan.epoch(0)[:] = [run.plan.epoch(0)[largest]] * len(areas)
+    run.plan_size = areas[largest]
+    run.max_steps = args.checkpointing_steps = min(2, planned)
+    args.logging_steps, run.validation_steps = 1, {run.max_steps}
+    train(run, 0)
+    rows = [json.loads(line) for line in (Path(args.output_dir) / "metrics.jsonl").read_text("utf-8").splitlines()]
+    seconds = [row["seconds_per_step"] for row in rows if "seconds_per_step" in row][-1]
+    if run.accelerator.device.type == "cuda":
+        memory = torch.cuda.max_memory_reserved() / 2**30
+    else:
+        import resource
+
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    say(
+        f"dry run: largest bucket {run.plan_size[0]} x {run.plan_size[1]}, {seconds:.3f} s per step, peak memory {memory:.2f} GiB,"
+    )
+    say(f"dry run: {planned} steps would take about {seconds * planned / 60:.1f} minutes; nothing was kept")
+
+
+# ---- the loop, and one step of it ------------------------------------------------------------------------------------
+
+
+def train(run: Run, first_step: int) -> None:
+    """The loop: batches, loss, backward, step, log, save, validate."""
+    args, accelerator = run.args, run.accelerator
+    batches, meter, witness = (
+        iter(make_loader(run, first_step)),
+        Meter(run, first_step),
+        GradientWitness(run, first_step),
+    )
+    run.stop.in_loop = True
+    with progress_bar(run, first_step) as bar:
+        for step in range(first_step, run.max_steps):
+            active = active_parts(run, step)
+            for micro in range(args.gradient_accumulation_steps):
+                meter.add(backward(run, next(batches), step, micro))
+            norm = run.guard.apply(active, accelerator, args.max_grad_norm)
+            witness.look(step, active)
+            for part in active:
+                part.step()
+            done = step + 1
+            bar.update()
+            if done % args.logging_steps == 0 or done == run.max_steps:
+                bar.set_postfix(meter.log(done, norm, active), refresh=False)
+            stopping = stop_requested(run)
+            if done % args.checkpointing_steps == 0 or stopping:
+                on_main(run, save_checkpoint, run, done)
+            if stopping:
+                say(f"stopped by signal {stopping} after step {done}; checkpoint-{done} is written")
+                raise Interrupted(128 + stopping)
+            if done in run.validation_steps:
+                validate(run, done, meter)
+    run.stop.in_loop = False
+    meter.close()
+
+
+def backward(run: Run, batch: dict, step: int, micro: int):
+    """Loss of one batch, its gradients added to the parts' buffers; returns the loss, a tensor."""
+    batch = to_device(batch, run.accelerator.device)
+    captions = [insert_tokens(c, run.abstractions) for c in batch["captions"]]
+    torch.manual_seed(stable_seed(run.args.seed, "dropout", step, micro, run.accelerator.process_index))
+    with run.accelerator.autocast():
+        embeds = run.prompts.encode(captions) if run.text_moves(step) else run.prompts.lookup(captions)
+    loss = (batch_loss(run, batch, embeds) * batch["weight"]).sum() / run.args.gradient_accumulation_steps
+    (loss * run.guard.scale).backward()
+    return loss.detach()
+
+
+def batch_loss(run: Run, batch: dict, embeds: dict):
+    """Loss of each sample of a batch, (B,): latents from moments or pixels, then the family's loss."""
+    if "moments" not in batch:
+        vae = run.components.vae()
+        if run.args.offload:
+            vae.to(run.accelerator.device)
+        batch["moments"] = encode_image(batch["pixels"], vae)
+        if run.args.offload:
+            vae.to("cpu")
+    latents = sample_latents(batch["moments"], batch["posterior_noise"], run.components.config("vae"))
+    with run.accelerator.autocast():
+        return compute_loss(batch, latents, embeds, run.denoiser, run.scheduler, run.args)
+
+
+def sample_latents(moments, noise, config: dict):
+    """VAE moments (B, 2C, H, W) and noise (B, C, H, W) -> scaled latents (B, C, H, W)."""
+    mean, std = moments.float().chunk(2, dim=1)
+    return (mean + std * noise - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
+
+
+def elementwise_loss(model_pred, target, args: argparse.Namespace):
+    """l2, or pseudo-Huber 2c(sqrt((p - t)^2 + c^2) - c), https://arxiv.org/abs/2403.16728; same shape as its inputs."""
+    if args.loss_type == "l2":
+        return (model_pred - target.float()) ** 2
+    c = args.huber_c
+    return 2 * c * (torch.sqrt((model_pred - target.float()) ** 2 + c**2) - c)
+
+
+def active_parts(run: Run, step: int) -> list[Part]:
+    """The parts that step `step` trains; those whose time is over are frozen, once."""
+    for part in run.parts:
+        if step >= part.last_step and part.optimizer is not None:
+            part.freeze()
+            say(f"step {step}: {part.name} is trained; from here on it stays as it is")
+            if not run.text_moves(step):
+                settle_text(run)
+    return [p for p in run.parts if step < p.last_step]
+
+
+def make_loader(run: Run, first_step: int):
+    """Batches from step `first_step` on; its generator of its own keeps the global one untouched."""
+    accumulation = run.args.gradient_accumulation_steps
+    start, stop = first_step * accumulation, run.max_steps * accumulation
+    return torch.utils.data.DataLoader(
+        run.data,
+        batch_sampler=BatchStream(run.plan, run.accelerator.process_index, start, stop),
+        collate_fn=collate,
+        num_workers=run.args.dataloader_num_workers,
+        pin_memory=run.accelerator.device.type == "cuda",
+        generator=torch.Generator(),
+    )
+
+
+def to_device(batch: dict, device) -> dict:
+    """Moves the tensors of a batch."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def validate(run: Run, step: int, meter: Meter) -> None:
+    """Held-out loss and validation images, on the main process."""
+    run.accelerator.wait_for_everyone()
+    if any(e.held_out for e in run.data.examples):
+        loss = held_out_loss(run)
+        meter.write({"step": step, "held_out_loss": loss})
+        say(f"step {step}: held-out loss {loss:.4f}")
+    draws = run.compares if step == run.max_steps else run.args.validation_prompt
+    if draws and run.sample_prompts:
+        on_main(run, log_samples, run, step)
+    meter.pause()
+
+
+def validation_schedule(args: argparse.Namespace, max_steps: int, steps_per_epoch: float) -> set[int]:
+    """The steps after which validation runs: as the flags say, else about five times; always at the end."""
+    every = args.validation_steps or (
+        max(1, round(args.validation_epochs * steps_per_epoch)) if args.validation_epochs else max(1, max_steps // 5)
+    )
+    return set(range(every, max_steps, every)) | {max_steps}
+
+
+def default_prompts(args: argparse.Namespace, examples: list[Example]) -> list[str]:
+    """What pictures show: the validation prompts, else two captions."""
+    if args.num_validation_images == 0 or (args.skip_final_inference and not args.validation_prompt):
+        return []
+    captions = [with_trigger(e.captions[0], args.trigger_word) for e in examples if not e.held_out]
+    return list(args.validation_prompt or dict.fromkeys(captions))[: None if args.validation_prompt else 2]
+
+
+def stop_requested(run: Run) -> int:
+    """The number of the signal that any process has received, or 0; agreed between processes."""
+    if run.accelerator.num_processes == 1:
+        return run.stop.number
+    numbers = run.accelerator.gather(torch.tensor([run.stop.number], device=run.accelerator.device))
+    return int(numbers.max())
+
+
+def on_main(run: Run, work, *arguments) -> None:
+    """Runs something on the main process while the others wait; drawing with a sharded base takes them all."""
+    if run.accelerator.is_main_process or (run.components.sharded and work in (draw_samples, log_samples)):
+        work(*arguments)
+    run.accelerator.wait_for_everyone()
+
+
+# ---- what is logged, and the guard against learning nothing ----------------------------------------------------------
+
+
+class Meter:
+    """Collects losses on the device and writes metrics.jsonl and trackers on steps that log."""
+
+    def __init__(self, run: Run, first_step: int) -> None:
+        self.run, self.loss, self.since, self.began = run, None, first_step, time.perf_counter()
+        self.seconds: list[float] = []
+        self.file = Path(run.args.output_dir) / "metrics.jsonl"
+        if run.accelerator.is_main_process:
+            rows = self.file.read_text(encoding="utf-8").splitlines() if first_step and self.file.exists() else []
+            kept = [row for row in rows if json.loads(row)["step"] <= first_step]
+            self.file.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
+
+    def add(self, loss) -> None:
+        """Takes one batch's share of the loss, without waiting for it."""
+        self.loss = loss if self.loss is None else self.loss + loss
+
+    def log(self, step: int, norm, active: list[Part]) -> dict:
+        """Writes the mean loss since the last log; returns what the progress bar shows."""
+        run, steps = self.run, step - self.since
+        numbers = torch.stack([self.loss, norm, run.guard.bad_run, run.guard.bad_total])
+        if run.accelerator.num_processes > 1:
+            numbers[0] = run.accelerator.reduce(numbers[0], reduction="sum")
+        loss, norm, bad_run, bad_total = numbers.tolist()
+        self.seconds.append((time.perf_counter() - self.began) / steps)
+        row = {
+            "step": step,
+            "epoch": step * run.args.gradient_accumulation_steps / run.plan.per_epoch,
+            "loss": loss / steps,
+            "grad_norm": norm,
+        }
+        row |= {f"lr_{p.name}": p.effective_rate() for p in active} | {"seconds_per_step": self.seconds[-1]}
+        if bad_total:
+            row["skipped_steps"] = int(bad_total)
+        self.write(row)
+        if bad_run:
+            say(f"warning: step {step}: the loss is {loss / steps}; the step is left out")
+        if bad_run >= 10:
+            kept = checkpoints_in(Path(run.args.output_dir))
+            saved = f"the last checkpoint is {kept[0].name}" if kept else "there is no checkpoint yet"
+            raise UserError(
+                f"the loss has not been finite for {int(bad_run)} steps: try --mixed_precision bf16 or a lower --learning_rate; {saved}"
+            )
+        self.loss, self.since, self.began = None, step, time.perf_counter()
+        return {"loss": f"{row['loss']:.4f}"}
+
+    def write(self, row: dict) -> None:
+        """Appends a row to metrics.jsonl and sends it to the trackers."""
+        if self.run.accelerator.is_main_process:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(
+                    json.dumps(
+                        {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
+                    )
+                    + "\n"
+                )
+        self.run.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def pause(self) -> None:
+        """Leaves the time since the last log out of the step times."""
+        self.began = time.perf_counter()
+
+    def close(self) -> None:
+        """Prints the median step time."""
+        if self.seconds:
+            say(f"median {sorted(self.seconds)[len(self.seconds) // 2]:.3f} s per step")
+
+
+def progress_bar(run: Run, first_step: int):
+    """A bar on the first process."""
+    from tqdm.auto import tqdm
+
+    quiet = not run.accelerator.is_main_process
+    return tqdm(
+        total=run.max_steps,
+        initial=first_step,
+        disable=quiet,
+        desc="training",
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+    )
+
+
+class GradientWitness:
+    """Sees in the first steps which parameters get a gradient; errors if a part, warns if a layer, gets none.
+
+    It looks for an epoch (2 to 50 steps): a LoRA's second matrix has none in the first step, and a token's captions may come late.
+    """
+
+    def __init__(self, run: Run, first_step: int) -> None:
+        self.run = run
+        epoch = math.ceil(run.plan.per_epoch / run.args.gradient_accumulation_steps)
+        self.last = min(first_step + min(max(2, epoch), 50), run.max_steps) - 1
+        parts = active_parts(run, first_step) if self.last > first_step else []
+        self.seen = {p.name: torch.zeros_like(p.gradients, dtype=torch.bool) for p in parts}
+
+    def look(self, step: int, active: list[Part]) -> None:
+        """Notes the gradients of a step, and judges after the last of the first steps."""
+        if not self.seen:
+            return
+        for part in active:
+            self.seen[part.name] |= part.gradients != 0
+        if step == self.last:
+            for part in active:
+                if not self.run.guard.bad_total:  # a loss that isn't finite has a message of its own
+                    self.judge(part)
+            self.seen.clear()
+
+    def judge(self, part: Part) -> None:
+        """The verdict on one part."""
+        if not self.seen[part.name].any():
+            tokens = "do the captions contain --token_abstraction?"
+            advice = tokens if part.name == "embeddings" else "is the loss constant?"
+            raise UserError(f"no gradient reaches the {part.name}, so nothing would be learned: {advice}")
+        layers: dict[str, bool] = {}
+        for name, seen in part.split(self.seen[part.name]).items():
+            layer = name.split(".lora_")[0]
+            layers[layer] = layers.get(layer, False) or bool(seen.any())
+        idle = [layer for layer, works in layers.items() if not works]
+        if idle:
+            say(f"warning: {len(idle)} of {len(layers)} layers of the {part.name} get no gradient, such as {idle[0]}")
+
+
+# ---- data: images and captions ---------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".avif"}
 CAPTION_COLUMNS = ("text", "caption", "prompt")
-SAME_LOOK = 6  # bits of 64 in which the perceptual hashes of copies of one picture differ at most
-MAX_PIXELS = 178_956_970  # where Pillow takes a picture for a decompression bomb
-COVER_BUDGET = 2 << 30  # bytes of decoded images kept in memory
 
 
 @dataclass
@@ -665,76 +748,43 @@ class Example:
     digest: str = ""
     size: tuple[int, int] = (0, 0)
     bucket: int = 0
-    look: tuple[int, int, bytes] = (0, 0, b"")
     held_out: bool = False
 
 
-@dataclass
-class Finding:
-    """What is wrong with the data, and the way out. One that `hurts` costs the result something."""
-
-    what: str
-    advice: str
-    hurts: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.what}; {self.advice}"
-
-
-def found(what: str, names: list[str], total: int | None, advice: str, hurts: bool = True) -> list[Finding]:
-    """[a finding with how many, of how many, and the first few names], or [] if there are none."""
-    of = "" if total is None else f" of {total}"
-    return [Finding(f"{what}: {len(names)}{of} ({listed(names)})", advice, hurts)] if names else []
-
-
-def decode_text(raw: bytes, file: Path) -> str:
-    """Text in UTF-8 or UTF-16 with a mark, else in Windows-1252, which is said."""
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return raw.decode("utf-16")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        say(f"warning: {file} is not UTF-8; read as Windows-1252")
-        return raw.decode("cp1252", errors="replace")
+def load_examples(args: argparse.Namespace) -> list[Example]:
+    """The training images and their captions, as the flags say. Captions are still without trigger word."""
+    examples = source_examples(args)
+    if args.max_train_samples is not None and args.max_train_samples < len(examples):
+        chosen = random.Random(stable_seed(args.seed, "max_train_samples")).sample(
+            range(len(examples)), args.max_train_samples
+        )
+        examples = [examples[i] for i in sorted(chosen)]
+    fallback = clean_caption(args.instance_prompt or args.default_caption)
+    bare = [e for e in examples if not e.captions]
+    for example in bare:
+        example.captions = [fallback]
+    if bare and not fallback:
+        if len(bare) == len(examples) and not args.trigger_word:
+            raise UserError(
+                "no image has a caption: add metadata.jsonl or .txt files, or give --instance_prompt or --default_caption"
+            )
+        names = ", ".join(e.name for e in bare[:3])
+        instead = "the trigger word alone" if args.trigger_word else "the empty one"
+        say(f"warning: {len(bare)} of {len(examples)} images have no caption and train on {instead} ({names})")
+    return examples
 
 
-def clean_caption(text: object) -> str:
-    """One line without needless spaces; None becomes the empty caption."""
-    return " ".join(unicodedata.normalize("NFC", str(text)).split()) if text is not None else ""
-
-
-def as_captions(value: object) -> list[str]:
-    """A caption or a list of captions, one of which is picked at random each time."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [c for c in (clean_caption(v) for v in values) if c]
-
-
-def read_metadata(file: Path) -> list[dict]:
-    """Rows of a metadata.jsonl or metadata.csv, with a key `file_name` each."""
-    text = decode_text(file.read_bytes(), file)
-    if file.suffix == ".csv":
-        rows = list(csv.DictReader(io.StringIO(text)))
-    else:
-        rows = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{file} line {number}: not JSON: {error}") from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not row.get("file_name"):
-            raise UserError(f"{file} row {number}: no file_name")
-    return rows
-
-
-def caption_of_row(row: dict, column: str | None, where: str) -> list[str]:
-    """The captions in a row: of the given column, or of the one of text, caption, prompt that exists."""
-    if column is not None:
-        if column not in row:
-            raise UserError(f"--caption_column {column}: {where} has the columns {', '.join(map(str, row))}")
-        return as_captions(row[column])
-    return as_captions(next((row[c] for c in CAPTION_COLUMNS if row.get(c)), None))
+def source_examples(args: argparse.Namespace, missing: list[str] | None = None) -> list[Example]:
+    """All images of the folder or data set that the flags name, with the captions that they have."""
+    folder = Path(args.dataset_name or args.train_data_dir or args.instance_data_dir)
+    plain = args.dataset_name is None or (
+        folder.is_dir()
+        and not any(
+            f.suffix in (".arrow", ".parquet") or f.name in ("dataset_dict.json", "state.json", "dataset_infos.json")
+            for f in folder.rglob("*")
+        )
+    )
+    return folder_examples(folder, args.caption_column, missing) if plain else dataset_examples(args)
 
 
 def folder_examples(folder: Path, caption_column: str | None, missing: list[str] | None = None) -> list[Example]:
@@ -782,38 +832,54 @@ def folder_examples(folder: Path, caption_column: str | None, missing: list[str]
     return examples
 
 
-def listed(names: list[str], limit: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def read_metadata(file: Path) -> list[dict]:
+    """Rows of a metadata.jsonl or metadata.csv, with a key `file_name` each."""
+    text = decode_text(file.read_bytes(), file)
+    if file.suffix == ".csv":
+        rows = list(csv.DictReader(io.StringIO(text)))
+    else:
+        rows = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{file} line {number}: not JSON: {error}") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not row.get("file_name"):
+            raise UserError(f"{file} row {number}: no file_name")
+    return rows
 
 
-def builder_dataset(args: argparse.Namespace):
-    """The split of a data set whose builder class stands in a local Python file.
+def caption_of_row(row: dict, column: str | None, where: str) -> list[str]:
+    """The captions in a row: of the given column, or of the one of text, caption, prompt that exists."""
+    if column is not None:
+        if column not in row:
+            raise UserError(f"--caption_column {column}: {where} has the columns {', '.join(map(str, row))}")
+        return as_captions(row[column])
+    return as_captions(next((row[c] for c in CAPTION_COLUMNS if row.get(c)), None))
 
-    The `datasets` package no longer runs such files, so the file that the user names is imported here.
-    """
-    import datasets
 
-    path = Path(args.dataset_name)
-    if not path.is_file():
-        raise UserError(f"--dataset_name {path}: no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    builders = [
-        c
-        for c in vars(module).values()
-        if isinstance(c, type) and issubclass(c, datasets.DatasetBuilder) and c.__module__ == module.__name__
-    ]
-    if len(builders) != 1:
-        raise UserError(f"--dataset_name {path}: expected one datasets builder class, found {len(builders)}")
-    data_dir = str(Path(args.train_data_dir).resolve()) if args.train_data_dir else None
-    with tempfile.TemporaryDirectory() as work:
-        builder = builders[0](cache_dir=work, config_name=args.dataset_config_name, data_dir=data_dir)
-        builder.download_and_prepare()
-        table = builder.as_dataset(split=args.dataset_split, in_memory=True)
-    return table
+def as_captions(value: object) -> list[str]:
+    """A caption or a list of captions, one of which is picked at random each time."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [c for c in (clean_caption(v) for v in values) if c]
+
+
+def clean_caption(text: object) -> str:
+    """One line without needless spaces; None becomes the empty caption."""
+    return " ".join(unicodedata.normalize("NFC", str(text)).split()) if text is not None else ""
+
+
+def decode_text(raw: bytes, file: Path) -> str:
+    """Text in UTF-8 or UTF-16 with a mark, else in Windows-1252, which is said."""
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return raw.decode("utf-16")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        say(f"warning: {file} is not UTF-8; read as Windows-1252")
+        return raw.decode("cp1252", errors="replace")
 
 
 def dataset_examples(args: argparse.Namespace) -> list[Example]:
@@ -858,272 +924,33 @@ def dataset_examples(args: argparse.Namespace) -> list[Example]:
     return [Example(f"row {i}", captions[i], reader(i)) for i in range(len(table))]
 
 
-def to_srgb(image):
-    """An RGB or CMYK image with the colours that its profile means (phones: Display P3), in sRGB; others as they are."""
-    profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "CMYK"):
-        return image
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if image.mode == "RGB" and ImageCms.getProfileDescription(source).startswith("sRGB"):
-            return image
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):  # a broken profile, or one for another mode
-        return image
+def builder_dataset(args: argparse.Namespace):
+    """The split of a data set whose builder class stands in a local Python file.
 
-
-def to_rgb(image):
-    """An upright sRGB image: EXIF rotation and colour profile applied, transparency laid on white, 16 bit brought to 8."""
-    image = to_srgb(ImageOps.exif_transpose(image))
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        top = 65535.0 if values.max() > 255 else 255.0
-        image = Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def decode_image(raw: bytes):
-    """Bytes of an image file -> upright RGB image. Errors: ValueError with the reason in plain words."""
-    try:
-        image = Image.open(io.BytesIO(raw))
-        if image.width * image.height <= MAX_PIXELS:
-            return to_rgb(image)
-    except Image.DecompressionBombError:
-        raise ValueError(f"more than {MAX_PIXELS // 10**6} megapixels") from None
-    except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
-        text = str(error)
-        raise ValueError("not an image" if "cannot identify" in text else f"damaged ({text})") from None
-    raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS // 10**6} megapixels are taken")
-
-
-def bucket_sizes(args: argparse.Namespace) -> list[tuple[int, int]]:
-    """The (width, height) that images are cropped to."""
-    width, height = (args.resolution * 2)[:2]
-    if args.aspect_ratio_buckets is None:
-        return [(width, height)]
-    from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
-
-    if args.aspect_ratio_buckets == "auto":
-        side = round(math.sqrt(width * height))
-        pairs = generate_aspect_ratio_buckets(side, divisibility=max(16, PIXEL_DIVISOR))
-    else:
-        pairs = parse_buckets_string(args.aspect_ratio_buckets)
-    return [(w, h) for h, w in pairs]
-
-
-def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> int:
-    """The bucket whose aspect ratio is nearest on a logarithmic scale; among equals, the one of the nearest area."""
-    ratio, area = math.log(size[0] / size[1]), math.log(size[0] * size[1])
-    return min(
-        range(len(buckets)),
-        key=lambda i: (
-            round(abs(math.log(buckets[i][0] / buckets[i][1]) - ratio), 6),
-            abs(math.log(buckets[i][0] * buckets[i][1]) - area),
-        ),
-    )
-
-
-class ImageStore:
-    """Decoded images scaled to cover a bucket, as uint8 arrays; as many as fit into the budget stay in memory."""
-
-    def __init__(
-        self, examples: list[Example], buckets: list[tuple[int, int]], interpolation: str, budget: int
-    ) -> None:
-        self.examples, self.buckets = examples, buckets
-        self.resample = getattr(Image.Resampling, interpolation.upper())
-        self.left, self.kept = budget, {}
-
-    def cover(self, index: int, bucket: int, image=None):
-        """Image `index` scaled so that it just covers `bucket`, as an RGB image."""
-        kept = self.kept.get((index, bucket))
-        if kept is not None:
-            return Image.fromarray(kept)
-        if image is None:
-            image = decode_image(self.examples[index].read())
-        width, height = self.buckets[bucket]
-        scale = max(width / image.width, height / image.height)
-        size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-        image = image if image.size == size else image.resize(size, self.resample)
-        array = np.asarray(image)
-        if array.nbytes <= self.left:
-            self.left -= array.nbytes
-            self.kept[index, bucket] = array
-        return image
-
-
-def look_of(image) -> tuple[int, int, bytes]:
-    """What an RGB image looks like: (64-bit perceptual hash, which of its bits are sure, 16 x 16 colours).
-
-    A bit says whether one of the lowest 8 x 8 frequencies (DCT of 32 x 32 grey values) is above their median, which
-    outlives scaling and saving again (Zauner 2010, Implementation and benchmarking of perceptual image hash functions).
-    One that is near the median, as half of them are in a symmetric picture, is not sure.
+    The `datasets` package no longer runs such files, so the file that the user names is imported here.
     """
-    small = image.resize((64, 64), Image.Resampling.BOX, reducing_gap=1.0)
-    grey = np.asarray(small.convert("L").resize((32, 32), Image.Resampling.BOX), dtype=np.float64)
-    basis = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1))
-    frequencies = (basis @ grey @ basis.T).ravel()
-    frequencies[0] = 0  # the mean brightness
-    height = frequencies - np.median(frequencies)
-    sure = np.abs(height) > max(1.0, 0.01 * np.abs(frequencies).max())
-    sure[0] = False
-    bits, mask = (int.from_bytes(np.packbits(b).tobytes(), "big") for b in (height > 0, sure))
-    return bits, mask, small.resize((16, 16), Image.Resampling.BOX).tobytes()
+    import datasets
 
-
-def near_duplicates(looks: list[tuple[int, int, bytes]], distance: int = SAME_LOOK) -> list[tuple[int, int]]:
-    """Pairs (i, j), i < j, that look the same: at most `distance` of 64 bits of their hashes differ (in proportion, where
-    fewer are sure), and their colours vary alike."""
-    hashes, sure = (np.array([look[k] for look in looks], dtype=np.uint64) for k in (0, 1))
-    pairs = []
-    for i in range(len(looks) - 1):
-        both = sure[i + 1 :] & sure[i]
-        apart = np.bitwise_count((hashes[i + 1 :] ^ hashes[i]) & both) * 64.0
-        near = np.flatnonzero(apart <= distance * np.maximum(np.bitwise_count(both), 16)) + i + 1
-        pairs += [(i, int(j)) for j in near if same_colours(looks[i][2], looks[int(j)][2])]
-    return pairs
-
-
-def same_colours(first: bytes, second: bytes) -> bool:
-    """Whether two 16 x 16 RGB thumbnails correlate by 0.975 (copies: 0.98 on) and are about equally bright."""
-    a, b = (np.frombuffer(c, np.uint8).astype(np.float64) for c in (first, second))
-    brightness, a, b = abs(a.mean() - b.mean()), a - a.mean(), b - b.mean()
-    plain = 4.0 * len(a)  # keeps a picture of one colour from being compared by its noise
-    return brightness < 32 and a @ b + plain > 0.975 * (math.sqrt((a @ a) * (b @ b)) + plain)
-
-
-def look_at(example: Example, buckets: list[tuple[int, int]]):
-    """Decodes an image and notes its hash, size, bucket and look. Errors: ValueError or OSError with the reason."""
-    raw = example.read()
-    image = decode_image(raw)
-    example.digest = hashlib.sha256(raw).hexdigest()
-    example.size, example.look = image.size, look_of(image)
-    example.bucket = nearest_bucket(image.size, buckets)
-    return image
-
-
-def examine(examples: list[Example], buckets: list[tuple[int, int]], batch_size: int) -> list[Finding]:
-    """What will hurt in pictures that have been looked at: sizes, crops, buckets, copies, held-out images."""
-    total = len(examples)
-
-    def scale(e: Example) -> float:
-        return max(buckets[e.bucket][0] / e.size[0], buckets[e.bucket][1] / e.size[1])
-
-    def lost(e: Example) -> float:
-        return 1 - buckets[e.bucket][0] * buckets[e.bucket][1] / (e.size[0] * e.size[1] * scale(e) ** 2)
-
-    soft = [f"{e.name}: {e.size[0]} x {e.size[1]}, {scale(e):.1f} times" for e in examples if scale(e) > 1.25]
-    advice = "the LoRA learns their blur; use larger ones or a lower resolution"
-    findings = found("images enlarged to fill their bucket", soft, total, advice)
-    narrow = [f"{e.name}: {lost(e):.0%}" for e in examples if lost(e) > 0.25]
-    advice = "crop them by hand" if len(buckets) > 1 else "use --aspect_ratio_buckets auto"
-    findings += found("images that lose more than a quarter to the crop", narrow, total, advice)
-    inside = Counter(e.bucket for e in examples)
-    alone = [e.name for e in examples if inside[e.bucket] == 1 and len(inside) > 1]
-    weight = "each counts as much as a full batch; crop them, or use fewer buckets"
-    advice = weight if batch_size > 1 else f"harmless with --train_batch_size 1; with more, {weight}"
-    findings += found("images alone in their bucket", alone, total, advice, hurts=batch_size > 1)
-    pairs = near_duplicates([e.look for e in examples])
-    twins = [f"{examples[i].name} = {examples[j].name}" for i, j in pairs]
-    advice = "they count twice; take one of each out, or let scripts/prepare_dataset.py do it (remove_duplicates)"
-    findings += found("pairs of images that look the same", twins, None, advice)
-    leaks = [t for t, (i, j) in zip(twins, pairs, strict=True) if examples[i].held_out != examples[j].held_out]
-    advice = "the held-out loss will look better than it is; take one of each out"
-    return findings + found("held-out images that look like trained ones", leaks, None, advice)
-
-
-def unvaried_captions(examples: list[Example]) -> list[Finding]:
-    """A finding if every image of several has the same caption."""
-    captions = {tuple(e.captions) for e in examples}
-    if len(examples) < 2 or len(captions) > 1 or not any(*captions):
-        return []
-    advice = "what else the pictures share is learned with it; say in each what differs, or give --instance_prompt"
-    return [Finding(f"all captions are the same ({examples[0].captions[0][:60]!r})", advice)]
-
-
-def truncated_captions(captions: list[str], tokenizers: dict) -> list[Finding]:
-    """Captions that are longer than a CLIP encoder reads. tokenizers: {"clip_l": tokenizer, ...}, others are skipped."""
-    findings = []
-    for key, tokenizer in tokenizers.items():
-        if not key.startswith("clip") or not captions:
-            continue
-        limit = tokenizer.model_max_length
-        ids = tokenizer(captions, truncation=False).input_ids
-        long = [f"{len(i)} tokens: {c[:60]}…" for c, i in zip(captions, ids, strict=True) if len(i) > limit]
-        what = f"captions longer than the {limit} tokens that {key} reads"
-        findings += found(what, long, len(captions), "their ends are not seen; shorten them")
-    return findings
-
-
-def source_examples(args: argparse.Namespace, missing: list[str] | None = None) -> list[Example]:
-    """All images of the folder or data set that the flags name, with the captions that they have."""
-    folder = Path(args.dataset_name or args.train_data_dir or args.instance_data_dir)
-    plain = args.dataset_name is None or (
-        folder.is_dir()
-        and not any(
-            f.suffix in (".arrow", ".parquet") or f.name in ("dataset_dict.json", "state.json", "dataset_infos.json")
-            for f in folder.rglob("*")
-        )
-    )
-    return folder_examples(folder, args.caption_column, missing) if plain else dataset_examples(args)
-
-
-def load_examples(args: argparse.Namespace) -> list[Example]:
-    """The training images and their captions, as the flags say. Captions are still without trigger word."""
-    examples = source_examples(args)
-    if args.max_train_samples is not None and args.max_train_samples < len(examples):
-        chosen = random.Random(stable_seed(args.seed, "max_train_samples")).sample(
-            range(len(examples)), args.max_train_samples
-        )
-        examples = [examples[i] for i in sorted(chosen)]
-    fallback = clean_caption(args.instance_prompt or args.default_caption)
-    bare = [e for e in examples if not e.captions]
-    for example in bare:
-        example.captions = [fallback]
-    if bare and not fallback:
-        if len(bare) == len(examples) and not args.trigger_word:
-            raise UserError(
-                "no image has a caption: add metadata.jsonl or .txt files, or give --instance_prompt or --default_caption"
-            )
-        names = ", ".join(e.name for e in bare[:3])
-        instead = "the trigger word alone" if args.trigger_word else "the empty one"
-        say(f"warning: {len(bare)} of {len(examples)} images have no caption and train on {instead} ({names})")
-    return examples
-
-
-def prepare_examples(
-    examples: list[Example], buckets: list[tuple[int, int]], args: argparse.Namespace, keep_images: bool
-):
-    """Decodes every image once: finds broken ones, sizes, buckets and content hashes. Returns (examples, store).
-
-    A broken image is left out with a line that names it; with none left, it's an error.
-    """
-    store = ImageStore(examples, buckets, args.image_interpolation_mode, COVER_BUDGET if keep_images else 0)
-
-    def prepare(index: int) -> str | None:
-        example = examples[index]
-        try:
-            image = look_at(example, buckets)
-        except (ValueError, OSError) as error:
-            return str(error)
-        if keep_images:
-            store.cover(index, example.bucket, image)
-        return None
-
-    with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
-        reasons = list(pool.map(prepare, range(len(examples))))
-    good = [i for i, reason in enumerate(reasons) if reason is None]
-    for i, reason in enumerate(reasons):
-        if reason is not None:
-            say(f"warning: {examples[i].name} is left out: {reason}")
-    if not good:
-        raise UserError("none of the images can be read; see the lines above")
-    place = {i: n for n, i in enumerate(good)}
-    store.kept = {(place[i], b): array for (i, b), array in store.kept.items() if i in place}
-    store.examples = [examples[i] for i in good]
-    return store.examples, store
+    path = Path(args.dataset_name)
+    if not path.is_file():
+        raise UserError(f"--dataset_name {path}: no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    builders = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and issubclass(c, datasets.DatasetBuilder) and c.__module__ == module.__name__
+    ]
+    if len(builders) != 1:
+        raise UserError(f"--dataset_name {path}: expected one datasets builder class, found {len(builders)}")
+    data_dir = str(Path(args.train_data_dir).resolve()) if args.train_data_dir else None
+    with tempfile.TemporaryDirectory() as work:
+        builder = builders[0](cache_dir=work, config_name=args.dataset_config_name, data_dir=data_dir)
+        builder.download_and_prepare()
+        table = builder.as_dataset(split=args.dataset_split, in_memory=True)
+    return table
 
 
 def hold_out(examples: list[Example], args: argparse.Namespace) -> None:
@@ -1157,6 +984,158 @@ def with_trigger(caption: str, trigger: str | None) -> str:
     return f"{trigger}, {caption}" if caption else trigger
 
 
+@dataclass
+class Finding:
+    """What is wrong with the data, and the way out. One that `hurts` costs the result something."""
+
+    what: str
+    advice: str
+    hurts: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.advice}"
+
+
+def found(what: str, names: list[str], total: int | None, advice: str, hurts: bool = True) -> list[Finding]:
+    """[a finding with how many, of how many, and the first few names], or [] if there are none."""
+    of = "" if total is None else f" of {total}"
+    return [Finding(f"{what}: {len(names)}{of} ({listed(names)})", advice, hurts)] if names else []
+
+
+def listed(names: list[str], limit: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def report_findings(examples: list[Example], buckets: list[tuple[int, int]], tokenizers: dict, args) -> None:
+    """Says what will hurt in the data, as far as it costs nothing to see; the doctor looks closer."""
+    findings = examine(examples, buckets)
+    if not args.instance_prompt and not args.default_caption:
+        findings += unvaried_captions(examples)
+    captions = [with_trigger(c, args.trigger_word) for e in examples for c in e.captions]
+    findings += truncated_captions(captions, tokenizers)
+    sizes = [f"{w} x {h}" for w, h in sorted((e.size for e in examples), key=lambda s: s[0] * s[1])]
+    say(f"{len(examples)} images from {sizes[0]} to {sizes[-1]} pixels")
+    for finding in findings:
+        say(f"warning: {finding}")
+    if findings:
+        say("prepare_dataset.py --doctor looks closer: copies, blur, lonely buckets")
+
+
+def examine(examples: list[Example], buckets: list[tuple[int, int]]) -> list[Finding]:
+    """What will hurt in pictures that have been looked at: those that are enlarged, or lose much to the crop."""
+
+    def scale(e: Example) -> float:
+        return max(buckets[e.bucket][0] / e.size[0], buckets[e.bucket][1] / e.size[1])
+
+    def lost(e: Example) -> float:
+        return 1 - buckets[e.bucket][0] * buckets[e.bucket][1] / (e.size[0] * e.size[1] * scale(e) ** 2)
+
+    soft = [f"{e.name}: {e.size[0]} x {e.size[1]}, {scale(e):.1f} times" for e in examples if scale(e) > 1.25]
+    advice = "the LoRA learns their blur; use larger ones or a lower resolution"
+    findings = found("images enlarged to fill their bucket", soft, len(examples), advice)
+    narrow = [f"{e.name}: {lost(e):.0%}" for e in examples if lost(e) > 0.25]
+    advice = "crop them by hand" if len(buckets) > 1 else "use --aspect_ratio_buckets auto"
+    return findings + found("images that lose more than a quarter to the crop", narrow, len(examples), advice)
+
+
+def unvaried_captions(examples: list[Example]) -> list[Finding]:
+    """A finding if every image of several has the same caption."""
+    captions = {tuple(e.captions) for e in examples}
+    if len(examples) < 2 or len(captions) > 1 or not any(*captions):
+        return []
+    advice = "what else the pictures share is learned with it; say in each what differs, or give --instance_prompt"
+    return [Finding(f"all captions are the same ({examples[0].captions[0][:60]!r})", advice)]
+
+
+def truncated_captions(captions: list[str], tokenizers: dict) -> list[Finding]:
+    """Captions that are longer than a CLIP encoder reads. tokenizers: {"clip_l": tokenizer, ...}, others are skipped."""
+    findings = []
+    for key, tokenizer in tokenizers.items():
+        if not key.startswith("clip") or not captions:
+            continue
+        limit = tokenizer.model_max_length
+        ids = tokenizer(captions, truncation=False).input_ids
+        long = [f"{len(i)} tokens: {c[:60]}…" for c, i in zip(captions, ids, strict=True) if len(i) > limit]
+        what = f"captions longer than the {limit} tokens that {key} reads"
+        findings += found(what, long, len(captions), "their ends are not seen; shorten them")
+    return findings
+
+
+# ---- images: decoding, buckets, crops, batches -----------------------------------------------------------------------
+
+MAX_PIXELS = 178_956_970  # where Pillow takes a picture for a decompression bomb
+COVER_BUDGET = 2 << 30  # bytes of decoded images kept in memory
+
+
+def decode_image(raw: bytes):
+    """Bytes of an image file -> upright RGB image. Errors: ValueError with the reason in plain words."""
+    try:
+        image = Image.open(io.BytesIO(raw))
+        if image.width * image.height <= MAX_PIXELS:
+            return to_rgb(image)
+    except Image.DecompressionBombError:
+        raise ValueError(f"more than {MAX_PIXELS // 10**6} megapixels") from None
+    except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
+        text = str(error)
+        raise ValueError("not an image" if "cannot identify" in text else f"damaged ({text})") from None
+    raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS // 10**6} megapixels are taken")
+
+
+def to_rgb(image):
+    """An upright sRGB image: EXIF rotation and colour profile applied, transparency laid on white, 16 bit brought to 8."""
+    image = to_srgb(ImageOps.exif_transpose(image))
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        top = 65535.0 if values.max() > 255 else 255.0
+        image = Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def to_srgb(image):
+    """An RGB or CMYK image with the colours that its profile means (phones: Display P3), in sRGB; others as they are."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "CMYK"):
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if image.mode == "RGB" and ImageCms.getProfileDescription(source).startswith("sRGB"):
+            return image
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):  # a broken profile, or one for another mode
+        return image
+
+
+def bucket_sizes(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """The (width, height) that images are cropped to."""
+    width, height = (args.resolution * 2)[:2]
+    if args.aspect_ratio_buckets is None:
+        return [(width, height)]
+    from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
+
+    if args.aspect_ratio_buckets == "auto":
+        side = round(math.sqrt(width * height))
+        pairs = generate_aspect_ratio_buckets(side, divisibility=max(16, PIXEL_DIVISOR))
+    else:
+        pairs = parse_buckets_string(args.aspect_ratio_buckets)
+    return [(w, h) for h, w in pairs]
+
+
+def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> int:
+    """The bucket whose aspect ratio is nearest on a logarithmic scale; among equals, the one of the nearest area."""
+    ratio, area = math.log(size[0] / size[1]), math.log(size[0] * size[1])
+    return min(
+        range(len(buckets)),
+        key=lambda i: (
+            round(abs(math.log(buckets[i][0] / buckets[i][1]) - ratio), 6),
+            abs(math.log(buckets[i][0] * buckets[i][1]) - area),
+        ),
+    )
+
+
 def print_buckets(examples: list[Example], buckets: list[tuple[int, int]]) -> None:
     """Prints how many images each bucket has and how much of them is cropped away."""
     if len(buckets) == 1:
@@ -1167,6 +1146,72 @@ def print_buckets(examples: list[Example], buckets: list[tuple[int, int]]) -> No
         if inside:
             shares = [1 - min(a, b) / max(a, b) for a, b in ((e.size[0] * height, e.size[1] * width) for e in inside)]
             say(f"{f'{width} x {height}':>23}   {len(inside):6}   {sum(shares) / len(shares):.0%}")
+
+
+def prepare_examples(examples: list[Example], buckets: list[tuple[int, int]], args: argparse.Namespace):
+    """Decodes every image once: finds broken ones, sizes, buckets and content hashes. Returns (examples, store).
+
+    A broken image is left out with a line that names it; with none left, it's an error.
+    """
+    store = ImageStore(examples, buckets, args.image_interpolation_mode, COVER_BUDGET)
+
+    def prepare(index: int) -> str | None:
+        try:
+            image = look_at(examples[index], buckets)
+        except (ValueError, OSError) as error:
+            return str(error)
+        store.cover(index, examples[index].bucket, image)
+        return None
+
+    with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
+        reasons = list(pool.map(prepare, range(len(examples))))
+    for example, reason in zip(examples, reasons, strict=True):
+        if reason is not None:
+            say(f"warning: {example.name} is left out: {reason}")
+    good = [i for i, reason in enumerate(reasons) if reason is None]
+    if not good:
+        raise UserError("none of the images can be read; see the lines above")
+    place = {i: n for n, i in enumerate(good)}
+    store.kept = {(place[i], b): array for (i, b), array in store.kept.items() if i in place}
+    store.examples = [examples[i] for i in good]
+    return store.examples, store
+
+
+def look_at(example: Example, buckets: list[tuple[int, int]]):
+    """Decodes an image and notes its hash, size and bucket. Errors: ValueError or OSError with the reason."""
+    raw = example.read()
+    image = decode_image(raw)
+    example.digest, example.size = hashlib.sha256(raw).hexdigest(), image.size
+    example.bucket = nearest_bucket(image.size, buckets)
+    return image
+
+
+class ImageStore:
+    """Decoded images scaled to cover a bucket, as uint8 arrays; as many as fit into the budget stay in memory."""
+
+    def __init__(
+        self, examples: list[Example], buckets: list[tuple[int, int]], interpolation: str, budget: int
+    ) -> None:
+        self.examples, self.buckets = examples, buckets
+        self.resample = getattr(Image.Resampling, interpolation.upper())
+        self.left, self.kept = budget, {}
+
+    def cover(self, index: int, bucket: int, image=None):
+        """Image `index` scaled so that it just covers `bucket`, as an RGB image."""
+        kept = self.kept.get((index, bucket))
+        if kept is not None:
+            return Image.fromarray(kept)
+        if image is None:
+            image = decode_image(self.examples[index].read())
+        width, height = self.buckets[bucket]
+        scale = max(width / image.width, height / image.height)
+        size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+        image = image if image.size == size else image.resize(size, self.resample)
+        array = np.asarray(image)
+        if array.nbytes <= self.left:
+            self.left -= array.nbytes
+            self.kept[index, bucket] = array
+        return image
 
 
 @dataclass(frozen=True)
@@ -1317,10 +1362,9 @@ def to_pixels(image):
 class TrainingData:
     """Turns a `Slot` into tensors. Everything random in it is drawn from (seed, epoch, image, repeat)."""
 
-    def __init__(self, examples, store, class_store, args, latent_shape, draw_noise) -> None:
+    def __init__(self, examples, store, class_store, args, vae_config: dict, scheduler) -> None:
         self.examples, self.store, self.class_store, self.args = examples, store, class_store, args
-        self.latent_shape = latent_shape  # (bucket width, bucket height) -> (C, H, W)
-        self.draw_noise = draw_noise  # the family's: generator, shape -> dict of tensors
+        self.vae_config, self.scheduler = vae_config, scheduler
         self.moments: dict[tuple, object] = {}  # (is_class, index, bucket, flip) -> (2C, H, W), if cached
 
     def crop_of(self, slot: Slot, rng: random.Random) -> tuple[Crop, tuple[int, int]]:
@@ -1356,10 +1400,9 @@ class TrainingData:
         text_rng = random.Random(stable_seed("caption", *place))
         item["caption"] = example.captions[0] if slot.is_class else draw_caption(example.captions, text_rng, self.args)
         generator = torch.Generator().manual_seed(stable_seed("noise", *place))
-        shape = self.latent_shape(target)
+        shape = latent_shape(target, self.vae_config)
         item["posterior_noise"] = torch.randn(shape, generator=generator)
-        item |= self.draw_noise(generator, shape)
-        return item
+        return item | draw_noise(generator, shape, self.scheduler, self.args)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -1371,761 +1414,51 @@ def collate(items: list[dict]) -> dict:
     return batch | {"captions": [i["caption"] for i in items]}
 
 
-# <<< shared: data
-
-# >>> shared: base model
-
-
-def resolve_base(args: argparse.Namespace) -> Path:
-    """The local diffusers folder of the base: as given, downloaded from the hub, or unpacked from a single file."""
-    name = args.pretrained_model_name_or_path
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise UserError(f"--pretrained_model_name_or_path {name}: no model_index.json in this folder")
-        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-        if DENOISER not in index or any(folder not in index for pair in TEXT_ENCODERS.values() for folder in pair):
-            raise UserError(
-                f"--pretrained_model_name_or_path {name} is a {index.get('_class_name')}, not {FAMILY_TITLE}"
-            )
-        return path
-    if path.is_file():
-        return unpack_single_file(path, args)
-    if path.suffix in (".safetensors", ".ckpt") or name.startswith((".", "/", "~")):
-        raise UserError(f"--pretrained_model_name_or_path {name}: no such file or folder")
-    from huggingface_hub import snapshot_download
-
-    variant = f".{args.variant}" if args.variant else ""
-    folders = [DENOISER, "vae", "scheduler", *(folder for pair in TEXT_ENCODERS.values() for folder in pair)]
-    patterns = [
-        f"{f}/*{end}"
-        for f in folders
-        for end in (".json", ".txt", ".model", f"{variant}.safetensors", f"{variant}*-of-*.safetensors")
-    ]
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=args.revision, cache_dir=args.cache_dir, allow_patterns=["model_index.json", *patterns]
-            )
-        )
-    except Exception as error:  # the hub's client raises a dozen kinds; all mean that the base is not to be had
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--pretrained_model_name_or_path {name}: neither a local path nor to be had from the hub ({reason})"
-        ) from None
+def latent_shape(size: tuple[int, int], vae_config: dict) -> tuple[int, int, int]:
+    """(width, height) in pixels -> (channels, height, width) of the latents."""
+    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    return vae_config["latent_channels"], size[1] // factor, size[0] // factor
 
 
-def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
-    """Converts a .safetensors or .ckpt checkpoint to a diffusers folder, once; pickled code is never run.
-
-    What the checkpoint lacks (configurations, tokenizers, and whole parts, such as FLUX.1's text encoders) comes from a
-    diffusers folder in which the file lies, else from `released_layout`, else from the hub.
-    """
-    import diffusers
-
-    cache = Path(args.cache_dir or Path.home() / ".cache" / "lora_training") / f"{path.stem}-{fingerprint([path])[:16]}"
-    if (cache / "model_index.json").is_file():
-        return cache
-    kind, given = getattr(diffusers, PIPELINE_CLASS), {}
-    with tempfile.TemporaryDirectory() as work:
-        layout = path.parent if (path.parent / "model_index.json").is_file() else released_layout(Path(work))
-        if layout == path.parent:
-            given = parts_with_weights(layout)
-        options = {} if layout is None else {"config": str(layout), "local_files_only": True}
-        if path.stat().st_size > 8 << 30:  # float32, which the reader makes of everything, would be twice the file
-            options["dtype"] = torch.bfloat16
-        try:
-            pipeline = kind.from_single_file(str(path), **options, **given)
-        except Exception as error:  # conversion fails in many ways, all of them the file's or the layout's
-            reason = " ".join(str(error).split())[:200]
-            advice = (
-                ""
-                if layout == path.parent
-                else "; a diffusers folder's files around it, weights not needed, make it readable"
-            )
-            raise UserError(
-                f"--pretrained_model_name_or_path {path}: can't be read as {FAMILY_TITLE} ({reason}){advice}"
-            ) from None
-    part = cache.with_name(cache.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    pipeline.save_pretrained(part)
-    part.rename(cache)
-    return cache
-
-
-def parts_with_weights(folder: Path) -> dict[str, object]:
-    """The parts but the denoiser whose weights a diffusers folder has, on the CPU in their own precision."""
-    import diffusers
-    import transformers
-
-    libraries, out = {"diffusers": diffusers, "transformers": transformers}, {}
-    for name, pair in json.loads((folder / "model_index.json").read_text(encoding="utf-8")).items():
-        known = isinstance(pair, list) and pair[0] in libraries and name != DENOISER
-        if known and any((folder / name).glob("*.safetensors")):
-            out[name] = getattr(libraries[pair[0]], pair[1]).from_pretrained(folder / name)
-    return out
-
-
-def clip_tokenizer():
-    """CLIP's released tokenizer, from the vocabulary that the package open_clip_torch carries; None without it.
-
-    Only its data file is read, so `pip install --no-deps open_clip_torch` suffices. https://arxiv.org/abs/2103.00020
-    """
-    import gzip
-
-    from transformers import CLIPTokenizer
-
-    package = importlib.util.find_spec("open_clip")
-    if package is None:
-        return None
-    text = gzip.decompress((Path(package.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz").read_bytes())
-    merges = [tuple(line.split()) for line in text.decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]]
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    symbols = [chr(c) for c in printable] + [chr(256 + i) for i in range(256 - len(printable))]  # of the other bytes
-    pieces = [*symbols, *(s + "</w>" for s in symbols), *("".join(pair) for pair in merges)]
-    pieces += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, model_max_length=77)
-
-
-def fingerprint(files: list[Path]) -> str:
-    """A hash of weight files' sizes and of 64 stretches of 64 KiB of each: enough to tell any two trainings apart."""
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{size}|".encode())
-        with file.open("rb") as stream:
-            for k in range(64):
-                stream.seek(max(0, (size - 65536) * k // 63))
-                digest.update(stream.read(65536))
-                if size <= 65536:
-                    break
-    return digest.hexdigest()
-
-
-class Components:
-    """The parts of a base, each loaded when it is first asked for and freed when nothing needs it any more.
-
-    sharded: the frozen denoiser is split over the processes (FSDP2), each part whole on every GPU only while it works.
-    """
-
-    def __init__(self, folder: Path, args: argparse.Namespace, dtype, device, sharded: bool = False) -> None:
-        self.folder, self.args, self.dtype, self.device, self.sharded = folder, args, dtype, device, sharded
-        self.index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        self.index |= dict.fromkeys(dropped_parts(args))
-        self.loaded: dict[str, object] = {}
-        self.configs: dict[str, dict] = {}
-        self.vae_folder = folder / "vae"
-        if args.pretrained_vae_model_name_or_path:
-            self.vae_folder = self.resolve_vae(args.pretrained_vae_model_name_or_path)
-
-    def resolve_vae(self, name: str) -> Path:
-        """The folder of --pretrained_vae_model_name_or_path."""
-        for path in (Path(name), Path(name) / "vae"):
-            if (path / "config.json").is_file():
-                return path
-        if Path(name).exists() or name.startswith((".", "/", "~")):
-            raise UserError(f"--pretrained_vae_model_name_or_path {name}: no config.json of a VAE there")
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(
-                snapshot_download(name, cache_dir=self.args.cache_dir, allow_patterns=["config.json", "*.safetensors"])
-            )
-        except Exception as error:
-            raise UserError(
-                f"--pretrained_vae_model_name_or_path {name}: {' '.join(str(error).split())[:200]}"
-            ) from None
-
-    def has(self, name: str) -> bool:
-        """Whether the base has the part at all: SD3 comes without its T5, too."""
-        return self.index.get(name) not in (None, [None, None])
-
-    def config(self, name: str) -> dict:
-        """A part's configuration, without loading its weights."""
-        if name in self.configs:
-            return self.configs[name]
-        file = {"scheduler": "scheduler_config.json"}.get(name, "config.json")
-        path = (self.vae_folder if name == "vae" else self.folder / name) / file
-        self.configs[name] = json.loads(path.read_text(encoding="utf-8"))
-        return self.configs[name]
-
-    def identity(self, name: str) -> str:
-        """A hash of a part's weights and configuration, for cache keys."""
-        folder = self.vae_folder if name == "vae" else self.folder / name
-        return fingerprint(
-            sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".txt", ".model"))
-        )
-
-    def get(self, name: str, dtype=None, device=None):
-        """The part `name`, loaded in `dtype` (default: the base's) onto the device (default: the run's)."""
-        if name in self.loaded:
-            return self.loaded[name]
-        import diffusers
-        import transformers
-
-        if self.index.get(name) is None and not (name == "vae" and self.args.pretrained_vae_model_name_or_path):
-            return None
-        library, class_name = self.index[name] if self.index.get(name) else ("diffusers", "AutoencoderKL")
-        kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
-        place = {"pretrained_model_name_or_path": self.vae_folder if name == "vae" else self.folder / name}
-        if "tokenizer" in name or name == "scheduler":
-            self.loaded[name] = kind.from_pretrained(**place)
-            return self.loaded[name]
-        if self.args.variant and any(
-            self.args.variant in f.name for f in place["pretrained_model_name_or_path"].iterdir()
-        ):
-            place["variant"] = self.args.variant
-        try:
-            part = kind.from_pretrained(**place, dtype=dtype or self.dtype)
-        except OSError as error:
-            raise UserError(
-                f"--pretrained_model_name_or_path: {name} can't be loaded: {' '.join(str(error).split())[:200]}"
-            ) from None
-        part.requires_grad_(False)
-        part.eval()
-        self.loaded[name] = part.to(device or self.device)
-        return self.loaded[name]
-
-    def free(self, *names: str) -> None:
-        """Drops parts and gives their memory back."""
-        from diffusers.training_utils import free_memory
-
-        for name in names:
-            self.loaded.pop(name, None)
-        free_memory()
-
-    def vae(self):
-        """The VAE, in float32 where the base's own overflows in half precision."""
-        own = not self.args.pretrained_vae_model_name_or_path
-        vae = self.get("vae", torch.float32 if VAE_FLOAT32 and own else None)
-        vae.enable_slicing()
-        return vae
-
-    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(width, height) in pixels -> (channels, height, width) of the latents."""
-        config = self.config("vae")
-        factor = 2 ** (len(config["block_out_channels"]) - 1)
-        return config["latent_channels"], size[1] // factor, size[0] // factor
-
-    def denoiser(self):
-        """The frozen denoiser, quantised if --quantize_base says so."""
-        args = self.args
-        if args.quantize_base in ("nf4", "int8"):
-            denoiser = quantized(self.get(DENOISER, device="cpu"), args.quantize_base, self.dtype, self.device)
-        else:
-            denoiser = self.get(DENOISER, device="cpu" if self.sharded else None)
-        if args.quantize_base == "fp8":
-            denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
-        if args.enable_xformers_memory_efficient_attention:
-            denoiser.enable_xformers_memory_efficient_attention()
-        return denoiser
-
-
-def shard_base(denoiser, device) -> None:
-    """Splits the frozen weights over all processes, block by block; the LoRA's stay whole on each.
-
-    A block's weights are gathered when it works and dropped after, forwards and backwards: FSDP2 of
-    https://arxiv.org/abs/2304.11277 without its gradients, because nothing that is sharded is trained.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of in-place changes; the models make none
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    trained = {p for p in denoiser.parameters() if p.requires_grad}
-    for parameter in trained:
-        parameter.data = parameter.data.to(device)
-    for name in block_prefixes(denoiser):
-        fully_shard(denoiser.get_submodule(name), mesh=mesh, ignored_params=trained)
-    fully_shard(denoiser, mesh=mesh, ignored_params=trained)
-
-
-def quantized(module, kind: str, dtype, device):
-    """Replaces a module's linear layers by bitsandbytes' nf4 (4 bits) or int8 ones, one by one; returns it on the device.
-
-    The float weights stay on the CPU, so the GPU never holds both. https://arxiv.org/abs/2305.14314
-    """
-    from bitsandbytes import nn as bnb
-
-    linears = [(n, m) for n, m in module.named_modules() if type(m) is torch.nn.Linear]
-    for name, linear in linears:
-        shape = (linear.in_features, linear.out_features, linear.bias is not None)
-        if kind == "nf4":
-            layer = bnb.Linear4bit(*shape, compute_dtype=dtype, quant_type="nf4")
-            layer.support_avx512bf16_for_cpu = False  # that path repacks the weights for inference alone
-            layer.weight = bnb.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=layer)
-        else:
-            layer = bnb.Linear8bitLt(*shape, has_fp16_weights=False)
-            layer.weight = bnb.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-        layer.bias = linear.bias
-        parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, layer.to(device))
-    module.is_loaded_in_4bit, module.is_loaded_in_8bit = kind == "nf4", kind == "int8"  # what peft asks for
-    return module.to(device)
-
-
-# <<< shared: base model
-
-# >>> shared: prior preservation
-
-
-def class_files(folder: Path) -> list[Path]:
-    """The class images that are there, in order."""
-    return sorted(f for f in folder.glob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def sample_images(
-    pipeline, components: Components, embeds: dict, seeds: list[int], size: tuple[int, int], args, context
-) -> list:
-    """Draws one image per seed with one prompt's embeddings. `context` (autocast) holds for the denoiser alone: the VAE
-    decodes in its own precision, so that a float32 one stays float32.
-    """
-    with context:
-        latents = pipeline(
-            **{k: v.repeat_interleave(len(seeds), dim=0) for k, v in embeds.items()},
-            width=size[0],
-            height=size[1],
-            num_inference_steps=args.validation_inference_steps,
-            guidance_scale=args.validation_guidance_scale,
-            generator=[torch.Generator().manual_seed(s) for s in seeds],
-            output_type="latent",
-        ).images
-    config, vae = components.config("vae"), components.vae()
-    latents = unpack_output(latents, size) / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
+def encode_image(pixels, vae):
+    """Pixels (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w): mean and standard deviation of the latents."""
     with torch.no_grad():
-        pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
-    return pipeline.image_processor.postprocess(pixels.float())
+        distribution = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    return torch.cat([distribution.mean, distribution.std], dim=1).float()
 
 
-def generate_class_images(args: argparse.Namespace, components: Components, prompts: Prompts, accelerator) -> None:
-    """Draws the class images that are missing with the untrained base, and keeps them for the next run.
-
-    Image i depends on (seed, i) only, so that several processes, or a second start, draw what one would have drawn.
+def cache_latents(data: TrainingData, plan: BatchPlan, components: Components, args: argparse.Namespace) -> None:
+    """Encodes what the plan can ask for: every image in its bucket, mirrored too with --random_flip; class images in
+    every bucket in use. The VAE is loaded only if something is missing, and freed afterwards.
     """
-    folder = Path(args.class_data_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    there = len(class_files(folder))
-    missing = [i for i in range(args.num_class_images) if not (folder / f"class_{i:05d}.png").exists()]
-    missing = missing[: max(0, args.num_class_images - there)]
-    accelerator.wait_for_everyone()
-    if not missing:
-        return
-    say(f"{there} of {args.num_class_images} class images in {folder}: drawing {len(missing)} of {args.class_prompt!r}")
-    precision = args.prior_generation_precision
-    dtype = {
-        None: components.dtype,
-        "no": torch.float32,
-        "fp32": torch.float32,
-        "fp16": torch.float16,
-        "bf16": torch.bfloat16,
-    }[precision]
-    embeds = {k: v.to(accelerator.device, dtype) for k, v in prompts.for_pipeline(args.class_prompt).items()}
-    prompts.release()  # never on the GPU together with the denoiser
-    denoiser = components.get(DENOISER, dtype)
-    pipeline = make_pipeline(components, denoiser)
-    size = tuple((args.resolution * 2)[:2])
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
-    for begin in range(0, len(mine), args.sample_batch_size):
-        numbers = mine[begin : begin + args.sample_batch_size]
-        seeds = [stable_seed(args.seed, "class", i) % 2**32 for i in numbers]
-        images = sample_images(pipeline, components, embeds, seeds, size, args, contextlib.nullcontext())
-        for number, image in zip(numbers, images, strict=True):
-            image.save(folder / f".class_{number:05d}.png")
-            (folder / f".class_{number:05d}.png").rename(folder / f"class_{number:05d}.png")
-    del pipeline, denoiser
-    components.free(DENOISER)
-    accelerator.wait_for_everyone()
-
-
-def load_class_examples(args: argparse.Namespace) -> list[Example]:
-    """The class images as examples; exactly --num_class_images of them."""
-    files = class_files(Path(args.class_data_dir))[: args.num_class_images]
-    return [Example(f.name, [args.class_prompt], f.read_bytes) for f in files]
-
-
-# <<< shared: prior preservation
-
-# >>> shared: token embeddings
-
-
-class TokenRows:
-    """New tokens of one text encoder: their embeddings are the only rows of the table that are trained.
-
-    The rows are a float32 parameter (n, D) of their own. A hook on the embedding layer puts them where their ids stand, so
-    the table itself, and with it every other token, can't change.
-    """
-
-    def __init__(self, tokenizer, text_encoder, tokens: list[str], concept: str | None, seed: int) -> None:
-        self.tokens = tokens
-        if tokenizer.add_tokens(tokens) != len(tokens):
-            raise UserError(f"--train_text_encoder_ti: the base's tokenizer already has one of {tokens}")
-        self.first = tokenizer.convert_tokens_to_ids(tokens[0])
-        if len(tokenizer) > text_encoder.get_input_embeddings().num_embeddings:
-            text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-            text_encoder.requires_grad_(False)
-        table = text_encoder.get_input_embeddings().weight.detach().float().cpu()[: self.first]
-        if concept:
-            ids = self.concept_ids(tokenizer, concept)
-            rows = table[ids].repeat(len(tokens) // len(ids), 1)
-        else:
-            generator = torch.Generator().manual_seed(stable_seed(seed, "tokens", len(table)) % 2**63)
-            rows = torch.randn(len(tokens), table.shape[1], generator=generator) * table.std()
-        self.initial = rows.clone()
-        self.weight = torch.nn.Parameter(rows.to(text_encoder.device))
-        table = text_encoder.get_input_embeddings().weight
-        for module in text_encoder.modules():  # T5 has its table in two layers, and calls the other one
-            if isinstance(module, torch.nn.Embedding) and module.weight is table:
-                module.register_forward_hook(self.replace)
-
-    @staticmethod
-    def concept_ids(tokenizer, concept: str) -> list[int]:
-        """The token ids of --initializer_concept, without start and end."""
-        return tokenizer(concept, add_special_tokens=False).input_ids
-
-    def replace(self, module, inputs, output):
-        """Embeddings (B, L, D) with the trained rows in the places of the new tokens."""
-        place = inputs[0] - self.first
-        inside = (place >= 0) & (place < len(self.tokens))
-        rows = F.embedding(place.clamp(0, len(self.tokens) - 1), self.weight).to(output.dtype)
-        return torch.where(inside[..., None], rows, output)
-
-
-def abstraction_tokens(args: argparse.Namespace, tokenizer) -> dict[str, list[str]]:
-    """{word in prompts: its new tokens}, numbered through: {"TOK": ["<s0>", "<s1>"]}."""
-    if not args.train_text_encoder_ti:
-        return {}
-    each = args.num_new_tokens_per_abstraction
-    if args.initializer_concept:
-        each = len(TokenRows.concept_ids(tokenizer, args.initializer_concept))
-    words = [w.strip() for w in args.token_abstraction.split(",") if w.strip()]
-    if not words:
-        raise UserError("--token_abstraction is empty")
-    return {word: [f"<s{i * each + k}>" for k in range(each)] for i, word in enumerate(words)}
-
-
-def insert_tokens(text: str, abstractions: dict[str, list[str]]) -> str:
-    """The text with each abstraction replaced by its tokens: "a TOK" -> "a <s0><s1>"."""
-    for word in sorted(abstractions, key=len, reverse=True):
-        text = text.replace(word, "".join(abstractions[word]))
-    return text
-
-
-# <<< shared: token embeddings
-
-
-def make_pipeline(components: Components, denoiser):
-    """A pipeline for prompt embeddings that are already there: no text encoder in it."""
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline(
-        components.vae(), None, None, denoiser, make_scheduler(components), None, None, requires_safety_checker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def unpack_output(latents, size: tuple[int, int]):
-    """What the pipeline gives as latents -> (B, C, H, W)."""
-    return latents
-
-
-def dropped_parts(args: argparse.Namespace) -> list[str]:
-    """Parts of the base that this run does without."""
-    return []
-
-
-def released_layout(folder: Path) -> Path | None:
-    """Writes configurations and tokenizer of the released Stable Diffusion 1.5 into a folder; None without a tokenizer."""
-    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig
-
-    tokenizer = clip_tokenizer()
-    if tokenizer is None:
-        return None
-    levels = (128, 256, 512, 512)
-    with torch.device("meta"):
-        UNet2DConditionModel(sample_size=64, cross_attention_dim=768).save_config(folder / "unet")
-        AutoencoderKL(
-            block_out_channels=levels,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=4,
-            sample_size=512,
-        ).save_config(folder / "vae")
-    CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        projection_dim=768,
-        hidden_act="quick_gelu",
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=1,
-    ).save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    PNDMScheduler(**schedule, skip_prk_steps=True, set_alpha_to_one=False).save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": PIPELINE_CLASS,
-        "_diffusers_version": "0.42.1",
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "PNDMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
-    return folder
-
-
-def check_base(components: Components) -> None:
-    """Refuses bases that this script can't train."""
-    channels = components.config(DENOISER)["in_channels"]
-    if channels != components.config("vae")["latent_channels"]:
-        raise UserError(
-            f"--pretrained_model_name_or_path: a UNet with {channels} input channels (inpainting, editing) can't be trained"
-        )
-
-
-def make_scheduler(components: Components):
-    """The base's own scheduler, for sampling, with --prediction_type in force."""
-    scheduler = components.get("scheduler")
-    if components.args.prediction_type:
-        scheduler.register_to_config(prediction_type=components.args.prediction_type)
-    return scheduler
-
-
-def make_training_scheduler(components: Components):
-    """The noise schedule of training: DDPM with the base's betas."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler.from_config(make_scheduler(components).config)
-
-
-def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: argparse.Namespace) -> dict:
-    """Prompts -> {"hidden": (B, 77, D)}, as the pipeline encodes them (CLIP's last layer, or --clip_skip before).
-
-    Differentiable in the text encoder.
-    """
-    ids = tokenizer(
-        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    ).input_ids.to(text_encoder.device)
-    if args.clip_skip is None:
-        return {"hidden": text_encoder(ids)[0]}
-    hidden = text_encoder(ids, output_hidden_states=True).hidden_states[-(args.clip_skip + 1)]
-    return {"hidden": text_encoder.final_layer_norm(hidden)}
-
-
-def join_embeds(encoded: dict[str, dict], args: argparse.Namespace, config: dict) -> dict:
-    """What each encoder gave, by key -> the denoiser's {"prompt_embeds": (B, 77, D)}. config: the denoiser's."""
-    return {"prompt_embeds": encoded["clip_l"]["hidden"]}
-
-
-def negative_embeds(empty: dict, components: Components) -> dict:
-    """The pipeline's arguments for the unconditional half of guidance, from the empty prompt's embeddings."""
-    return {"negative_prompt_embeds": empty["prompt_embeds"]}
-
-
-def draw_noise(
-    generator, shape: tuple[int, int, int], scheduler, args: argparse.Namespace, quantile: float | None = None
-) -> dict:
-    """What the loss needs at random for one sample: noise (C, H, W) and a timestep; `quantile` fixes the timestep."""
-    draws = {"noise": torch.randn(shape, generator=generator)}
-    steps = scheduler.config.num_train_timesteps
-    drawn = torch.randint(0, steps, (), generator=generator)
-    draws["timesteps"] = drawn if quantile is None else torch.tensor(int(quantile * steps))
-    if args.noise_offset:  # https://www.crosslabs.org/blog/diffusion-with-offset-noise
-        draws["noise"] = draws["noise"] + args.noise_offset * torch.randn(shape[0], 1, 1, generator=generator)
-    if args.input_perturbation:  # https://arxiv.org/abs/2301.11706
-        draws["perturbation"] = torch.randn(shape, generator=generator)
-    return draws
-
-
-def compute_loss(batch: dict, latents, embeds: dict, denoiser, scheduler, args: argparse.Namespace):
-    """Loss of each sample, (B,), float32. latents (B, C, H, W); batch: noise (B, C, H, W), timesteps (B,)."""
-    noise, timesteps = batch["noise"], batch["timesteps"]
-    # x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps, https://arxiv.org/abs/2006.11239 eq. 4
-    used = noise + args.input_perturbation * batch["perturbation"] if args.input_perturbation else noise
-    noisy_latents = scheduler.add_noise(latents, used, timesteps)
-    model_pred = denoiser(noisy_latents.to(denoiser.dtype), timesteps, embeds["prompt_embeds"]).sample.float()
-    # v = sqrt(a_t) eps - sqrt(1 - a_t) x_0, https://arxiv.org/abs/2202.00512
-    velocity = scheduler.config.prediction_type == "v_prediction"
-    target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-    loss = elementwise_loss(model_pred, target, args).mean(dim=(1, 2, 3))
-    if args.snr_gamma:  # min-SNR, https://arxiv.org/abs/2303.09556
-        from diffusers.training_utils import compute_snr
-
-        snr = compute_snr(scheduler, timesteps)
-        loss = loss * snr.clamp(max=args.snr_gamma) / (snr + 1 if velocity else snr)
-    return loss
-
-
-def block_prefixes(denoiser) -> list[str]:
-    """The denoiser's blocks in order, for --lora_blocks: down, middle, up."""
-    names = [f"down_blocks.{i}" for i in range(len(denoiser.down_blocks))]
-    names += ["mid_block"] if denoiser.mid_block is not None else []
-    return names + [f"up_blocks.{i}" for i in range(len(denoiser.up_blocks))]
-
-
-def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
-    """Beginnings of names of layers whose output nothing reads, so that no gradient reaches them; `part` as in TEXT_ENCODERS."""
-    if part != "clip_l" or args.clip_skip is None:
-        return ()
-    return tuple(f"encoder.layers.{config.num_hidden_layers - 1 - k}." for k in range(args.clip_skip))
-
-
-def to_diffusers_keys(state: dict) -> dict:
-    """The denoiser's LoRA with the keys of diffusers' UNet files, the same spelling for every layer.
-
-    diffusers looks at the first key only to tell how a file is spelled: its own conversion renames the attention's layers
-    alone, so a file that also has other layers would be read without them, or without the attention.
-    """
-    return {k.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): v for k, v in state.items()}
-
-
-def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
-    """The UNet's modules under the names of kohya's files: for Stable Diffusion 1.x and 2.x those of diffusers."""
-    return modules
-
-
-# >>> shared: loss
-
-
-def elementwise_loss(model_pred, target, args: argparse.Namespace):
-    """l2, or pseudo-Huber 2c(sqrt((p - t)^2 + c^2) - c), https://arxiv.org/abs/2403.16728; same shape as its inputs."""
-    if args.loss_type == "l2":
-        return (model_pred - target.float()) ** 2
-    c = args.huber_c
-    return 2 * c * (torch.sqrt((model_pred - target.float()) ** 2 + c**2) - c)
-
-
-def sample_latents(moments, noise, config: dict):
-    """VAE moments (B, 2C, H, W) and noise (B, C, H, W) -> scaled latents (B, C, H, W)."""
-    mean, std = moments.float().chunk(2, dim=1)
-    return (mean + std * noise - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
-
-
-# <<< shared: loss
-
-# >>> shared: LoRA
-
-
-def lora_targets(denoiser, args: argparse.Namespace) -> list[str]:
-    """Full names of the modules that get a LoRA.
-
-    A name in --lora_layers is a module's last part (`to_q`), a full name, or a block prefix (`mid_block`), which means the
-    usual layers inside. Errors: UserError if a name or a block number matches nothing.
-    """
-    kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    idle = idle_layers(DENOISER, denoiser.config, args)
-    modules = [n for n, m in denoiser.named_modules() if isinstance(m, kinds) and not n.startswith(idle)]
-
-    def ends(name: str, part: str) -> bool:
-        return name == part or name.endswith("." + part)
-
-    entries = [e.strip() for text in args.lora_layers or [] for e in text.split(",") if e.strip()]
-    prefixes = block_prefixes(denoiser)
-    chosen = []
-    for block in (b.strip() for text in args.lora_blocks or [] for b in text.split(",")):
-        if not block.isdigit():
-            entries.append(block)
-        elif int(block) >= len(prefixes):
-            raise UserError(f"--lora_blocks {block}: the blocks are 0 to {len(prefixes) - 1}")
-        else:
-            chosen.append(prefixes[int(block)])
-    found = set()
-    for entry in entries or LORA_TARGETS:
-        matched = {n for n in modules if ends(n, entry)}
-        matched |= {n for n in modules if n.startswith(entry + ".") and any(ends(n, t) for t in LORA_TARGETS)}
-        if not matched and entries:
-            parts = sorted({".".join(n.split(".")[-k:]) for n in modules for k in (1, 2)} | set(prefixes))
-            near = difflib.get_close_matches(entry, parts, n=3, cutoff=0.3)
-            raise UserError(
-                f"--lora_layers {entry} matches no layer of the {DENOISER}; near it are {', '.join(near) or parts[:5]}"
-            )
-        found |= matched
-    if chosen:
-        found = {n for n in found if any(n.startswith(p + ".") for p in chosen)}
-    if not found:
-        raise UserError("--lora_layers and --lora_blocks together match no layer")
-    return sorted(found)
-
-
-def add_lora(module, targets: list[str], args: argparse.Namespace) -> None:
-    """Adds a LoRA to a module; its parameters are float32 whatever the base is.
-
-    Every process draws the same start: the seed depends on nothing else.
-    """
-    from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
-
-    torch.manual_seed(stable_seed(args.seed, "lora", len(targets)))
-    start = args.init_lora_weights
-    config = LoraConfig(
-        r=args.rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        init_lora_weights={"default": True, "true": True}.get(start.lower(), start),
-        target_modules=targets,
-        use_dora=args.use_dora,
-        use_rslora=args.use_rslora,
-    )
-    try:
-        module.add_adapter(config)
-    except ValueError as error:
-        raise UserError(f"--init_lora_weights {start}: {' '.join(str(error).split())[:200]}") from None
-    cast_training_params(module, torch.float32)
-
-
-def lora_parameters(module) -> dict:
-    """The trainable parameters of a module with a LoRA, by name."""
-    return {n: p for n, p in module.named_parameters() if p.requires_grad}
-
-
-def lora_state(module) -> dict:
-    """A copy of the LoRA's weights with peft's keys, on the CPU in float32."""
-    from peft.utils import get_peft_model_state_dict
-
-    return {k: v.detach().float().cpu().contiguous().clone() for k, v in get_peft_model_state_dict(module).items()}
-
-
-def kohya_state(states: dict[str, dict], alpha: float, config: dict) -> dict:
-    """LoRA weights with the keys of kohya's scripts, AUTOMATIC1111 and ComfyUI.
-
-    states: pipeline name -> weights with peft's keys; config: the denoiser's. Each module gets its own alpha.
-    """
-    kinds = {
-        "lora_A.weight": "lora_down.weight",
-        "lora_B.weight": "lora_up.weight",
-        "lora_magnitude_vector": "dora_scale",
-    }
-    out = {}
-    for part, state in states.items():
-        modules: dict[str, dict] = {}
-        for key, value in state.items():
-            suffix = next(k for k in kinds if key.endswith(k))
-            name = key[: -len(suffix) - 1]
-            if part != DENOISER and not name.startswith("text_model."):
-                name = "text_model." + name  # CLIP has lost this level in transformers 5; the file format has not
-            if suffix == "lora_magnitude_vector":
-                value = value.reshape(-1, 1)  # a column, as ComfyUI multiplies it
-            modules.setdefault(name, {"alpha": torch.tensor(float(alpha))})[kinds[suffix]] = value
-        if part == DENOISER:
-            modules = kohya_layout(modules, config)
-        for name, tensors in modules.items():
-            out |= {f"{KOHYA_PREFIXES[part]}_{name.replace('.', '_')}.{kind}": t for kind, t in tensors.items()}
-    return out
-
-
-# <<< shared: LoRA
-
-# >>> shared: caches
+    disk = DiskCache(args.cache_folder, "latents")
+    identity = (FAMILY, components.identity("vae"), components.dtype, VAE_FLOAT32, args.image_interpolation_mode)
+    flips = (False, True) if args.random_flip else (False,)
+    slots = [Slot(i, e.bucket, 0, 0, 1.0) for i, e in enumerate(data.examples)]
+    if data.class_store:
+        used = sorted(set(plan.buckets.values()))
+        slots += [Slot(i, b, 0, 0, 1.0, True) for i in range(len(data.class_store.examples)) for b in used]
+    for slot in slots:
+        store = data.class_store if slot.is_class else data.store
+        example, target = store.examples[slot.index], store.buckets[slot.bucket]
+        crop, _ = data.crop_of(slot, random.Random(0))
+        for flip in flips:
+            crop.flip = flip
+            key = (*identity, example.digest, target, crop.left, crop.top, flip)
+            found = disk.load(*key)
+            if found is None:
+                image = cropped(store.cover(slot.index, slot.bucket), target, crop, random.Random(0), args)
+                found = {"moments": encode_image(to_pixels(image)[None], components.vae())[0].cpu()}
+                if not torch.isfinite(found["moments"]).all():
+                    raise UserError(
+                        f"{example.name}: the VAE gives values that are not finite in {components.dtype}; use --mixed_precision"
+                        " bf16, or a VAE made for half precision with --pretrained_vae_model_name_or_path"
+                    )
+                disk.store(found, *key)
+            data.moments[slot.is_class, slot.index, slot.bucket, flip] = found["moments"]
+    components.free("vae")
+    for store in filter(None, (data.store, data.class_store)):
+        store.kept.clear()
 
 
 class DiskCache:
@@ -2155,6 +1488,9 @@ class DiskCache:
 
     def file(self, place: tuple) -> Path:
         return self.folder / (hashlib.sha256("|".join(map(str, place)).encode()).hexdigest() + ".safetensors")
+
+
+# ---- text: embeddings and new tokens ---------------------------------------------------------------------------------
 
 
 class Prompts:
@@ -2250,56 +1586,285 @@ class Prompts:
         self.components.free(*(TEXT_ENCODERS[key][1] for key in keys or self.tokenizers))
 
 
-def encode_image(pixels, vae):
-    """Pixels (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w): mean and standard deviation of the latents."""
-    with torch.no_grad():
-        distribution = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    return torch.cat([distribution.mean, distribution.std], dim=1).float()
+def fill_text_cache(run: Run) -> None:
+    """Encodes every prompt that can come up with the encoders that aren't trained, and frees these."""
+    args, prompts = run.args, run.prompts
+    if args.shuffle_tags:
+        if args.offload:
+            say("note: the text encoders stay on the GPU: --shuffle_tags makes new captions all the time")
+        return
+    captions = [with_trigger(c, args.trigger_word) for e in run.data.examples for c in e.captions]
+    captions += [args.class_prompt] if args.with_prior_preservation else []
+    captions = [insert_tokens(c, run.abstractions) for c in captions]
+    for key in prompts.tokenizers:
+        if key not in prompts.trained:
+            for prompt in dict.fromkeys([*captions, *run.sample_prompts, ""]):
+                prompts.kept(key, prompt)
+            prompts.release(key)
 
 
-def cache_latents(data: TrainingData, plan: BatchPlan, components: Components, args: argparse.Namespace) -> None:
-    """Encodes what the plan can ask for: every image in its bucket, mirrored too with --random_flip; class images in
-    every bucket in use. The VAE is loaded only if something is missing, and freed afterwards.
+def settle_text(run: Run) -> None:
+    """After the pivot: embeddings no longer change, so all are computed once more, and encoders without LoRA freed."""
+    run.prompts.forget()
+    run.prompts.trained.clear()
+    for name, module in run.lora_modules.items():
+        if name != DENOISER:
+            module.eval()  # no dropout in embeddings that stay
+    if not any(part in run.lora_modules for part in (pair[1] for pair in TEXT_ENCODERS.values())):
+        fill_text_cache(run)
+
+
+def add_text_lora(run: Run) -> None:
+    """Adds a LoRA to the text encoders that --train_text_encoder trains."""
+    args, prompts = run.args, run.prompts
+    prompts.trained |= set(TEXT_LORA_ENCODERS)
+    for key in TEXT_LORA_ENCODERS:
+        encoder = prompts.text_encoder(key)
+        idle = idle_layers(key, encoder.config, args)
+        names = [
+            n for n, m in encoder.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(TEXT_LORA_TARGETS)
+        ]
+        add_lora(encoder, [n for n in names if not n.removeprefix("text_model.").startswith(idle)], args)
+        prompts.altered.add(key)
+        run.lora_modules[TEXT_ENCODERS[key][1]] = encoder
+        encoder.train()
+        if args.gradient_checkpointing:
+            encoder.gradient_checkpointing_enable()
+
+
+def abstraction_tokens(args: argparse.Namespace, tokenizer) -> dict[str, list[str]]:
+    """{word in prompts: its new tokens}, numbered through: {"TOK": ["<s0>", "<s1>"]}."""
+    if not args.train_text_encoder_ti:
+        return {}
+    each = args.num_new_tokens_per_abstraction
+    if args.initializer_concept:
+        each = len(TokenRows.concept_ids(tokenizer, args.initializer_concept))
+    words = [w.strip() for w in args.token_abstraction.split(",") if w.strip()]
+    if not words:
+        raise UserError("--token_abstraction is empty")
+    return {word: [f"<s{i * each + k}>" for k in range(each)] for i, word in enumerate(words)}
+
+
+def insert_tokens(text: str, abstractions: dict[str, list[str]]) -> str:
+    """The text with each abstraction replaced by its tokens: "a TOK" -> "a <s0><s1>"."""
+    for word in sorted(abstractions, key=len, reverse=True):
+        text = text.replace(word, "".join(abstractions[word]))
+    return text
+
+
+def add_tokens(run: Run) -> None:
+    """Adds the new tokens' rows to the tables of the encoders that learn them."""
+    args, prompts = run.args, run.prompts
+    texts = [c for e in run.data.examples for c in e.captions] + [args.trigger_word or ""]
+    if not any(word in text for text in texts for word in run.abstractions):
+        raise UserError(
+            f"--token_abstraction {args.token_abstraction}: no caption contains it, so nothing would be learned"
+        )
+    keys = [k for k in prompts.tokenizers if k in TI_ENCODERS or (vars(args).get("enable_t5_ti") and k == "t5")]
+    tokens = [t for group in run.abstractions.values() for t in group]
+    prompts.trained |= set(keys)
+    prompts.known.clear()  # a new token may stand for a word that a prompt already had
+    for key in keys:
+        tokenizer = prompts.tokenizers[key]
+        if args.initializer_concept:
+            width = len(TokenRows.concept_ids(tokenizer, args.initializer_concept))
+            each = len(tokens) // len(run.abstractions)
+            if width != each:  # another tokenizer splits the text otherwise: take as many of its pieces as fit
+                say(
+                    f"note: {key} splits {args.initializer_concept!r} into {width} tokens, not {each}: cut or repeated to fit"
+                )
+        run.rows[key] = TokenRows(tokenizer, prompts.text_encoder(key), tokens, args.initializer_concept, args.seed)
+        prompts.altered.add(key)
+
+
+class TokenRows:
+    """New tokens of one text encoder: their embeddings are the only rows of the table that are trained.
+
+    The rows are a float32 parameter (n, D) of their own. A hook on the embedding layer puts them where their ids stand, so
+    the table itself, and with it every other token, can't change.
     """
-    disk = DiskCache(args.cache_folder, "latents")
-    identity = (FAMILY, components.identity("vae"), components.dtype, VAE_FLOAT32, args.image_interpolation_mode)
-    flips = (False, True) if args.random_flip else (False,)
-    slots = [Slot(i, e.bucket, 0, 0, 1.0) for i, e in enumerate(data.examples)]
-    if data.class_store:
-        used = sorted(set(plan.buckets.values()))
-        slots += [Slot(i, b, 0, 0, 1.0, True) for i in range(len(data.class_store.examples)) for b in used]
-    for slot in slots:
-        store = data.class_store if slot.is_class else data.store
-        example, target = store.examples[slot.index], store.buckets[slot.bucket]
-        crop, _ = data.crop_of(slot, random.Random(0))
-        for flip in flips:
-            crop.flip = flip
-            key = (*identity, example.digest, target, crop.left, crop.top, flip)
-            found = disk.load(*key)
-            if found is None:
-                image = cropped(store.cover(slot.index, slot.bucket), target, crop, random.Random(0), args)
-                found = {"moments": encode_image(to_pixels(image)[None], components.vae())[0].cpu()}
-                if not torch.isfinite(found["moments"]).all():
-                    raise UserError(
-                        f"{example.name}: the VAE gives values that are not finite in {components.dtype}; use --mixed_precision"
-                        " bf16, or a VAE made for half precision with --pretrained_vae_model_name_or_path"
-                    )
-                disk.store(found, *key)
-            data.moments[slot.is_class, slot.index, slot.bucket, flip] = found["moments"]
-    components.free("vae")
+
+    def __init__(self, tokenizer, text_encoder, tokens: list[str], concept: str | None, seed: int) -> None:
+        self.tokens = tokens
+        if tokenizer.add_tokens(tokens) != len(tokens):
+            raise UserError(f"--train_text_encoder_ti: the base's tokenizer already has one of {tokens}")
+        self.first = tokenizer.convert_tokens_to_ids(tokens[0])
+        if len(tokenizer) > text_encoder.get_input_embeddings().num_embeddings:
+            text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            text_encoder.requires_grad_(False)
+        table = text_encoder.get_input_embeddings().weight.detach().float().cpu()[: self.first]
+        if concept:
+            ids = self.concept_ids(tokenizer, concept)
+            rows = table[ids].repeat(len(tokens) // len(ids), 1)
+        else:
+            generator = torch.Generator().manual_seed(stable_seed(seed, "tokens", len(table)) % 2**63)
+            rows = torch.randn(len(tokens), table.shape[1], generator=generator) * table.std()
+        self.initial = rows.clone()
+        self.weight = torch.nn.Parameter(rows.to(text_encoder.device))
+        table = text_encoder.get_input_embeddings().weight
+        for module in text_encoder.modules():  # T5 has its table in two layers, and calls the other one
+            if isinstance(module, torch.nn.Embedding) and module.weight is table:
+                module.register_forward_hook(self.replace)
+
+    @staticmethod
+    def concept_ids(tokenizer, concept: str) -> list[int]:
+        """The token ids of --initializer_concept, without start and end."""
+        return tokenizer(concept, add_special_tokens=False).input_ids
+
+    def replace(self, module, inputs, output):
+        """Embeddings (B, L, D) with the trained rows in the places of the new tokens."""
+        place = inputs[0] - self.first
+        inside = (place >= 0) & (place < len(self.tokens))
+        rows = F.embedding(place.clamp(0, len(self.tokens) - 1), self.weight).to(output.dtype)
+        return torch.where(inside[..., None], rows, output)
 
 
-# <<< shared: caches
+# ---- LoRA and optimizer ----------------------------------------------------------------------------------------------
 
-# >>> shared: optimizer
+
+def add_trained_parts(run: Run) -> None:
+    """Loads the denoiser, adds its LoRA, and makes the parts that are trained, each with its share of the steps."""
+    args, steps = run.args, run.max_steps
+    run.denoiser = run.components.denoiser()
+    run.denoiser.train()
+    factor = run.plan.size * args.gradient_accumulation_steps if args.scale_lr else 1
+    text_lr = (args.text_encoder_lr if args.text_encoder_lr is not None else args.learning_rate) * factor
+
+    def add_part(name: str, parameters: dict, rate: float, decay: float, share: float) -> None:
+        run.parts.append(Part(name, parameters, rate, decay, max(1, round(share * steps))))
+
+    if run.rows:
+        until = 1.0 if args.train_transformer_frac == 0 else args.train_text_encoder_ti_frac
+        rows = {key: row.weight for key, row in run.rows.items()}
+        add_part("embeddings", rows, text_lr, args.adam_weight_decay_text_encoder, until)
+    if run.lora_modules:
+        values = {f"{part}.{n}": p for part, m in run.lora_modules.items() for n, p in lora_parameters(m).items()}
+        add_part("text_encoder", values, text_lr, args.adam_weight_decay_text_encoder, args.train_text_encoder_frac)
+    if args.train_transformer_frac > 0:
+        targets = lora_targets(run.denoiser, args)
+        add_lora(run.denoiser, targets, args)
+        run.lora_modules = {DENOISER: run.denoiser} | run.lora_modules
+        rate, values = args.learning_rate * factor, lora_parameters(run.denoiser)
+        add_part("denoiser", values, rate, args.adam_weight_decay, args.train_transformer_frac)
+        say(f"LoRA of rank {args.rank}, alpha {args.lora_alpha:g} on {len(targets)} layers of the {DENOISER}")
+    if args.gradient_checkpointing:
+        run.denoiser.enable_gradient_checkpointing()
+    if run.components.sharded:
+        shard_base(run.denoiser, run.accelerator.device)
+        say(f"FSDP2: the {DENOISER} is split over {run.accelerator.num_processes} processes")
+    if args.compile:
+        run.denoiser.compile_repeated_blocks()
+    run.initial_states = {part: lora_state(module) for part, module in run.lora_modules.items()}
+    prepare_parts(run.parts, args)
+    for part in run.parts:
+        millions = part.weights.numel() / 1e6
+        say(
+            f"training {part.name}: {millions:.3f} million parameters, steps 1 to {part.last_step}, learning rate {part.learning_rate:g}"
+        )
+    if args.deepspeed:
+        state = sum(p.weights.numel() for p in run.parts) * 8 / 2**20
+        say(
+            f"DeepSpeed's launcher: trained as with DDP; the optimizer's state ({state:.0f} MiB) isn't split, and"
+            " config/accelerate_config_fsdp2.yaml splits the base"
+        )
+    run.guard = StepGuard(run.accelerator.device, run.accelerator.mixed_precision == "fp16")
+
+
+def lora_targets(denoiser, args: argparse.Namespace) -> list[str]:
+    """Full names of the modules that get a LoRA.
+
+    A name in --lora_layers is a module's last part (`to_q`), a full name, or a block prefix (`mid_block`), which means the
+    usual layers inside. Errors: UserError if a name or a block number matches nothing.
+    """
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    idle = idle_layers(DENOISER, denoiser.config, args)
+    modules = [n for n, m in denoiser.named_modules() if isinstance(m, kinds) and not n.startswith(idle)]
+
+    def ends(name: str, part: str) -> bool:
+        return name == part or name.endswith("." + part)
+
+    entries = [e.strip() for text in args.lora_layers or [] for e in text.split(",") if e.strip()]
+    prefixes = block_prefixes(denoiser)
+    chosen = []
+    for block in (b.strip() for text in args.lora_blocks or [] for b in text.split(",")):
+        if not block.isdigit():
+            entries.append(block)
+        elif int(block) >= len(prefixes):
+            raise UserError(f"--lora_blocks {block}: the blocks are 0 to {len(prefixes) - 1}")
+        else:
+            chosen.append(prefixes[int(block)])
+    found = set()
+    for entry in entries or LORA_TARGETS:
+        matched = {n for n in modules if ends(n, entry)}
+        matched |= {n for n in modules if n.startswith(entry + ".") and any(ends(n, t) for t in LORA_TARGETS)}
+        if not matched and entries:
+            parts = sorted({".".join(n.split(".")[-k:]) for n in modules for k in (1, 2)} | set(prefixes))
+            near = difflib.get_close_matches(entry, parts, n=3, cutoff=0.3)
+            raise UserError(
+                f"--lora_layers {entry} matches no layer of the {DENOISER}; near it are {', '.join(near) or parts[:5]}"
+            )
+        found |= matched
+    if chosen:
+        found = {n for n in found if any(n.startswith(p + ".") for p in chosen)}
+    if not found:
+        raise UserError("--lora_layers and --lora_blocks together match no layer")
+    return sorted(found)
+
+
+def block_prefixes(denoiser) -> list[str]:
+    """The denoiser's blocks in order, for --lora_blocks."""
+    names = []
+    for name in BLOCKS:
+        blocks = getattr(denoiser, name)
+        listed = isinstance(blocks, torch.nn.ModuleList)
+        names += [f"{name}.{i}" for i in range(len(blocks))] if listed else [name] * (blocks is not None)
+    return names
+
+
+def add_lora(module, targets: list[str], args: argparse.Namespace) -> None:
+    """Adds a LoRA to a module; its parameters are float32 whatever the base is.
+
+    Every process draws the same start: the seed depends on nothing else.
+    """
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    torch.manual_seed(stable_seed(args.seed, "lora", len(targets)))
+    start = args.init_lora_weights
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        init_lora_weights={"default": True, "true": True}.get(start.lower(), start),
+        target_modules=targets,
+        use_dora=args.use_dora,
+        use_rslora=args.use_rslora,
+    )
+    try:
+        module.add_adapter(config)
+    except ValueError as error:
+        raise UserError(f"--init_lora_weights {start}: {' '.join(str(error).split())[:200]}") from None
+    cast_training_params(module, torch.float32)
+
+
+def lora_parameters(module) -> dict:
+    """The trainable parameters of a module with a LoRA, by name."""
+    return {n: p for n, p in module.named_parameters() if p.requires_grad}
+
+
+def lora_state(module) -> dict:
+    """A copy of the LoRA's weights with peft's keys, on the CPU in float32."""
+    from peft.utils import get_peft_model_state_dict
+
+    return {k: v.detach().float().cpu().contiguous().clone() for k, v in get_peft_model_state_dict(module).items()}
 
 
 @dataclass
 class Part:
     """Parameters that are trained together: the denoiser's LoRA, the text encoders' LoRA, or the new tokens' rows.
 
-    Gradients of all its parameters lie in one flat buffer, so that summing over processes, clipping and the check for
-    non-finite values are one operation each. It is trained while step < last_step.
+    They are views into one flat float32 buffer, and their gradients into another, so that optimizer, clipping, moving
+    average, sum over processes and checkpoint are one operation each. It is trained while step < last_step.
     """
 
     name: str
@@ -2307,108 +1872,61 @@ class Part:
     learning_rate: float
     weight_decay: float
     last_step: int
-    gradients: object = None
+    weights: object = None  # the flat buffer, a Parameter
+    gradients: object = None  # its gradient
+    initial: object = None  # a copy of its start, on the CPU
     optimizer: object = None
     schedule: object = None
     ema: object = None
-    initial: list = field(default_factory=list)
-    weights: object = None  # with split optimizer state: all parameters in one flat buffer ...
-    own: object = None  # ... and this process's stretch of it, the one parameter that its optimizer sees
 
-    def allocate(self, shards: int = 1, rank: int = 0) -> None:
-        """Points every parameter's gradient into the flat buffer, and remembers where the parameters started.
+    def split(self, flat) -> dict[str, object]:
+        """A flat tensor -> its stretch for each parameter, in that parameter's shape."""
+        sizes = [p.numel() for p in self.parameters.values()]
+        named = zip(self.parameters.items(), flat.split(sizes), strict=True)
+        return {name: stretch.view(parameter.shape) for (name, parameter), stretch in named}
 
-        shards: over how many processes the optimizer's state is split; 1 for not at all.
-        """
-        values = list(self.parameters.values())
-        self.initial = [p.detach().cpu().clone() for p in values]
-        sizes = [p.numel() for p in values]
-        stretch = math.ceil(sum(sizes) / shards)
-        self.gradients = torch.zeros(stretch * shards, device=values[0].device)
-        for parameter, view in zip(values, self.gradients[: sum(sizes)].split(sizes), strict=True):
-            parameter.grad = view.view_as(parameter)
-        if shards == 1:
-            return
-        self.weights = torch.zeros_like(self.gradients)
-        for parameter, view in zip(values, self.weights[: sum(sizes)].split(sizes), strict=True):
-            view.copy_(parameter.detach().flatten())
-            parameter.data = view.view_as(parameter)
-        here = slice(rank * stretch, (rank + 1) * stretch)
-        self.own = torch.nn.Parameter(self.weights[here])
-        self.own.grad = self.gradients[here]
+    def allocate(self) -> None:
+        """Moves the parameters and their gradients into flat buffers."""
+        values = torch.cat([p.detach().flatten() for p in self.parameters.values()])
+        self.weights, self.gradients, self.initial = torch.nn.Parameter(values), torch.zeros_like(values), values.cpu()
+        self.initial = self.initial.clone()
+        self.weights.grad = self.gradients
+        weights, gradients = self.split(values), self.split(self.gradients)
+        for name, parameter in self.parameters.items():
+            parameter.data, parameter.grad = weights[name], gradients[name]
 
     def step(self) -> None:
         """One step of optimizer, schedule and moving average; gradients start again at zero."""
         self.optimizer.step()
-        if self.own is not None:
-            torch.distributed.all_gather_single(self.weights, self.own.detach().clone())
         self.schedule.step()
         self.gradients.zero_()
         if self.ema is not None:
-            self.ema.step(self.parameters.values())
+            self.ema.step([self.weights])
+
+    def effective_rate(self) -> float:
+        """The learning rate in use; for Prodigy times its estimate d."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] * group.get("d", 1.0)
 
     def freeze(self) -> None:
         """Ends the training of this part: no gradients, no optimizer state; it stays at its average, if it has one."""
         if type(self.optimizer).__name__.endswith("ScheduleFree"):
             self.optimizer.eval()
         if self.ema is not None:
-            self.ema.copy_to(self.parameters.values())
-            self.ema = None
+            self.ema.copy_to([self.weights])
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
-        self.gradients = self.optimizer = self.schedule = self.own = None
-
-    def moved(self) -> bool:
-        """Whether any parameter differs from its start."""
-        return any(
-            not torch.equal(p.detach().cpu(), i) for p, i in zip(self.parameters.values(), self.initial, strict=True)
-        )
+        self.gradients = self.weights.grad = self.optimizer = self.schedule = self.ema = None
 
 
-def make_optimizer(part: Part, args: argparse.Namespace):
-    """The optimizer of --optimizer for one part. Each part has its own, so that Prodigy finds a step size for each."""
-    values = list(part.parameters.values()) if part.own is None else [part.own]
-    common = {"lr": part.learning_rate, "weight_decay": part.weight_decay}
-    betas, eps = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(values, betas=betas, eps=eps, fused=values[0].is_cuda, **common)
-    if args.optimizer == "adamw8bit":
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(values, betas=betas, eps=eps, **common)
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints how it decays weights
-            return Prodigy(
-                values,
-                betas=betas,
-                beta3=args.prodigy_beta3,
-                eps=eps,
-                decouple=args.prodigy_decouple,
-                use_bias_correction=args.prodigy_use_bias_correction,
-                safeguard_warmup=args.prodigy_safeguard_warmup,
-                **common,
-            )
-    if args.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
-
-        return Adafactor(values, scale_parameter=False, relative_step=False, warmup_init=False, **common)
-    from schedulefree import AdamWScheduleFree
-
-    optimizer = AdamWScheduleFree(values, betas=betas, eps=eps, warmup_steps=args.lr_warmup_steps, **common)
-    optimizer.train()
-    return optimizer
-
-
-def prepare_parts(parts: list[Part], args: argparse.Namespace, shards: int = 1, rank: int = 0) -> None:
-    """Gives each part its gradient buffer, optimizer, schedule and moving average; see Part.allocate for `shards`."""
+def prepare_parts(parts: list[Part], args: argparse.Namespace) -> None:
+    """Gives each part its buffers, optimizer, schedule and moving average."""
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
     for part in parts:
-        part.allocate(shards, rank)
+        part.allocate()
         part.optimizer = make_optimizer(part, args)
         part.schedule = get_scheduler(
             args.lr_scheduler,
@@ -2419,19 +1937,45 @@ def prepare_parts(parts: list[Part], args: argparse.Namespace, shards: int = 1, 
             power=args.lr_power,
         )
         if args.use_ema and part.name != "embeddings":
-            part.ema = EMAModel(part.parameters.values(), decay=args.ema_decay)
+            part.ema = EMAModel([part.weights], decay=args.ema_decay)
+
+
+def make_optimizer(part: Part, args: argparse.Namespace):
+    """The optimizer of --optimizer for one part. Each part has its own, so that Prodigy finds a step size for each."""
+    common = {"params": [part.weights], "lr": part.learning_rate, "weight_decay": part.weight_decay}
+    adam = common | {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(**adam, fused=part.weights.is_cuda)
+    if args.optimizer == "adamw8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(**adam)
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        own = ("decouple", "use_bias_correction", "safeguard_warmup")
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints how it decays weights
+            return Prodigy(**adam, beta3=args.prodigy_beta3, **{name: vars(args)[f"prodigy_{name}"] for name in own})
+    if args.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        matrices = list(part.parameters.values())  # it keeps a mean per row and column instead of one per weight
+        return Adafactor(**common | {"params": matrices}, scale_parameter=False, relative_step=False, warmup_init=False)
+    from schedulefree import AdamWScheduleFree
+
+    optimizer = AdamWScheduleFree(**adam, warmup_steps=args.lr_warmup_steps)
+    optimizer.train()
+    return optimizer
 
 
 @contextlib.contextmanager
 def averaged(parts: list[Part]):
     """While inside, parameters are what should be saved and shown: moving averages, where there are any."""
-    kept = [(p, v.detach().clone()) for p in parts for v in p.parameters.values()]
-    free = [
-        p.optimizer for p in parts if p.optimizer is not None and type(p.optimizer).__name__.endswith("ScheduleFree")
-    ]
+    kept = [part.weights.detach().clone() for part in parts]
+    free = [p.optimizer for p in parts if type(p.optimizer).__name__.endswith("ScheduleFree")]
     for part in parts:
         if part.ema is not None:
-            part.ema.copy_to(part.parameters.values())
+            part.ema.copy_to([part.weights])
     for optimizer in free:
         optimizer.eval()
     try:
@@ -2439,11 +1983,8 @@ def averaged(parts: list[Part]):
     finally:
         for optimizer in free:
             optimizer.train()
-        with torch.no_grad():
-            values = iter(kept)
-            for part in parts:
-                for parameter in part.parameters.values():
-                    parameter.copy_(next(values)[1])  # exactly, where a swap back would round
+        for part, weights in zip(parts, kept, strict=True):
+            part.weights.data.copy_(weights)  # exactly, where a swap back would round
 
 
 class StepGuard:
@@ -2479,43 +2020,122 @@ class StepGuard:
         self.bad_total = self.bad_total + (~finite)
         return norm
 
+    def state_dict(self) -> dict:
+        """Its counts and scale, for a checkpoint."""
+        return {name: value.cpu() for name, value in vars(self).items() if torch.is_tensor(value)}
 
-# <<< shared: optimizer
+    def load_state_dict(self, state: dict) -> None:
+        """Takes what `state_dict` gave."""
+        for name, value in state.items():
+            getattr(self, name).copy_(value)
 
-# >>> shared: checkpoints
+
+# ---- checkpoints and signals -----------------------------------------------------------------------------------------
 
 
-def flush(path: Path) -> None:
-    """Makes sure that a file's or a folder's content is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+class StopSignal:
+    """Answers SIGTERM, SIGINT and SIGUSR1: at once outside the loop, after the step's checkpoint inside it."""
+
+    def __init__(self) -> None:
+        self.number, self.in_loop = 0, False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: object) -> None:
+        if not self.in_loop or self.number:
+            raise Interrupted(128 + number)
+        self.number = number
+
+
+def save_checkpoint(run: Run, step: int) -> None:
+    """Writes checkpoint-N: usable weights, the training state, and a manifest with hashes.
+
+    The folder appears under its name only when it is whole; older ones go only after that.
+    """
+    output = Path(run.args.output_dir)
+    final, part = output / f"checkpoint-{step}", output / f".checkpoint-{step}.part"
+    shutil.rmtree(part, ignore_errors=True)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        part.mkdir(parents=True)
+        with averaged(run.parts):
+            write_weights(run, part, torch.float32)
+        torch.save(training_state(run, step), part / "training_state.pt")
+        hashes = {f.name: file_hash(f) for f in sorted(part.iterdir())}
+        manifest = {"step": step, "seed": run.args.seed, "settings": run.settings, "files": hashes}
+        (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for file in part.iterdir():
+            flush(file)
+        flush(part)
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        flush(output)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own, for a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        kept = checkpoints_in(output)
+        saved = f"the last one is {kept[0].name}" if kept else "there is none yet"
+        raise UserError(f"checkpoint-{step} could not be written to {output} ({error}); {saved}") from None
+    if run.args.checkpoints_total_limit:
+        for stale in checkpoints_in(output)[run.args.checkpoints_total_limit :]:
+            shutil.rmtree(stale)
 
 
-def file_hash(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def training_state(run: Run, step: int) -> dict:
+    """What a resumed run needs: each part's flat weights, optimizer, schedule and average, and the guard's counts."""
+    parts = {}
+    for part in run.parts:
+        stateful = {"optimizer": part.optimizer, "schedule": part.schedule, "ema": part.ema}
+        parts[part.name] = {"weights": part.weights.detach().cpu(), "initial": part.initial}
+        parts[part.name] |= {name: thing.state_dict() if thing else None for name, thing in stateful.items()}
+    return {"step": step, "guard": run.guard.state_dict(), "parts": parts}
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Checkpoint folders, the latest first."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdigit() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[-1]), reverse=True)
+def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
+    """Restores a checkpoint; returns the number of steps done. Errors: UserError if it fits other settings."""
+    before = manifest["settings"]
+    for name in (*RESUME_FLAGS, "targets", "tokens", "layout"):
+        if before.get(name) != run.settings[name]:
+            raise UserError(
+                f"{folder.name} was trained with other settings: {name} {before.get(name)}, now {run.settings[name]}"
+            )
+    changed = [n for n in run.settings if before.get(n) != run.settings[n]]
+    if changed:
+        say(
+            f"note: {', '.join(changed)} changed since {folder.name}: the rest of the run is not what it would have been"
+        )
+    state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+    run.guard.load_state_dict(state["guard"])
+    for part in run.parts:
+        saved = state["parts"][part.name]
+        part.weights.data.copy_(saved["weights"])
+        part.initial = saved["initial"]
+        if saved["optimizer"] is not None:
+            part.optimizer.load_state_dict(saved["optimizer"])
+            part.schedule.load_state_dict(saved["schedule"])
+        if saved["ema"] is None:
+            part.ema = None
+        else:
+            part.ema.load_state_dict(saved["ema"])
+            part.ema.to(run.accelerator.device)
+    say(f"going on from {folder.name}")
+    return state["step"]
 
 
-def check_checkpoint(folder: Path) -> dict:
-    """The manifest of a whole checkpoint. Errors: ValueError that says what is damaged."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for name, digest in manifest["files"].items():
-            if file_hash(folder / name) != digest:
-                raise ValueError(f"{name} is damaged")
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"manifest or file missing ({error})") from None
-    return manifest
+def resume_settings(run: Run) -> dict:
+    """What a checkpoint must agree with to be gone on from: the flags of RESUME_FLAGS and what follows from data and base."""
+    named = {name: vars(run.args)[name] for name in (*RESUME_FLAGS, *RESUME_NOTES) if name in vars(run.args)}
+    layers = "|".join(n for p in run.parts for n in p.parameters)
+    data = "|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in run.data.examples)
+    return (
+        named
+        | {
+            "targets": hashlib.sha256(layers.encode()).hexdigest()[:16],
+            "tokens": [t for tokens in run.abstractions.values() for t in tokens],
+            "layout": "flat",  # of the weights in training_state.pt
+            "global_batch_size": run.plan.size,
+            "steps": run.max_steps,
+            "data": hashlib.sha256(data.encode()).hexdigest()[:16],
+        }
+    )
 
 
 def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict] | None:
@@ -2543,133 +2163,40 @@ def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict] | None:
     return None
 
 
-def optimizer_states(run: Run) -> dict[str, object]:
-    """Each part's optimizer state; where it is split, a list of every process's, on the main process."""
-    states = {p.name: p.optimizer.state_dict() if p.optimizer else None for p in run.parts}
-    if not run.splits_optimizer:
-        return states
-    main, count = run.accelerator.is_main_process, run.accelerator.num_processes
-    gathered = [None] * count if main else None
-    torch.distributed.gather_object(on_cpu(states), gathered)
-    return {name: [one[name] for one in gathered] if states[name] else None for name in states} if main else {}
-
-
-def on_cpu(value):
-    """Nested dicts and lists with their tensors on the CPU."""
-    if isinstance(value, dict):
-        return {k: on_cpu(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [on_cpu(v) for v in value]
-    return value.cpu() if torch.is_tensor(value) else value
-
-
-def save_checkpoint(run: Run, step: int, optimizers: dict[str, object]) -> None:
-    """Writes checkpoint-N: usable weights, the training state, and a manifest with hashes.
-
-    The folder appears under its name only when it is whole; older ones go only after that.
-    """
-    output = Path(run.args.output_dir)
-    final, part = output / f"checkpoint-{step}", output / f".checkpoint-{step}.part"
-    shutil.rmtree(part, ignore_errors=True)
+def check_checkpoint(folder: Path) -> dict:
+    """The manifest of a whole checkpoint. Errors: ValueError that says what is damaged."""
     try:
-        part.mkdir(parents=True)
-        with averaged(run.parts):
-            write_weights(run, part, torch.float32)
-        state = {"step": step, "guard": {k: v for k, v in vars(run.guard).items() if k != "half"}, "parts": {}}
-        for p in run.parts:
-            state["parts"][p.name] = {
-                "parameters": {n: v.detach().cpu() for n, v in p.parameters.items()},
-                "initial": p.initial,
-                "optimizer": optimizers[p.name],
-                "schedule": p.schedule.state_dict() if p.schedule else None,
-                "ema": p.ema.state_dict() if p.ema else None,
-            }
-        torch.save(state, part / "training_state.pt")
-        files = sorted(f for f in part.iterdir())
-        manifest = {
-            "step": step,
-            "seed": run.args.seed,
-            "settings": run.settings,
-            "files": {f.name: file_hash(f) for f in files},
-        }
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for file in part.iterdir():
-            flush(file)
-        flush(part)
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-        flush(output)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch and safetensors have errors of their own for a full disk
-        shutil.rmtree(part, ignore_errors=True)
-        kept = checkpoints_in(output)
-        saved = f"the last one is {kept[0].name}" if kept else "there is none yet"
-        raise UserError(f"checkpoint-{step} could not be written to {output} ({error}); {saved}") from None
-    if run.args.checkpoints_total_limit:
-        for stale in checkpoints_in(output)[run.args.checkpoints_total_limit :]:
-            shutil.rmtree(stale)
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name, digest in manifest["files"].items():
+            if file_hash(folder / name) != digest:
+                raise ValueError(f"{name} is damaged")
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"manifest or file missing ({error})") from None
+    return manifest
 
 
-def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
-    """Restores a checkpoint; returns the number of steps done. Errors: UserError if it fits other settings."""
-    before = manifest["settings"]
-    for name in ("rank", "use_dora", "use_rslora", "init_lora_weights", "lora_alpha", "optimizer", "targets", "tokens"):
-        if before[name] != run.settings[name]:
-            raise UserError(
-                f"{folder.name} was trained with other settings: {name} {before[name]}, now {run.settings[name]}"
-            )
-    changed = [n for n in run.settings if before.get(n) != run.settings[n]]
-    if changed:
-        say(
-            f"note: {', '.join(changed)} changed since {folder.name}: the rest of the run is not what it would have been"
-        )
-    state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-    for key, value in state["guard"].items():
-        getattr(run.guard, key).copy_(value)
-    for part in run.parts:
-        saved = state["parts"][part.name]
-        with torch.no_grad():
-            for name, parameter in part.parameters.items():
-                parameter.copy_(saved["parameters"][name])
-        part.initial = saved["initial"]
-        if saved["optimizer"] is not None:
-            split = len(saved["optimizer"]) if isinstance(saved["optimizer"], list) else 1
-            if split != (run.accelerator.num_processes if run.splits_optimizer else 1):
-                raise UserError(
-                    f"{folder.name}: its optimizer state is split over {split} processes: use as many again"
-                )
-            state_of = saved["optimizer"][run.accelerator.process_index] if split > 1 else saved["optimizer"]
-            part.optimizer.load_state_dict(state_of)
-            part.schedule.load_state_dict(saved["schedule"])
-        if saved["ema"] is None:
-            part.ema = None
-        else:
-            part.ema.load_state_dict(saved["ema"])
-            part.ema.to(run.accelerator.device)
-    say(f"going on from {folder.name}")
-    return state["step"]
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Checkpoint folders, the latest first."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdigit() and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[-1]), reverse=True)
 
 
-class StopSignal:
-    """Answers SIGTERM, SIGINT and SIGUSR1: at once outside the loop, after the step's checkpoint inside it."""
-
-    def __init__(self) -> None:
-        self.number, self.in_loop = 0, False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.receive)
-
-    def receive(self, number: int, frame: object) -> None:
-        if not self.in_loop or self.number:
-            raise Interrupted(128 + number)
-        self.number = number
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-# <<< shared: checkpoints
+def flush(path: Path) -> None:
+    """Makes sure that a file's or a folder's content is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
-# >>> shared: validation
+
+# ---- pictures: validation, class images, comparison ------------------------------------------------------------------
 
 
 def draw_samples(run: Run, step: int) -> list[Path]:
@@ -2683,7 +2210,7 @@ def draw_samples(run: Run, step: int) -> list[Path]:
     together = max(1, 2**17 // (run.plan_size[0] * run.plan_size[1]))  # large pictures singly, for their memory
     files = []
     with averaged(run.parts), evaluating(run), torch.no_grad():
-        pipeline = make_pipeline(run.components, run.denoiser)
+        pipeline = run.components.pipeline(run.denoiser)
         for p, prompt in enumerate(run.sample_prompts):
             embeds = {k: v.to(run.components.dtype) for k, v in run.prompts.for_pipeline(prompt).items()}
             for begin in range(0, args.num_validation_images, together):
@@ -2696,6 +2223,49 @@ def draw_samples(run: Run, step: int) -> list[Path]:
                     if run.accelerator.is_main_process:
                         image.save(files[-1])
     return files
+
+
+def log_samples(run: Run, step: int) -> list[Path]:
+    """Draws samples and sends them to TensorBoard or W&B."""
+    files = draw_samples(run, step)
+    if not run.accelerator.is_main_process:
+        return files
+    captions = [run.sample_prompts[int(f.name[:2])] for f in files]
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            pictures = np.stack([np.asarray(Image.open(f)) for f in files])
+            tracker.writer.add_images("validation", pictures, step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            tracker.log(
+                {"validation": [wandb.Image(str(f), caption=c) for f, c in zip(files, captions, strict=True)]},
+                step=step,
+            )
+    return files
+
+
+def sample_images(
+    pipeline, components: Components, embeds: dict, seeds: list[int], size: tuple[int, int], args, context
+) -> list:
+    """Draws one image per seed with one prompt's embeddings. `context` (autocast) holds for the denoiser alone: the VAE
+    decodes in its own precision, so that a float32 one stays float32.
+    """
+    with context:
+        latents = pipeline(
+            **{k: v.repeat_interleave(len(seeds), dim=0) for k, v in embeds.items()},
+            width=size[0],
+            height=size[1],
+            num_inference_steps=args.validation_inference_steps,
+            guidance_scale=args.validation_guidance_scale,
+            generator=[torch.Generator().manual_seed(s) for s in seeds],
+            output_type="latent",
+        ).images
+    config, vae = components.config("vae"), components.vae()
+    latents = unpack_output(latents, size) / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
+    with torch.no_grad():
+        pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
+    return pipeline.image_processor.postprocess(pixels.float())
 
 
 def sample_seed(seed: int, prompt: int, image: int) -> int:
@@ -2734,12 +2304,63 @@ def held_out_loss(run: Run) -> float:
             for q in quantiles:
                 slot = Slot(index, example.bucket, 0, 0, 1.0)
                 generator = torch.Generator().manual_seed(stable_seed(args.seed, "held-out", example.name, q))
-                shape = run.components.latent_shape(run.data.store.buckets[example.bucket])
+                shape = latent_shape(run.data.store.buckets[example.bucket], run.components.config("vae"))
                 rows.append(run.data[slot] | draw_noise(generator, shape, run.scheduler, args, quantile=q))
             batch = to_device(collate(rows), run.accelerator.device)
             caption = insert_tokens(with_trigger(example.captions[0], args.trigger_word), run.abstractions)
             losses.append(batch_loss(run, batch, run.prompts.lookup([caption] * len(rows))).mean().item())
     return sum(losses) / len(losses)
+
+
+def generate_class_images(args: argparse.Namespace, components: Components, prompts: Prompts, accelerator) -> None:
+    """Draws the class images that are missing with the untrained base, and keeps them for the next run.
+
+    Image i depends on (seed, i) only, so that several processes, or a second start, draw what one would have drawn.
+    """
+    folder = Path(args.class_data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    there = len(class_files(folder))
+    missing = [i for i in range(args.num_class_images) if not (folder / f"class_{i:05d}.png").exists()]
+    missing = missing[: max(0, args.num_class_images - there)]
+    accelerator.wait_for_everyone()
+    if not missing:
+        return
+    say(f"{there} of {args.num_class_images} class images in {folder}: drawing {len(missing)} of {args.class_prompt!r}")
+    precision = args.prior_generation_precision
+    dtype = {
+        None: components.dtype,
+        "no": torch.float32,
+        "fp32": torch.float32,
+        "fp16": torch.float16,
+        "bf16": torch.bfloat16,
+    }[precision]
+    embeds = {k: v.to(accelerator.device, dtype) for k, v in prompts.for_pipeline(args.class_prompt).items()}
+    prompts.release()  # never on the GPU together with the denoiser
+    denoiser = components.get(DENOISER, dtype)
+    pipeline = components.pipeline(denoiser)
+    size = tuple((args.resolution * 2)[:2])
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    for begin in range(0, len(mine), args.sample_batch_size):
+        numbers = mine[begin : begin + args.sample_batch_size]
+        seeds = [stable_seed(args.seed, "class", i) % 2**32 for i in numbers]
+        images = sample_images(pipeline, components, embeds, seeds, size, args, contextlib.nullcontext())
+        for number, image in zip(numbers, images, strict=True):
+            image.save(folder / f".class_{number:05d}.png")
+            (folder / f".class_{number:05d}.png").rename(folder / f"class_{number:05d}.png")
+    del pipeline, denoiser
+    components.free(DENOISER)
+    accelerator.wait_for_everyone()
+
+
+def class_files(folder: Path) -> list[Path]:
+    """The class images that are there, in order."""
+    return sorted(f for f in folder.glob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def load_class_examples(args: argparse.Namespace) -> list[Example]:
+    """The class images as examples; exactly --num_class_images of them."""
+    files = class_files(Path(args.class_data_dir))[: args.num_class_images]
+    return [Example(f.name, [args.class_prompt], f.read_bytes) for f in files]
 
 
 def comparison_sheet(before: list[Path], after: list[Path], prompts: list[str], per_prompt: int, what: str):
@@ -2773,9 +2394,93 @@ def comparison_sheet(before: list[Path], after: list[Path], prompts: list[str], 
     return sheet
 
 
-# <<< shared: validation
+# ---- files that a run leaves -----------------------------------------------------------------------------------------
 
-# >>> shared: saving
+
+def save_results(run: Run) -> None:
+    """Writes the final files: weights, embeddings, comparison sheet, model card, merged base."""
+    args, output = run.args, Path(run.args.output_dir)
+    part = output / ".saving"
+    before, after = (sorted((output / "samples" / f"step-{s:06d}").glob("*.png")) for s in (0, run.max_steps))
+    compared = 0 < len(run.sample_prompts) * args.num_validation_images == len(before) == len(after)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        with averaged(run.parts):
+            write_weights(run, part, torch.float32 if args.upcast_before_saving else run.components.dtype)
+        if compared:
+            what = "LoRA" if run.lora_modules else "new tokens"
+            sheet = comparison_sheet(before, after, run.sample_prompts, args.num_validation_images, what)
+            sheet.save(part / "comparison.png")
+        (part / "README.md").write_text(model_card(run, compared), encoding="utf-8")
+        publish(part, output)
+    except (OSError, SafetensorError) as error:
+        kept = checkpoints_in(output)
+        saved = f"; the training itself is safe in {kept[0].name}" if kept else ""
+        raise UserError(f"the results could not be written to {output} ({error}){saved}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    if args.merge_lora:
+        save_merged(run, output / "merged")
+
+
+def publish(source: Path, target: Path) -> None:
+    """Moves the files of one folder into another, each in one step, so that no half-written one is ever seen."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        flush(file)
+        os.replace(file, target / file.name)
+
+
+def write_weights(run: Run, folder: Path, dtype) -> None:
+    """Writes the LoRA (diffusers, and kohya/ComfyUI keys) and the token embeddings into a folder."""
+    args, name = run.args, Path(run.args.output_dir).resolve().name
+    if run.lora_modules:
+        states = {part: lora_state(module) for part, module in run.lora_modules.items()}
+        states, alpha, rank = reference_free(states, run.initial_states, args)
+        states = {part: {k: v.to(dtype) for k, v in state.items()} for part, state in states.items()}
+        write_diffusers_file(run, folder, states, alpha, rank)
+        try:
+            scale = math.sqrt(rank) if args.use_rslora else 1.0
+            exported = kohya_state(states, alpha * scale, run.components.config(DENOISER))
+        except ValueError as error:
+            say(f"warning: {name}.safetensors, for other tools, can't hold this LoRA: {error}")
+        else:
+            exported = {k: v.contiguous() for k, v in exported.items()}
+            save_file(exported, folder / f"{name}.safetensors", metadata=kohya_metadata(args, exported, alpha, rank))
+    if run.rows:
+        tables = {key: row.weight.detach().float().cpu().clone() for key, row in run.rows.items()}
+        save_file(tables, folder / f"{name}_emb.safetensors", metadata={"format": "pt"})
+
+
+def write_diffusers_file(run: Run, folder: Path, states: dict, alpha: float, rank: int) -> None:
+    """pytorch_lora_weights.safetensors, as the family's pipeline writes it, with alpha and rank in its metadata."""
+    import diffusers
+    from diffusers.training_utils import _collate_lora_metadata
+
+    arguments = _collate_lora_metadata(run.lora_modules)  # without it alpha is lost
+    for part, state in states.items():
+        arguments[f"{part}_lora_layers"] = to_diffusers_keys(state) if part == DENOISER else text_encoder_keys(state)
+        metadata = arguments[f"{part}_lora_adapter_metadata"]
+        metadata |= {"lora_alpha": alpha, "r": rank, "init_lora_weights": True}
+        metadata |= {key: sorted(value) for key, value in metadata.items() if isinstance(value, set)}
+    getattr(diffusers, PIPELINE_CLASS).save_lora_weights(folder, **arguments)
+
+
+def to_diffusers_keys(state: dict) -> dict:
+    """The denoiser's LoRA with the keys of diffusers' files, the same spelling for every layer.
+
+    diffusers looks at the first key only to tell how a file is spelled: its own conversion renames the attention's layers
+    alone, so a UNet's file that also has other layers would be read without them, or without the attention.
+    """
+    for ours, theirs in DIFFUSERS_SPELLING:
+        state = {k.replace(ours, theirs): v for k, v in state.items()}
+    return state
+
+
+def text_encoder_keys(state: dict) -> dict:
+    """A text encoder's LoRA with the level `text_model` that released files have and transformers 5 has not."""
+    return {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in state.items()}
 
 
 def reference_free(states: dict, initials: dict, args: argparse.Namespace) -> tuple[dict, float, int]:
@@ -2795,51 +2500,56 @@ def reference_free(states: dict, initials: dict, args: argparse.Namespace) -> tu
     return out, args.lora_alpha * (math.sqrt(2) if args.use_rslora else 2), args.rank * 2
 
 
-def write_weights(run: Run, folder: Path, dtype) -> None:
-    """Writes the LoRA (diffusers, and kohya/ComfyUI keys) and the token embeddings into a folder."""
-    import diffusers
-    from diffusers.training_utils import _collate_lora_metadata
+def kohya_state(states: dict[str, dict], alpha: float, config: dict) -> dict:
+    """LoRA weights with the keys of kohya's scripts, AUTOMATIC1111 and ComfyUI.
 
-    args = run.args
-    name = Path(args.output_dir).resolve().name
-    if run.lora_modules:
-        states = {part: lora_state(module) for part, module in run.lora_modules.items()}
-        states, alpha, rank = reference_free(states, run.initial_states, args)
-        states = {part: {k: v.to(dtype) for k, v in state.items()} for part, state in states.items()}
-        arguments = _collate_lora_metadata(run.lora_modules)  # without it alpha is lost
-        for part, state in states.items():
-            converted = to_diffusers_keys(state) if part == DENOISER else text_encoder_keys(state)
-            arguments[f"{part}_lora_layers"] = converted
-            arguments[f"{part}_lora_adapter_metadata"] |= {"lora_alpha": alpha, "r": rank, "init_lora_weights": True}
-        for module_arguments in arguments.values():
-            for key, value in module_arguments.items():
-                if isinstance(value, set):
-                    module_arguments[key] = sorted(value)
-        getattr(diffusers, PIPELINE_CLASS).save_lora_weights(folder, **arguments)
-        try:
-            exported = kohya_state(
-                states, alpha * (math.sqrt(rank) if args.use_rslora else 1.0), run.components.config(DENOISER)
-            )
-        except ValueError as error:
-            exported = {}
-            say(f"warning: {name}.safetensors, for other tools, can't hold this LoRA: {error}")
-        if exported:
-            save_file(
-                {k: v.contiguous() for k, v in exported.items()},
-                folder / f"{name}.safetensors",
-                metadata=kohya_metadata(args, exported, alpha, rank),
-            )
-    if run.rows:
-        save_file(
-            {key: row.weight.detach().float().cpu().clone() for key, row in run.rows.items()},
-            folder / f"{name}_emb.safetensors",
-            metadata={"format": "pt"},
-        )
+    states: pipeline name -> weights with peft's keys; config: the denoiser's. Each module gets its own alpha.
+    """
+    kinds = {
+        "lora_A.weight": "lora_down.weight",
+        "lora_B.weight": "lora_up.weight",
+        "lora_magnitude_vector": "dora_scale",
+    }
+    out = {}
+    for part, state in states.items():
+        modules: dict[str, dict] = {}
+        for key, value in state.items():
+            suffix = next(k for k in kinds if key.endswith(k))
+            name = key[: -len(suffix) - 1]
+            if part != DENOISER and not name.startswith("text_model."):
+                name = "text_model." + name  # CLIP has lost this level in transformers 5; the file format has not
+            if suffix == "lora_magnitude_vector":
+                value = value.reshape(-1, 1)  # a column, as ComfyUI multiplies it
+            modules.setdefault(name, {"alpha": torch.tensor(float(alpha))})[kinds[suffix]] = value
+        if part == DENOISER:
+            modules = kohya_layout(modules, config)
+        for name, tensors in modules.items():
+            out |= {f"{KOHYA_PREFIXES[part]}_{name.replace('.', '_')}.{kind}": t for kind, t in tensors.items()}
+    return out
 
 
-def text_encoder_keys(state: dict) -> dict:
-    """A text encoder's LoRA with the level `text_model` that released files have and transformers 5 has not."""
-    return {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in state.items()}
+def fuse_projections(parts: list[dict | None], heights: list[int]) -> dict:
+    """The LoRAs of layers that the original holds as one (None: a layer without LoRA) as one LoRA.
+
+    The down matrices stand under each other, the up matrices on a block diagonal of `heights` rows each; the rank is
+    their sum, and so is alpha. Errors: ValueError for DoRA on some of the layers, whose magnitudes would be missing.
+    """
+    there = [p for p in parts if p is not None]
+    rank = sum(p["lora_down.weight"].shape[0] for p in there)
+    up, row, column = there[0]["lora_up.weight"].new_zeros(sum(heights), rank), 0, 0
+    for part, height in zip(parts, heights, strict=True):
+        if part is not None:
+            width = part["lora_up.weight"].shape[1]
+            up[row : row + height, column : column + width] = part["lora_up.weight"]
+            column += width
+        row += height
+    down = torch.cat([p["lora_down.weight"] for p in there])
+    fused = {"lora_down.weight": down, "lora_up.weight": up, "alpha": sum(p["alpha"] for p in there)}
+    if "dora_scale" in there[0]:
+        if len(there) < len(parts):
+            raise ValueError("DoRA on some of the layers that the original holds as one")
+        fused["dora_scale"] = torch.cat([p["dora_scale"] for p in there])
+    return fused
 
 
 def kohya_metadata(args: argparse.Namespace, tensors: dict, alpha: float, rank: int) -> dict[str, str]:
@@ -2868,40 +2578,6 @@ def kohya_metadata(args: argparse.Namespace, tensors: dict, alpha: float, rank: 
     return out
 
 
-def publish(source: Path, target: Path) -> None:
-    """Moves the files of one folder into another, each in one step, so that no half-written one is ever seen."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        flush(file)
-        os.replace(file, target / file.name)
-
-
-def save_results(run: Run, before: list[Path], after: list[Path]) -> None:
-    """Writes the final files: weights, embeddings, comparison sheet, model card, merged base."""
-    args, output = run.args, Path(run.args.output_dir)
-    part = output / ".saving"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        with averaged(run.parts):
-            write_weights(run, part, torch.float32 if args.upcast_before_saving else run.components.dtype)
-        if before and after:
-            what = "LoRA" if run.lora_modules else "new tokens"
-            comparison_sheet(before, after, run.sample_prompts, args.num_validation_images, what).save(
-                part / "comparison.png"
-            )
-        (part / "README.md").write_text(model_card(run, bool(before and after)), encoding="utf-8")
-        publish(part, output)
-    except (OSError, SafetensorError) as error:
-        kept = checkpoints_in(output)
-        saved = f"; the training itself is safe in {kept[0].name}" if kept else ""
-        raise UserError(f"the results could not be written to {output} ({error}){saved}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    if args.merge_lora:
-        save_merged(run, output / "merged")
-
-
 def save_merged(run: Run, folder: Path) -> None:
     """Writes the base with the LoRA merged in, as a diffusers folder."""
     import diffusers
@@ -2917,44 +2593,16 @@ def model_card(run: Run, pictures: bool) -> str:
     """README.md of the output folder: what was trained, on what, how to use it."""
     from huggingface_hub import ModelCardData
 
-    args = run.args
-    name = Path(args.output_dir).resolve().name
+    args, name = run.args, Path(run.args.output_dir).resolve().name
     words = [args.trigger_word] if args.trigger_word else []
     words += ["".join(tokens) for tokens in run.abstractions.values()]
-    use = (
-        [f"pipeline.load_lora_weights({name!r}, weight_name='pytorch_lora_weights.safetensors')"]
-        if run.lora_modules
-        else []
-    )
-    for key in run.rows:
-        tokenizer, encoder = TEXT_ENCODERS[key]
-        tokens = run.rows[key].tokens
-        rows = f"load_file('{name}/{name}_emb.safetensors')[{key!r}]"
-        if LOADS_EMBEDDINGS:
-            places = f"text_encoder=pipeline.{encoder}, tokenizer=pipeline.{tokenizer}"
-            use.append(f"pipeline.load_textual_inversion({rows}, token={tokens!r}, {places})")
-        else:
-            use.append(f"pipeline.{tokenizer}.add_tokens({tokens!r})")
-            use.append(f"pipeline.{encoder}.resize_token_embeddings(len(pipeline.{tokenizer}))")
-            places = f"pipeline.{tokenizer}.convert_tokens_to_ids({tokens!r})"
-            use.append(f"pipeline.{encoder}.get_input_embeddings().weight.data[{places}] = {rows}")
-    lines = [
-        f"# {args.run_name or name}",
-        "",
-        f"{'LoRA' if run.lora_modules else 'Token embeddings'} for {FAMILY_TITLE}, base `{args.pretrained_model_name_or_path}`.",
-    ]
-    if pictures:
-        lines += ["", "![before and after](comparison.png)"]
-    if words:
-        lines += ["", f"Words that call it: {', '.join(f'`{w}`' for w in words)}"]
-    lines += ["", "```python", "import torch", f"from diffusers import {PIPELINE_CLASS}"]
-    lines += ["from safetensors.torch import load_file"] if run.rows else []
-    lines += [f"pipeline = {PIPELINE_CLASS}.from_pretrained({args.pretrained_model_name_or_path!r})", *use, "```", ""]
-    lines += [
-        f"Trained on {sum(not e.held_out for e in run.data.examples)} images for {run.max_steps} steps, batch"
-        f" {args.train_batch_size} x {run.accelerator.num_processes} x {args.gradient_accumulation_steps}, {args.optimizer}, learning rate"
-        f" {args.learning_rate:g}, rank {args.rank}, alpha {args.lora_alpha:g}, seed {args.seed}.",
-    ]
+    use = ["import torch", f"from diffusers import {PIPELINE_CLASS}"]
+    use += ["from safetensors.torch import load_file"] if run.rows else []
+    use.append(f"pipeline = {PIPELINE_CLASS}.from_pretrained({args.pretrained_model_name_or_path!r})")
+    if run.lora_modules:
+        use.append(f"pipeline.load_lora_weights({name!r}, weight_name='pytorch_lora_weights.safetensors')")
+    for key, row in run.rows.items():
+        use += embedding_lines(key, row.tokens, f"load_file('{name}/{name}_emb.safetensors')[{key!r}]")
     card = ModelCardData(
         base_model=str(args.pretrained_model_name_or_path),
         library_name="diffusers",
@@ -2963,7 +2611,31 @@ def model_card(run: Run, pictures: bool) -> str:
         instance_prompt=args.instance_prompt,
         tags=["text-to-image", "diffusers-training", "lora" if run.lora_modules else "textual_inversion", *HUB_TAGS],
     )
-    return f"---\n{card.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"
+    paragraphs = [
+        f"---\n{card.to_yaml()}\n---",
+        f"# {args.run_name or name}",
+        f"{'LoRA' if run.lora_modules else 'Token embeddings'} for {FAMILY_TITLE}, base `{args.pretrained_model_name_or_path}`.",
+        "![before and after](comparison.png)" if pictures else "",
+        f"Words that call it: {', '.join(f'`{w}`' for w in words)}" if words else "",
+        "\n".join(["```python", *use, "```"]),
+        f"Trained on {sum(not e.held_out for e in run.data.examples)} images for {run.max_steps} steps, batch"
+        f" {args.train_batch_size} x {run.accelerator.num_processes} x {args.gradient_accumulation_steps}, {args.optimizer},"
+        f" learning rate {args.learning_rate:g}, rank {args.rank}, alpha {args.lora_alpha:g}, seed {args.seed}.",
+    ]
+    return "\n\n".join(p for p in paragraphs if p) + "\n"
+
+
+def embedding_lines(key: str, tokens: list[str], rows: str) -> list[str]:
+    """Python lines that give a pipeline the new tokens of one encoder; `rows`: the expression that loads them."""
+    tokenizer, encoder = (f"pipeline.{name}" for name in TEXT_ENCODERS[key])
+    if LOADS_EMBEDDINGS:
+        places = f"text_encoder={encoder}, tokenizer={tokenizer}"
+        return [f"pipeline.load_textual_inversion({rows}, token={tokens!r}, {places})"]
+    return [
+        f"{tokenizer}.add_tokens({tokens!r})",
+        f"{encoder}.resize_token_embeddings(len({tokenizer}))",
+        f"{encoder}.get_input_embeddings().weight.data[{tokenizer}.convert_tokens_to_ids({tokens!r})] = {rows}",
+    ]
 
 
 def push_to_hub(args: argparse.Namespace) -> None:
@@ -2981,713 +2653,770 @@ def push_to_hub(args: argparse.Namespace) -> None:
         ) from None
 
 
-# <<< shared: saving
-
-# >>> shared: training
+# ---- command line ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Run:
-    """Everything that the loop uses."""
-
-    args: argparse.Namespace
-    accelerator: object
-    components: Components
-    prompts: Prompts
-    data: TrainingData
-    plan: BatchPlan
-    denoiser: object
-    scheduler: object
-    abstractions: dict[str, list[str]]
-    rows: dict[str, TokenRows]  # by encoder key
-    lora_modules: dict[str, object]  # pipeline name -> module
-    max_steps: int
-    sample_prompts: list[str]
-    stop: StopSignal
-    settings: dict
-    parts: list[Part] = field(default_factory=list)
-    initial_states: dict = field(default_factory=dict)
-    guard: StepGuard = None
-    plan_size: tuple[int, int] = (0, 0)  # width and height of validation images
-    validation_steps: set[int] = field(default_factory=set)
-    first_batch: int = 0  # number of the batch that step 0 begins with
-    splits_optimizer: bool = False  # over the processes, as ZeRO does
-
-    def text_moves(self, step: int) -> bool:
-        """Whether step `step` trains something that text embeddings depend on."""
-        return any(p.name != "denoiser" and step < p.last_step for p in self.parts)
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses and checks the command line on top of the --config file; nothing heavy has been imported yet."""
+    parser = OneLineParser(description=f"Trains a LoRA for {FAMILY_TITLE}.", allow_abbrev=False)
+    add_shared_args(parser)
+    add_family_args(parser.add_argument_group(f"{FAMILY_TITLE} only").add_argument)
+    words = list(sys.argv[1:] if argv is None else argv)
+    finder = OneLineParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    file = finder.parse_known_args(words)[0].config
+    words = (config_words(parser, file) if file else []) + words
+    args = parser.parse_args(words)
+    unset = object()
+    marked = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    check_args(args, {name for name, value in vars(marked).items() if value is not unset}, parser)
+    return args
 
 
-def to_device(batch: dict, device) -> dict:
-    """Moves the tensors of a batch."""
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+def add_shared_args(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that all four training scripts have."""
+    # fmt: off
+    add = parser.add_argument_group("run").add_argument
+    add("--config", metavar="FILE", help="YAML or JSON file with flag names as keys; flags on the command line win")
+    add("--dry_run", action="store_true", help="check everything with one real step, save and validation; keep nothing")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", "--model_name_or_path", "-m", metavar="BASE", help="hub id, diffusers folder, or .safetensors/.ckpt file")
+    add("--pretrained_vae_model_name_or_path", metavar="VAE", help="another VAE: hub id, folder or file (default: the base's)")
+    add("--revision", help="revision of the base on the hub")
+    add("--variant", help="weights variant of the base, such as fp16")
+    add("--cache_dir", help="folder for downloads (default: the hub's own)")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--train_data_dir", "--data_dir", "-d", metavar="DIR", help="folder of images with metadata.jsonl/.csv or a .txt beside each image")
+    add("--dataset_name", "--data_name", metavar="NAME", help="hub data set, local folder, or a Python file with a datasets builder")
+    add("--dataset_config_name", help="configuration of the data set")
+    add("--dataset_split", "--data_split", default="train", help="split of the data set (train)")
+    add("--image_column", default="image", help="image column of the data set (image)")
+    add("--caption_column", help="caption column (default: the one of text, caption, prompt that exists)")
+    add("--max_train_samples", type=count, help="use so many images, drawn by --seed (default: all)")
+    add("--instance_data_dir", metavar="DIR", help="folder of images of one thing, without captions")
+    add("--instance_prompt", help="caption of every image that has none of its own")
+    add("--repeats", type=count, default=1, help="times that each image is shown per epoch (1)")
+    add("--trigger_word", help="word put before each caption, once")
+    add("--default_caption", help="caption of images that have none")
+    add("--caption_dropout", type=share, default=0.0, help="share of captions replaced by the empty one (0: off)")
+    add("--shuffle_tags", action="store_true", help="shuffle the tags of a caption anew in each epoch")
+    add("--tag_separator", default=", ", help="what stands between tags (', ')")
+    add("--validation_split", type=share, default=0.0, help="share of images held out for the held-out loss (0: none)")
+
+    add = parser.add_argument_group("image").add_argument
+    add("--resolution", "--base_resolution", type=count, nargs="+", metavar="PIXELS", help=f"one side, or width and height ({DEFAULT_RESOLUTION})")
+    add("--aspect_ratio_buckets", metavar="BUCKETS", help='"auto", or "H,W;H,W;..." (default: one size for all)')
+    add("--center_crop", action="store_true", help="crop the middle (default: crop anywhere)")
+    add("--random_flip", action="store_true", help="mirror every other image")
+    add("--image_interpolation_mode", default="lanczos", choices=["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"], help="(lanczos)")
+    add("--color_jitter", type=amount, nargs="*", metavar="B C S H", help="brightness, contrast, saturation, hue (off; bare: 0.1 0.1 0.1 0.05)")
+    add("--random_rotation", type=amount, nargs="?", const=5.0, metavar="DEGREES", help="turn by up to so many degrees (off; bare: 5)")
+    add("--random_rotation_prob", type=share, default=0.3, help="share of images turned (0.3)")
+
+    add = parser.add_argument_group("caches").add_argument
+    add("--cache_latents", action="store_true", help="encode each image once; its crop is then drawn once per image")
+    add("--cache_text_embeddings", action="store_true", help="encode each caption once (always on where captions and encoders can't change)")
+    add("--cache_folder", metavar="DIR", help="keep the caches on disk, for the next run (default: in memory)")
+
+    add = parser.add_argument_group("prior preservation").add_argument
+    add("--with_prior_preservation", "--dreambooth", action="store_true", help="train on images of the class too, so that it is not forgotten")
+    add("--class_data_dir", metavar="DIR", help="class images; missing ones are generated (default: class_images in the output folder)")
+    add("--class_prompt", help="prompt of the class images")
+    add("--num_class_images", type=count, default=100, help="class images (100)")
+    add("--prior_loss_weight", type=amount, default=1.0, help="weight of the class images' loss (1)")
+    add("--sample_batch_size", type=count, default=4, help="class images generated at a time (4)")
+    add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="precision while generating them (default: the training's)")
+
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--rank", "--lora_r", "-r", type=count, default=4, help="rank (4)")
+    add("--lora_alpha", "--alpha", type=amount, help="the update is scaled by alpha/rank (default: the rank)")
+    add("--lora_dropout", type=share, default=0.0, help="dropout before the LoRA layers (0: off)")
+    add("--lora_layers", "--target_modules", nargs="+", metavar="NAME", help=f"module names or block prefixes ({','.join(LORA_TARGETS)})")
+    add("--lora_blocks", nargs="+", metavar="N", help="numbers of the blocks that get a LoRA (default: all); names are taken as --lora_layers")
+    add("--use_dora", action="store_true", help="weight-decomposed LoRA (DoRA)")
+    add("--use_rslora", action="store_true", help="scale by alpha/sqrt(rank)")
+    add("--init_lora_weights", default="gaussian", help="gaussian, default, olora, pissa, pissa_niter_N, orthogonal, ... as peft (gaussian)")
+    add("--merge_lora", action="store_true", help="also write the base with the LoRA merged in, to merged/")
+
+    add = parser.add_argument_group("text encoders").add_argument
+    add("--train_text_encoder", action="store_true", help="LoRA on the text encoder too")
+    add("--train_text_encoder_frac", type=share, default=1.0, help="share of the steps in which it is trained (1)")
+    add("--text_encoder_lr", type=amount, help="learning rate of text encoders and new tokens (default: --learning_rate)")
+    add("--train_text_encoder_ti", action="store_true", help="pivotal tuning: learn new tokens (textual inversion), then the LoRA alone")
+    add("--train_text_encoder_ti_frac", type=share, default=0.5, help="share of the steps in which the tokens are trained (0.5)")
+    add("--token_abstraction", default="TOK", help="word in prompts that stands for the new tokens; several with commas (TOK)")
+    add("--num_new_tokens_per_abstraction", type=count, default=2, help="new tokens per word (2)")
+    add("--initializer_concept", help="start from this text's embeddings; its tokens decide how many new ones (default: random)")
+    add("--train_transformer_frac", "--train_unet_frac", type=share, default=1.0, help="share of the steps in which the LoRA is trained (1; 0: textual inversion alone)")
+
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss_type", choices=["l2", "huber"], default="l2", help="(l2)")
+    add("--huber_c", type=amount, default=0.1, help="where huber turns from square to linear (0.1)")
+
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--optimizer", type=lower, default="adamw", choices=["adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree"], help="(adamw)")
+    add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
+    add("--use_prodigy", action="store_true", help="the same as --optimizer prodigy")
+    add("--learning_rate", type=amount, default=1e-4, help="(1e-4; for prodigy use 1)")
+    add("--scale_lr", action="store_true", help="multiply it by processes, batch size and accumulation steps")
+    add("--lr_scheduler", default="constant", choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"], help="(constant)")
+    add("--lr_warmup_steps", type=int, default=0, help="steps until the full learning rate (0)")
+    add("--lr_num_cycles", type=count, default=1, help="restarts of cosine_with_restarts (1)")
+    add("--lr_power", type=amount, default=1.0, help="of polynomial (1)")
+    add("--adam_beta1", type=share, default=0.9, help="(0.9)")
+    add("--adam_beta2", type=share, default=0.999, help="(0.999)")
+    add("--adam_weight_decay", type=amount, default=1e-2, help="(1e-2)")
+    add("--adam_weight_decay_text_encoder", type=amount, default=1e-3, help="of text encoders and new tokens (1e-3)")
+    add("--adam_epsilon", type=amount, default=1e-8, help="(1e-8)")
+    add("--prodigy_beta3", type=share, help="for prodigy's step size (default: the square root of beta2)")
+    add("--prodigy_decouple", type=yes_or_no, default=True, nargs="?", const=True, help="weight decay as in AdamW (true)")
+    add("--prodigy_use_bias_correction", type=yes_or_no, default=True, nargs="?", const=True, help="(true)")
+    add("--prodigy_safeguard_warmup", type=yes_or_no, default=True, nargs="?", const=True, help="(true)")
+    add("--max_grad_norm", type=amount, default=1.0, help="gradients are clipped to this norm (1; 0: off)")
+    add("--use_ema", action="store_true", help="save and validate with a moving average of the LoRA")
+    add("--ema_decay", type=share, default=0.9999, help="(0.9999)")
+
+    add = parser.add_argument_group("length and batch").add_argument
+    add("--seed", type=int, help="same seed, same run (default: drawn, printed and stored)")
+    add("--train_batch_size", type=count, default=1, help="images per process and step (1)")
+    add("--num_train_epochs", type=count, help="times through the data")
+    add("--max_train_steps", type=count, help="optimizer steps; wins over epochs (1000 when neither is given)")
+    add("--gradient_accumulation_steps", type=count, default=1, help="batches per optimizer step (1)")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the frozen base (default: as accelerate is configured)")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that prepare images (0: none)")
+    add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+
+    add = parser.add_argument_group("memory and speed").add_argument
+    add("--gradient_checkpointing", action="store_true", help="less memory, about a third more time per step")
+    add("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later")
+    add("--compile", action="store_true", help="torch.compile of the repeated blocks: slow first step, then faster")
+    add("--quantize_base", choices=["nf4", "int8", "fp8"], help="hold the frozen base in 4 or 8 bits")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="attention by xformers (torch's own is as good)")
+    add("--offload", action="store_true", help="text encoders and VAE stay on the CPU while they are unused")
+
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--output_dir", "--output_path", "-o", metavar="DIR", help="folder for everything that is written (output/FAMILY-lora)")
+    add("--checkpointing_steps", type=count, default=500, help="steps between checkpoints (500)")
+    add("--checkpoints_total_limit", type=count, help="keep the latest so many (default: all)")
+    add("--resume_from_checkpoint", metavar="PATH", help='a checkpoint, or "latest"')
+    add("--upcast_before_saving", action="store_true", help="save the LoRA in float32 (default: in the precision of the base)")
+
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_prompt", "--eval_prompt", nargs="+", metavar="PROMPT", help="prompts drawn during training")
+    add("--num_validation_images", type=int, default=4, help="per prompt (4; 0: none)")
+    add("--validation_epochs", type=count, help="draw every so many epochs")
+    add("--validation_steps", type=count, help="draw every so many steps (with neither: about five times)")
+    add("--validation_inference_steps", type=count, default=DEFAULT_INFERENCE_STEPS, help=f"({DEFAULT_INFERENCE_STEPS})")
+    add("--validation_guidance_scale", type=amount, default=DEFAULT_INFERENCE_GUIDANCE, help=f"({DEFAULT_INFERENCE_GUIDANCE})")
+    add("--skip_final_inference", action="store_true", help="no pictures before and after: no comparison.png")
+
+    add = parser.add_argument_group("logging").add_argument
+    add("--report_to", default="tensorboard", help="tensorboard, wandb, another tracker of accelerate, all, none (tensorboard)")
+    add("--logging_dir", default="logs", help="inside the output folder (logs)")
+    add("--logging_steps", type=count, default=1, help="steps between log lines (1)")
+    add("--run_name", help="name in trackers (default: the output folder's)")
+    add("--push_to_hub", action="store_true", help="upload the results at the end")
+    add("--hub_model_id", help="repository on the hub (default: the output folder's name)")
+    add("--hub_token", help="token for the hub; never stored or logged")
 
 
-def batch_loss(run: Run, batch: dict, embeds: dict):
-    """Loss of each sample of a batch, (B,): latents from moments or pixels, then the family's loss."""
-    if "moments" not in batch:
-        vae = run.components.vae()
-        if run.args.offload:
-            vae.to(run.accelerator.device)
-        batch["moments"] = encode_image(batch["pixels"], vae)
-        if run.args.offload:
-            vae.to("cpu")
-    latents = sample_latents(batch["moments"], batch["posterior_noise"], run.components.config("vae"))
-    with run.accelerator.autocast():
-        return compute_loss(batch, latents, embeds, run.denoiser, run.scheduler, run.args)
+# What a checkpoint must agree with, or be refused; and what makes the rest of a run another one, which is said
+RESUME_FLAGS = ("rank", "lora_alpha", "use_dora", "use_rslora", "init_lora_weights", "optimizer")
+RESUME_NOTES = ("seed", "gradient_accumulation_steps", "learning_rate")
+# (flags, when they are wrong, why): a reason that begins with "with" is one for which they would have no effect
+PRIOR = "class_data_dir class_prompt num_class_images prior_loss_weight sample_batch_size prior_generation_precision"
+TOKENS = "train_text_encoder_ti_frac token_abstraction num_new_tokens_per_abstraction initializer_concept"
+NO_LORA = "lora_alpha lora_dropout lora_layers lora_blocks use_dora use_rslora init_lora_weights merge_lora use_ema"
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
+# fmt: off
+RULES = (
+    ("", lambda a: not a.pretrained_model_name_or_path, "--pretrained_model_name_or_path is missing: a hub id, a diffusers folder or a checkpoint file"),
+    # data
+    ("dataset_config_name dataset_split image_column", lambda a: not a.dataset_name, "without --dataset_name"),
+    ("instance_data_dir", lambda a: not a.instance_prompt and not a.default_caption, '{flag} needs --instance_prompt, such as "a photo of sks dog"'),
+    ("default_caption", lambda a: a.instance_prompt, "--instance_prompt and --default_caption say the same thing: give one"),
+    ("validation_split", lambda a: a.validation_split == 1, "--validation_split 1 leaves no image to train on"),
+    ("random_rotation_prob", lambda a: not a.random_rotation, "without --random_rotation"),
+    ("tag_separator", lambda a: not a.shuffle_tags, "without --shuffle_tags"),
+    (PRIOR, lambda a: not a.with_prior_preservation, "without --with_prior_preservation"),
+    ("with_prior_preservation", lambda a: not a.class_prompt, '{flag} needs --class_prompt, such as "a photo of a dog"'),
+    ("cache_latents", lambda a: a.color_jitter is not None or a.random_rotation, "{flag} can't be combined with --color_jitter or --random_rotation: they change each image each time"),
+    ("cache_text_embeddings", lambda a: a.train_text_encoder, "{flag} can't be combined with --train_text_encoder: the embeddings change"),
+    ("cache_text_embeddings", lambda a: a.train_text_encoder_ti, "{flag} can't be combined with --train_text_encoder_ti: the embeddings change"),
+    ("cache_text_embeddings", lambda a: a.shuffle_tags, "{flag} can't be combined with --shuffle_tags: the embeddings change"),
+    ("cache_folder", lambda a: not a.cache_latents and (trains_text(a) or a.shuffle_tags), "without --cache_latents or captions whose embeddings can't change"),
+    # LoRA and text encoders
+    ("train_text_encoder", lambda a: a.train_text_encoder_ti, "--train_text_encoder and --train_text_encoder_ti exclude each other: give one"),
+    ("train_text_encoder_frac", lambda a: not a.train_text_encoder, "without --train_text_encoder"),
+    (TOKENS, lambda a: not a.train_text_encoder_ti, "without --train_text_encoder_ti"),
+    ("text_encoder_lr adam_weight_decay_text_encoder", lambda a: not trains_text(a), "without --train_text_encoder or --train_text_encoder_ti"),
+    ("text_encoder_lr", lambda a: a.text_encoder_lr == 0, "--text_encoder_lr 0 trains nothing: leave out --train_text_encoder and --train_text_encoder_ti instead"),
+    ("num_new_tokens_per_abstraction", lambda a: a.initializer_concept, "with --initializer_concept: its tokens decide how many"),
+    ("", lambda a: a.train_transformer_frac == 0 and not a.train_text_encoder_ti, "--train_transformer_frac 0 trains no LoRA: it needs --train_text_encoder_ti"),
+    (NO_LORA, lambda a: a.train_transformer_frac == 0, "with --train_transformer_frac 0, which adds no LoRA"),
+    ("", lambda a: 0 < a.train_transformer_frac < 1 and not text_trained_to_the_end(a), "--train_transformer_frac below 1 leaves steps in which nothing is trained; raise it or a text fraction to 1"),
+    ("", lambda a: a.lora_alpha == 0, "--lora_alpha 0 scales the update to nothing"),
+    ("quantize_base", lambda a: a.merge_lora or a.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq")), "{flag} can't be combined with --merge_lora or an initialisation that changes the base's weights"),
+    # loss and optimizer
+    ("huber_c", lambda a: a.loss_type != "huber", "without --loss_type huber"),
+    ("use_8bit_adam", lambda a: a.optimizer not in ("adamw", "adamw8bit"), "{flag} and --optimizer {a.optimizer} contradict each other"),
+    ("use_prodigy", lambda a: a.use_8bit_adam or a.optimizer not in ("adamw", "prodigy"), "{flag} and --optimizer {a.optimizer} contradict each other"),
+    ("prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup", lambda a: optimizer_of(a) != "prodigy", "without --optimizer prodigy"),
+    ("", lambda a: optimizer_of(a) == "schedulefree" and (a.lr_scheduler != "constant" or a.use_ema), "--optimizer schedulefree averages by itself: use --lr_scheduler constant and no --use_ema"),
+    ("adam_beta2 adam_epsilon", lambda a: a.optimizer == "adafactor", "with --optimizer adafactor"),
+    ("lr_num_cycles", lambda a: a.lr_scheduler != "cosine_with_restarts", "without --lr_scheduler cosine_with_restarts"),
+    ("lr_power", lambda a: a.lr_scheduler != "polynomial", "without --lr_scheduler polynomial"),
+    ("ema_decay", lambda a: not a.use_ema, "without --use_ema"),
+    ("", lambda a: a.learning_rate == 0, "--learning_rate 0 trains nothing"),
+    # sizes
+    ("color_jitter", lambda a: len(a.color_jitter) not in (0, 4), "{flag} takes four numbers (brightness contrast saturation hue) or none"),
+    ("", lambda a: a.lr_warmup_steps < 0, "--lr_warmup_steps must not be negative"),
+    ("", lambda a: a.dataloader_num_workers < 0, "--dataloader_num_workers must not be negative"),
+    ("", lambda a: a.num_validation_images < 0, "--num_validation_images must not be negative"),
+    # validation and logging
+    ("validation_epochs", lambda a: a.validation_steps, "--validation_epochs and --validation_steps exclude each other: give one"),
+    ("validation_epochs validation_steps", lambda a: a.num_validation_images == a.validation_split == 0, "{flag} has no effect: there are no validation images and no held-out images"),
+    ("hub_model_id hub_token", lambda a: not a.push_to_hub, "without --push_to_hub"),
+    ("hub_token", lambda a: {"wandb", "all"} & set(a.report_to.split(",")), "{flag} is refused with wandb, which stores command lines: log in with `hf auth login` instead"),
+    ("enable_xformers_memory_efficient_attention", lambda a: not is_installed("xformers"), "{flag}: xformers isn't installed; torch's own attention needs no flag"),
+)
+# fmt: on
 
 
-def make_loader(run: Run, first_step: int):
-    """Batches from step `first_step` on; its generator of its own keeps the global one untouched."""
-    accumulation = run.args.gradient_accumulation_steps
-    start, stop = (run.first_batch + s * accumulation for s in (first_step, run.max_steps))
-    return torch.utils.data.DataLoader(
-        run.data,
-        batch_sampler=BatchStream(run.plan, run.accelerator.process_index, start, stop),
-        collate_fn=collate,
-        num_workers=run.args.dataloader_num_workers,
-        pin_memory=run.accelerator.device.type == "cuda",
-        generator=torch.Generator(),
-    )
+def check_args(args: argparse.Namespace, given: set[str], parser: argparse.ArgumentParser) -> None:
+    """Refuses combinations that can't work or would be ignored, and fills in defaults that depend on other flags.
+
+    given: names of the flags on the command line or in the --config file. Errors: UserError that names the flag and the way out.
+    """
+    for name in ("train_data_dir", "instance_data_dir"):
+        if getattr(args, name) is not None and not Path(getattr(args, name)).is_dir():
+            raise UserError(f"--{name} {getattr(args, name)}: no such folder")
+    check_sources(args)
+    for flags, wrong, why in (*RULES, *FAMILY_RULES):
+        names = [n for n in flags.split() if n in given and not is_off(n, getattr(args, n), parser.get_default(n))]
+        if (names or not flags) and wrong(args):
+            why = f"{{flag}} has no effect {why}" if why.startswith("with") else why
+            raise UserError(why.format(flag=f"--{names[0]}" if names else "", a=args))
+    if "rank" in given and args.train_transformer_frac == 0:  # stands in the published commands for textual inversion
+        say("note: --rank has no effect with --train_transformer_frac 0, which adds no LoRA")
+    check_trackers(args.report_to)
+    use_prepared_buckets(args)
+    fill_defaults(args)
+    check_sizes(args)
 
 
-def backward(run: Run, batch: dict, step: int, micro: int):
-    """Loss of one batch, its gradients added to the parts' buffers; returns the loss, a tensor."""
-    batch = to_device(batch, run.accelerator.device)
-    captions = [insert_tokens(c, run.abstractions) for c in batch["captions"]]
-    torch.manual_seed(stable_seed(run.args.seed, "dropout", step, micro, run.accelerator.process_index))
-    with run.accelerator.autocast():
-        embeds = run.prompts.encode(captions) if run.text_moves(step) else run.prompts.lookup(captions)
-    loss = (batch_loss(run, batch, embeds) * batch["weight"]).sum() / run.args.gradient_accumulation_steps
-    (loss * run.guard.scale).backward()
-    return loss.detach()
+def is_off(name: str, value: object, default: object) -> bool:
+    """Whether a flag's value is its off value: none, 0, or its default. A learning rate of 0 is no way to turn it off."""
+    return value == default or (value in (None, 0, "none", "") and value is not False and name != "text_encoder_lr")
 
 
-def train(run: Run, first_step: int) -> None:
-    """The loop: batches, loss, backward, step, log, save, validate."""
-    args, accelerator = run.args, run.accelerator
-    batches, meter, witness = (
-        iter(make_loader(run, first_step)),
-        Meter(run, first_step),
-        GradientWitness(run, first_step),
-    )
-    run.stop.in_loop = True
-    with progress_bar(run, first_step) as bar:
-        for step in range(first_step, run.max_steps):
-            active = active_parts(run, step)
-            for micro in range(args.gradient_accumulation_steps):
-                meter.add(backward(run, next(batches), step, micro))
-            norm = run.guard.apply(active, accelerator, args.max_grad_norm)
-            witness.look(step, active)
-            for part in active:
-                part.step()
-            done = step + 1
-            bar.update()
-            if done % args.logging_steps == 0 or done == run.max_steps:
-                bar.set_postfix(meter.log(done, norm, active), refresh=False)
-            stopping = stop_requested(run)
-            if done % args.checkpointing_steps == 0 or stopping:
-                on_main(run, save_checkpoint, run, done, optimizer_states(run))
-            if stopping:
-                say(f"stopped by signal {stopping} after step {done}; checkpoint-{done} is written")
-                raise Interrupted(128 + stopping)
-            if done in run.validation_steps:
-                validate(run, done, meter)
-    run.stop.in_loop = False
-    meter.close()
+def trains_text(args: argparse.Namespace) -> bool:
+    """Whether text embeddings change while training."""
+    return args.train_text_encoder or args.train_text_encoder_ti
 
 
-def active_parts(run: Run, step: int) -> list[Part]:
-    """The parts that step `step` trains; those whose time is over are frozen, once."""
-    for part in run.parts:
-        if step >= part.last_step and part.optimizer is not None:
-            part.freeze()
-            say(f"step {step}: {part.name} is trained; from here on it stays as it is")
-            if not run.text_moves(step):
-                settle_text(run)
-    return [p for p in run.parts if step < p.last_step]
+def text_trained_to_the_end(args: argparse.Namespace) -> bool:
+    """Whether a text part is trained in the last step too."""
+    tokens = args.train_text_encoder_ti and args.train_text_encoder_ti_frac == 1
+    return tokens or (args.train_text_encoder and args.train_text_encoder_frac == 1)
 
 
-def on_main(run: Run, work, *arguments) -> None:
-    """Runs something on the main process while the others wait; drawing with a sharded base takes them all."""
-    if run.accelerator.is_main_process or (run.components.sharded and work in (draw_samples, log_samples)):
-        work(*arguments)
-    run.accelerator.wait_for_everyone()
+def optimizer_of(args: argparse.Namespace) -> str:
+    """The optimizer that --optimizer, --use_8bit_adam or --use_prodigy names."""
+    return "adamw8bit" if args.use_8bit_adam else "prodigy" if args.use_prodigy else args.optimizer
 
 
-def stop_requested(run: Run) -> int:
-    """The number of the signal that any process has received, or 0; agreed between processes."""
-    if run.accelerator.num_processes == 1:
-        return run.stop.number
-    numbers = run.accelerator.gather(torch.tensor([run.stop.number], device=run.accelerator.device))
-    return int(numbers.max())
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported."""
+    return importlib.util.find_spec(package) is not None
 
 
-class GradientWitness:
-    """Sees in the first steps which parameters get a gradient; errors if a part, warns if a layer, gets none.
+def check_sources(args: argparse.Namespace) -> None:
+    """The data must come from one place; a Python file with a builder may be given a folder."""
+    sources = [n for n in ("train_data_dir", "dataset_name", "instance_data_dir") if getattr(args, n)]
+    if not sources:
+        raise UserError("no data: give --train_data_dir, --dataset_name, or --instance_data_dir with --instance_prompt")
+    builder = (args.dataset_name or "").endswith(".py") and not args.instance_data_dir
+    if len(sources) > 1 and not builder:
+        raise UserError(f"{' and '.join(f'--{s}' for s in sources)} exclude each other: give one")
 
-    It looks for an epoch (2 to 50 steps): a LoRA's second matrix has none in the first step, and a token's captions may come late.
+
+def check_trackers(report_to: str) -> None:
+    """The trackers of --report_to must be known, and their packages installed."""
+    for tracker in [] if report_to in ("none", "all") else report_to.split(","):
+        if tracker not in TRACKERS:
+            raise UserError(f"--report_to {tracker}: unknown; use one of {', '.join(sorted(TRACKERS))}, all, none")
+        if not is_installed(tracker):
+            raise UserError(
+                f"--report_to {tracker}: the package isn't installed; `pip install {tracker}` or --report_to none"
+            )
+
+
+def fill_defaults(args: argparse.Namespace) -> None:
+    """Fills in what depends on other flags."""
+    args.optimizer = optimizer_of(args)
+    args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
+    if args.lr_warmup_steps and args.lr_scheduler == "constant" and args.optimizer != "schedulefree":
+        args.lr_scheduler = "constant_with_warmup"  # the two flags together can mean nothing else
+    args.resolution = args.resolution or [DEFAULT_RESOLUTION]
+    args.color_jitter = [0.1, 0.1, 0.1, 0.05] if args.color_jitter == [] else args.color_jitter
+    args.output_dir = str(Path(args.output_dir or f"output/{FAMILY}-lora"))  # "name/" and "name" are the same folder
+    args.class_data_dir = args.class_data_dir or str(Path(args.output_dir) / "class_images")
+    if args.max_train_steps is None and args.num_train_epochs is None:
+        args.max_train_steps = 1000
+
+
+def use_prepared_buckets(args: argparse.Namespace) -> None:
+    """Takes the buckets that scripts/prepare_dataset.py has left in the data folder; --aspect_ratio_buckets wins.
+
+    Errors: UserError if --resolution asks for another size, because the pictures have been scaled already.
+    """
+    file = Path(args.train_data_dir or args.instance_data_dir or args.dataset_name) / "buckets.json"
+    if args.aspect_ratio_buckets is not None or not file.is_file():
+        return
+    try:
+        prepared = json.loads(file.read_text(encoding="utf-8"))
+        side, buckets = int(prepared["resolution"]), str(prepared["aspect_ratio_buckets"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: has no resolution and aspect_ratio_buckets; prepare the folder again") from None
+    if args.resolution is not None:
+        width, height = (args.resolution * 2)[:2]
+        if not 3 / 4 <= width * height / side**2 <= 4 / 3:
+            raise UserError(
+                f"--resolution {' '.join(map(str, args.resolution))}: the pictures are prepared for {side}"
+                f" ({file}); prepare them again, or scale them with --aspect_ratio_buckets auto"
+            )
+    args.resolution, args.aspect_ratio_buckets = [side], buckets
+    say(f"buckets as prepared: {file}")
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    """--resolution and --aspect_ratio_buckets: numbers that the VAE and the denoiser can divide."""
+    if len(args.resolution) > 2:
+        raise UserError("--resolution takes one number, or width and height")
+    for side in args.resolution:
+        if side % PIXEL_DIVISOR:
+            raise UserError(f"--resolution {side} is not divisible by {PIXEL_DIVISOR}")
+    if args.aspect_ratio_buckets not in (None, "auto"):
+        for pair in args.aspect_ratio_buckets.split(";"):
+            sides = pair.split(",")
+            if len(sides) != 2 or not all(
+                s.strip().isdigit() and int(s) and int(s) % PIXEL_DIVISOR == 0 for s in sides
+            ):
+                raise UserError(
+                    f'--aspect_ratio_buckets: {pair!r} is no "height,width" of multiples of {PIXEL_DIVISOR}; or use "auto"'
+                )
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line that names the flag and the nearest known one."""
+
+    def error(self, message: str) -> None:
+        if message.startswith("unrecognized arguments:"):
+            wrong = message.split(":", 1)[1].split()[0].split("=")[0]
+            near = difflib.get_close_matches(wrong, list(self._option_string_actions), n=1, cutoff=0.5)
+            message = f"unknown flag {wrong}" + (f"; did you mean {near[0]}?" if near else "; --help lists all flags")
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def amount(text: str) -> float:
+    """A finite number from 0 on."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return value
+
+
+def lower(text: str) -> str:
+    """Lower case, so that `--optimizer AdamW` works."""
+    return text.lower()
+
+
+def yes_or_no(text: str) -> bool:
+    """true/false, as people write it."""
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
+    return words[text.lower()]
+
+
+def config_words(parser: argparse.ArgumentParser, file: str) -> list[str]:
+    """The content of a --config file as command-line words.
+
+    Errors: UserError if the file can't be read, or has a key that is no flag (the nearest is named).
+    """
+    tokens = []
+    for key, value in read_config(file).items():
+        flag = f"--{key}"
+        action = parser._option_string_actions.get(flag)
+        if action is None or flag == "--config":
+            near = difflib.get_close_matches(flag, list(parser._option_string_actions), n=1, cutoff=0.0)[0]
+            raise UserError(f"--config {file}: unknown key {key!r}; the nearest is {near.lstrip('-')!r}")
+        if isinstance(action, argparse._StoreTrueAction):
+            if not isinstance(value, bool):
+                raise UserError(f"--config {file}: {key} must be true or false, not {value!r}")
+            tokens += [flag] if value else []
+        elif isinstance(value, list):
+            tokens += [flag, *(str(v) for v in value)]
+        elif value is not None:
+            tokens.append(f"{flag}={value}")
+    return tokens
+
+
+def read_config(file: str) -> dict:
+    """The keys and values of a --config file. Errors: UserError if it's missing, or no YAML or JSON of keys and values."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--config {file}: {error.strerror}") from None
+    import yaml
+
+    try:
+        values = yaml.safe_load(text)  # JSON is YAML too
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {file}: not YAML or JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {file}: expected flag names and values, found {type(values).__name__}")
+    return values
+
+
+# ---- base model: loading, quantising, splitting ----------------------------------------------------------------------
+
+
+class Components:
+    """The parts of a base, each loaded when it is first asked for and freed when nothing needs it any more.
+
+    sharded: the frozen denoiser is split over the processes (FSDP2), each part whole on every GPU only while it works.
     """
 
-    def __init__(self, run: Run, first_step: int) -> None:
-        self.run = run
-        epoch = math.ceil(run.plan.per_epoch / run.args.gradient_accumulation_steps)
-        self.last = min(first_step + min(max(2, epoch), 50), run.max_steps) - 1
-        self.enough = self.last > first_step
-        self.seen = {p.name: torch.zeros_like(p.gradients, dtype=torch.bool) for p in active_parts(run, first_step)}
+    def __init__(self, folder: Path, args: argparse.Namespace, dtype, device, sharded: bool = False) -> None:
+        self.folder, self.args, self.dtype, self.device, self.sharded = folder, args, dtype, device, sharded
+        self.index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        self.index |= dict.fromkeys(n for flag, names in DROPPED_PARTS.items() if vars(args)[flag] for n in names)
+        self.loaded: dict[str, object] = {}
+        self.configs: dict[str, dict] = {}
+        self.vae_folder = folder / "vae"
+        if args.pretrained_vae_model_name_or_path:
+            self.vae_folder = self.resolve_vae(args.pretrained_vae_model_name_or_path)
 
-    def look(self, step: int, active: list[Part]) -> None:
-        """Notes the gradients of a step, and judges after the last of the first steps."""
-        if not self.enough or step > self.last:
-            return
-        for part in active:
-            self.seen[part.name] |= part.gradients != 0
-        if step == self.last:
-            if not self.run.guard.bad_total:  # a loss that isn't finite has a message of its own
-                for part in active:
-                    self.judge(part)
-            self.seen.clear()
+    def resolve_vae(self, name: str) -> Path:
+        """The folder of --pretrained_vae_model_name_or_path."""
+        for path in (Path(name), Path(name) / "vae"):
+            if (path / "config.json").is_file():
+                return path
+        if Path(name).exists() or name.startswith((".", "/", "~")):
+            raise UserError(f"--pretrained_vae_model_name_or_path {name}: no config.json of a VAE there")
+        return download(name, "--pretrained_vae_model_name_or_path", ["config.json", "*.safetensors"], self.args)
 
-    def judge(self, part: Part) -> None:
-        """The verdict on one part."""
-        if not self.seen[part.name].any():
-            advice = (
-                "do the captions contain --token_abstraction?" if part.name == "embeddings" else "is the loss constant?"
-            )
-            raise UserError(f"no gradient reaches the {part.name}, so nothing would be learned: {advice}")
-        layers: dict[str, bool] = {}
-        sizes = [p.numel() for p in part.parameters.values()]
-        for name, seen in zip(part.parameters, self.seen[part.name][: sum(sizes)].split(sizes), strict=True):
-            layer = name.split(".lora_")[0]
-            layers[layer] = layers.get(layer, False) or bool(seen.any())
-        idle = [layer for layer, works in layers.items() if not works]
-        if idle:
-            say(f"warning: {len(idle)} of {len(layers)} layers of the {part.name} get no gradient, such as {idle[0]}")
+    def has(self, name: str) -> bool:
+        """Whether the base has the part at all: SD3 comes without its T5, too."""
+        return self.index.get(name) not in (None, [None, None])
 
+    def config(self, name: str) -> dict:
+        """A part's configuration, without loading its weights."""
+        if name in self.configs:
+            return self.configs[name]
+        file = {"scheduler": "scheduler_config.json"}.get(name, "config.json")
+        path = (self.vae_folder if name == "vae" else self.folder / name) / file
+        self.configs[name] = json.loads(path.read_text(encoding="utf-8"))
+        return self.configs[name]
 
-def progress_bar(run: Run, first_step: int):
-    """A bar on the first process."""
-    from tqdm.auto import tqdm
+    def identity(self, name: str) -> str:
+        """A hash of a part's weights and configuration, for cache keys."""
+        folder = self.vae_folder if name == "vae" else self.folder / name
+        return fingerprint(
+            sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".txt", ".model"))
+        )
 
-    quiet = not run.accelerator.is_main_process
-    return tqdm(
-        total=run.max_steps,
-        initial=first_step,
-        disable=quiet,
-        desc="training",
-        mininterval=0.5 if sys.stderr.isatty() else 15,
-    )
+    def get(self, name: str, dtype=None, device=None):
+        """The part `name`, loaded in `dtype` (default: the base's) onto the device (default: the run's)."""
+        if name in self.loaded:
+            return self.loaded[name]
+        import diffusers
+        import transformers
 
-
-class Meter:
-    """Collects losses on the device and writes metrics.jsonl and trackers on steps that log."""
-
-    def __init__(self, run: Run, first_step: int) -> None:
-        self.run, self.loss, self.since, self.began = run, None, first_step, time.perf_counter()
-        self.seconds: list[float] = []
-        self.file = Path(run.args.output_dir) / "metrics.jsonl"
-        if run.accelerator.is_main_process:
-            rows = self.file.read_text(encoding="utf-8").splitlines() if first_step and self.file.exists() else []
-            kept = [row for row in rows if json.loads(row)["step"] <= first_step]
-            self.file.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
-
-    def add(self, loss) -> None:
-        """Takes one batch's share of the loss, without waiting for it."""
-        self.loss = loss if self.loss is None else self.loss + loss
-
-    def log(self, step: int, norm, active: list[Part]) -> dict:
-        """Writes the mean loss since the last log; returns what the progress bar shows."""
-        run, steps = self.run, step - self.since
-        numbers = torch.stack([self.loss, norm, run.guard.bad_run, run.guard.bad_total])
-        if run.accelerator.num_processes > 1:
-            numbers[0] = run.accelerator.reduce(numbers[0], reduction="sum")
-        loss, norm, bad_run, bad_total = numbers.tolist()
-        self.seconds.append((time.perf_counter() - self.began) / steps)
-        row = {
-            "step": step,
-            "epoch": step * run.args.gradient_accumulation_steps / run.plan.per_epoch,
-            "loss": loss / steps,
-            "grad_norm": norm,
-        }
-        row |= {f"lr_{p.name}": effective_lr(p) for p in active} | {"seconds_per_step": self.seconds[-1]}
-        if bad_total:
-            row["skipped_steps"] = int(bad_total)
-        self.write(row)
-        if bad_run:
-            say(f"warning: step {step}: the loss is {loss / steps}; the step is left out")
-        if bad_run >= 10:
-            kept = checkpoints_in(Path(run.args.output_dir))
-            saved = f"the last checkpoint is {kept[0].name}" if kept else "there is no checkpoint yet"
+        if self.index.get(name) is None and not (name == "vae" and self.args.pretrained_vae_model_name_or_path):
+            return None
+        library, class_name = self.index[name] if self.index.get(name) else ("diffusers", "AutoencoderKL")
+        kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
+        place = {"pretrained_model_name_or_path": self.vae_folder if name == "vae" else self.folder / name}
+        if "tokenizer" in name or name == "scheduler":
+            self.loaded[name] = kind.from_pretrained(**place)
+            if name == "scheduler" and vars(self.args).get("prediction_type"):
+                self.loaded[name].register_to_config(prediction_type=self.args.prediction_type)
+            return self.loaded[name]
+        if self.args.variant and any(
+            self.args.variant in f.name for f in place["pretrained_model_name_or_path"].iterdir()
+        ):
+            place["variant"] = self.args.variant
+        try:
+            part = kind.from_pretrained(**place, dtype=dtype or self.dtype)
+        except OSError as error:
             raise UserError(
-                f"the loss has not been finite for {int(bad_run)} steps: try --mixed_precision bf16 or a lower --learning_rate; {saved}"
-            )
-        self.loss, self.since, self.began = None, step, time.perf_counter()
-        return {"loss": f"{row['loss']:.4f}"}
+                f"--pretrained_model_name_or_path: {name} can't be loaded: {' '.join(str(error).split())[:200]}"
+            ) from None
+        part.requires_grad_(False)
+        part.eval()
+        self.loaded[name] = part.to(device or self.device)
+        return self.loaded[name]
 
-    def write(self, row: dict) -> None:
-        """Appends a row to metrics.jsonl and sends it to the trackers."""
-        if self.run.accelerator.is_main_process:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(
-                    json.dumps(
-                        {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
-                    )
-                    + "\n"
-                )
-        self.run.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+    def free(self, *names: str) -> None:
+        """Drops parts and gives their memory back."""
+        from diffusers.training_utils import free_memory
 
-    def pause(self) -> None:
-        """Leaves the time since the last log out of the step times."""
-        self.began = time.perf_counter()
+        for name in names:
+            self.loaded.pop(name, None)
+        free_memory()
 
-    def close(self) -> None:
-        """Prints the median step time."""
-        if self.seconds:
-            say(f"median {sorted(self.seconds)[len(self.seconds) // 2]:.3f} s per step")
+    def vae(self):
+        """The VAE, in float32 where the base's own overflows in half precision."""
+        own = not self.args.pretrained_vae_model_name_or_path
+        vae = self.get("vae", torch.float32 if VAE_FLOAT32 and own else None)
+        vae.enable_slicing()
+        return vae
 
+    def training_scheduler(self):
+        """The schedule of noise levels that training draws from, with the base's settings."""
+        import diffusers
 
-def effective_lr(part: Part) -> float:
-    """The learning rate in use; for Prodigy times its estimate d."""
-    group = part.optimizer.param_groups[0]
-    return group["lr"] * group.get("d", 1.0)
+        return getattr(diffusers, TRAINING_SCHEDULER).from_config(self.get("scheduler").config)
 
+    def pipeline(self, denoiser):
+        """A pipeline for prompt embeddings that are already there: no text encoder in it."""
+        import diffusers
 
-def validate(run: Run, step: int, meter: Meter) -> None:
-    """Held-out loss and validation images, on the main process."""
-    run.accelerator.wait_for_everyone()
-    if any(e.held_out for e in run.data.examples):
-        loss = held_out_loss(run)
-        meter.write({"step": step, "held_out_loss": loss})
-        say(f"step {step}: held-out loss {loss:.4f}")
-    if run.sample_prompts and (run.args.validation_prompt or step == run.max_steps):
-        on_main(run, log_samples, run, step)
-    meter.pause()
+        texts = dict.fromkeys(name for pair in TEXT_ENCODERS.values() for name in pair)
+        parts = {DENOISER: denoiser, "vae": self.vae(), "scheduler": self.get("scheduler")}
+        pipeline = getattr(diffusers, PIPELINE_CLASS)(**parts, **texts, **PIPELINE_OPTIONS)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
-
-def log_samples(run: Run, step: int) -> list[Path]:
-    """Draws samples and sends them to TensorBoard or W&B."""
-    files = draw_samples(run, step)
-    if not run.accelerator.is_main_process:
-        return files
-    captions = [run.sample_prompts[int(f.name[:2])] for f in files]
-    for tracker in run.accelerator.trackers:
-        if tracker.name == "tensorboard":
-            pictures = np.stack([np.asarray(Image.open(f)) for f in files])
-            tracker.writer.add_images("validation", pictures, step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            import wandb
-
-            tracker.log(
-                {"validation": [wandb.Image(str(f), caption=c) for f, c in zip(files, captions, strict=True)]},
-                step=step,
-            )
-    return files
+    def denoiser(self):
+        """The frozen denoiser, quantised if --quantize_base says so."""
+        args = self.args
+        if args.quantize_base in ("nf4", "int8"):
+            denoiser = quantized(self.get(DENOISER, device="cpu"), args.quantize_base, self.dtype, self.device)
+        else:
+            denoiser = self.get(DENOISER, device="cpu" if self.sharded else None)
+        if args.quantize_base == "fp8":
+            denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
+        if args.enable_xformers_memory_efficient_attention:
+            denoiser.enable_xformers_memory_efficient_attention()
+        return denoiser
 
 
-def validation_schedule(args: argparse.Namespace, max_steps: int, steps_per_epoch: float) -> set[int]:
-    """The steps after which validation runs: as the flags say, else about five times; always at the end."""
-    every = args.validation_steps or (
-        max(1, round(args.validation_epochs * steps_per_epoch)) if args.validation_epochs else max(1, max_steps // 5)
-    )
-    return set(range(every, max_steps, every)) | {max_steps}
+def resolve_base(args: argparse.Namespace) -> Path:
+    """The local diffusers folder of the base: as given, downloaded from the hub, or unpacked from a single file."""
+    name = args.pretrained_model_name_or_path
+    path, folders = Path(name), [DENOISER, *(folder for pair in TEXT_ENCODERS.values() for folder in pair)]
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise UserError(f"--pretrained_model_name_or_path {name}: no model_index.json in this folder")
+        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+        if any(folder not in index for folder in folders):
+            kind = index.get("_class_name")
+            raise UserError(f"--pretrained_model_name_or_path {name} is a {kind}, not {FAMILY_TITLE}")
+        return path
+    if path.is_file():
+        return unpack_single_file(path, args)
+    if path.suffix in (".safetensors", ".ckpt") or name.startswith((".", "/", "~")):
+        raise UserError(f"--pretrained_model_name_or_path {name}: no such file or folder")
+    variant = f".{args.variant}" if args.variant else ""
+    endings = (".json", ".txt", ".model", f"{variant}.safetensors", f"{variant}*-of-*.safetensors")
+    wanted = [f"{folder}/*{end}" for folder in (*folders, "vae", "scheduler") for end in endings]
+    return download(name, "--pretrained_model_name_or_path", ["model_index.json", *wanted], args)
 
 
-def default_prompts(args: argparse.Namespace, examples: list[Example]) -> list[str]:
-    """What the before/after pictures show: the validation prompts, else the instance prompt or two captions."""
-    if args.num_validation_images == 0 or (args.skip_final_inference and not args.validation_prompt):
-        return []
-    if args.validation_prompt:
-        return list(args.validation_prompt)
-    captions = [with_trigger(e.captions[0], args.trigger_word) for e in examples if not e.held_out]
-    return list(dict.fromkeys(captions))[:2]
+def download(name: str, flag: str, wanted: list[str], args: argparse.Namespace) -> Path:
+    """The local folder of a repository of the hub with the wanted files. Errors: UserError that names the flag."""
+    from huggingface_hub import snapshot_download
+
+    revision = args.revision if flag == "--pretrained_model_name_or_path" else None
+    try:
+        return Path(snapshot_download(name, revision=revision, cache_dir=args.cache_dir, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises a dozen kinds; all mean that it is not to be had
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{flag} {name}: neither a local path nor to be had from the hub ({reason})") from None
 
 
-def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None]:
-    """Loads data, caches and models and adds what is trained; everything up to the first step."""
+def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
+    """Converts a .safetensors or .ckpt checkpoint to a diffusers folder, once; pickled code is never run.
+
+    What the checkpoint lacks (configurations, tokenizers, and whole parts, such as FLUX.1's text encoders) comes from a
+    diffusers folder in which the file lies, else from the hub.
+    """
+    import diffusers
+
+    cache = Path(args.cache_dir or Path.home() / ".cache" / "lora_training") / f"{path.stem}-{fingerprint([path])[:16]}"
+    if (cache / "model_index.json").is_file():
+        return cache
+    surrounded = (path.parent / "model_index.json").is_file()
+    options = {"config": str(path.parent), "local_files_only": True} if surrounded else {}
+    if path.stat().st_size > 8 << 30:  # float32, which the reader makes of everything, would be twice the file
+        options["dtype"] = torch.bfloat16
+    try:
+        given = parts_with_weights(path.parent) if surrounded else {}
+        pipeline = getattr(diffusers, PIPELINE_CLASS).from_single_file(str(path), **options, **given)
+    except Exception as error:  # conversion fails in many ways, all of them the file's or the layout's
+        reason = " ".join(str(error).split())[:200]
+        advice = "; without network, scripts/bases/unpack_checkpoint.py makes a diffusers folder of it"
+        raise UserError(
+            f"--pretrained_model_name_or_path {path}: can't be read as {FAMILY_TITLE} ({reason}){'' if surrounded else advice}"
+        ) from None
+    part = cache.with_name(cache.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    pipeline.save_pretrained(part)
+    part.rename(cache)
+    return cache
+
+
+def parts_with_weights(folder: Path) -> dict[str, object]:
+    """The parts but the denoiser whose weights a diffusers folder has, on the CPU in their own precision."""
+    import diffusers
+    import transformers
+
+    libraries, out = {"diffusers": diffusers, "transformers": transformers}, {}
+    for name, pair in json.loads((folder / "model_index.json").read_text(encoding="utf-8")).items():
+        known = isinstance(pair, list) and pair[0] in libraries and name != DENOISER
+        if known and any((folder / name).glob("*.safetensors")):
+            out[name] = getattr(libraries[pair[0]], pair[1]).from_pretrained(folder / name)
+    return out
+
+
+def fingerprint(files: list[Path]) -> str:
+    """A hash of weight files' sizes and of 64 stretches of 64 KiB of each: enough to tell any two trainings apart."""
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{size}|".encode())
+        with file.open("rb") as stream:
+            for k in range(64):
+                stream.seek(max(0, (size - 65536) * k // 63))
+                digest.update(stream.read(65536))
+                if size <= 65536:
+                    break
+    return digest.hexdigest()
+
+
+def quantized(module, kind: str, dtype, device):
+    """Replaces a module's linear layers by bitsandbytes' nf4 (4 bits) or int8 ones, one by one; returns it on the device.
+
+    The float weights stay on the CPU, so the GPU never holds both. https://arxiv.org/abs/2305.14314
+    """
+    from bitsandbytes import nn as bnb
+
+    linears = [(n, m) for n, m in module.named_modules() if type(m) is torch.nn.Linear]
+    for name, linear in linears:
+        shape = (linear.in_features, linear.out_features, linear.bias is not None)
+        if kind == "nf4":
+            layer = bnb.Linear4bit(*shape, compute_dtype=dtype, quant_type="nf4")
+            layer.support_avx512bf16_for_cpu = False  # that path repacks the weights for inference alone
+            layer.weight = bnb.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=layer)
+        else:
+            layer = bnb.Linear8bitLt(*shape, has_fp16_weights=False)
+            layer.weight = bnb.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+        layer.bias = linear.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, layer.to(device))
+    module.is_loaded_in_4bit, module.is_loaded_in_8bit = kind == "nf4", kind == "int8"  # what peft asks for
+    return module.to(device)
+
+
+def shard_base(denoiser, device) -> None:
+    """Splits the frozen weights over all processes, block by block; the LoRA's stay whole on each.
+
+    A block's weights are gathered when it works and dropped after, forwards and backwards: FSDP2 of
+    https://arxiv.org/abs/2304.11277 without its gradients, because nothing that is sharded is trained.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of in-place changes; the models make none
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    trained = {p for p in denoiser.parameters() if p.requires_grad}
+    for parameter in trained:
+        parameter.data = parameter.data.to(device)
+    for name in block_prefixes(denoiser):
+        fully_shard(denoiser.get_submodule(name), mesh=mesh, ignored_params=trained)
+    fully_shard(denoiser, mesh=mesh, ignored_params=trained)
+
+
+# ---- errors, lines, seeds, libraries ---------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A mistake that a person can mend; ends the program with its message as one line and exit code 2."""
+
+
+class Interrupted(BaseException):
+    """Raised after a signal has been answered with a checkpoint; carries the exit code. No handler of errors catches it."""
+
+
+def say(text: str) -> None:
+    """Prints a line, on the first process of this machine's group only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, flush=True)
+
+
+def stable_seed(*place: object) -> int:
+    """A 63-bit seed that depends on nothing but its arguments: (seed, what is drawn, where it happens)."""
+    digest = hashlib.sha256("|".join(str(p) for p in place).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def import_libraries() -> None:
+    """Imports what is slow to import (5 to 10 s) into this module, once the arguments are known to be right."""
+    global torch, F, load_file, save_file, SafetensorError
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import_image_libraries()
+    import torch
+    import torch.nn.functional as F
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    import_logging_quietly()
+
+
+def import_image_libraries() -> None:
+    """The part of `import_libraries` that reading pictures and captions needs (0.2 s)."""
+    global np, Image, ImageCms, ImageEnhance, ImageOps
+    import numpy as np
+    from PIL import Image, ImageCms, ImageEnhance, ImageOps
+
+
+def import_logging_quietly() -> None:
+    """Imports the model libraries with progress bars and advice below the level of a warning turned off."""
     import logging
 
-    import accelerate
+    logging.getLogger("diffusers.quantizers.bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import diffusers
+    import transformers
 
-    stop = StopSignal()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    project = accelerate.utils.ProjectConfiguration(
-        project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)
-    )
-    trackers = None if args.report_to == "none" else args.report_to.split(",") if args.report_to != "all" else "all"
-    wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")  # the launcher's configuration
-    if wanted == "fp16" and PREDICTS_FLOW:
-        say(f"{FAMILY_TITLE} overflows in fp16: using bf16")
-        args.mixed_precision = "bf16"
-    # DeepSpeed's launcher starts the processes; what ZeRO splits of a LoRA, the optimizer's state, Part splits by itself
-    zero = os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    if zero and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") not in ("1", "2"):
-        raise UserError("DeepSpeed: use zero_stage 1 or 2; config/accelerate_config_fsdp2.yaml splits the base itself")
-    if zero and args.optimizer not in ("adamw", "adamw8bit"):
-        raise UserError(f"--optimizer {args.optimizer} needs its state in one piece: use adamw with DeepSpeed's ZeRO")
-    try:
-        accelerator = accelerate.Accelerator(
-            mixed_precision=args.mixed_precision, log_with=trackers, project_config=project
-        )
-    except ValueError as error:
-        raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from None
-    precision = accelerator.mixed_precision
-    if precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no")
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
-    make_output_folder(args)
-    resume = find_checkpoint(args)
-    if args.seed is None:
-        drawn = [resume[1]["seed"] if resume else random.SystemRandom().randrange(2**31)]
-        args.seed = accelerate.utils.broadcast_object_list(drawn)[0] if accelerator.num_processes > 1 else drawn[0]
-        say(f"seed {args.seed}")
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
-    if sharded and (args.quantize_base or args.compile):
-        raise UserError(
-            "--quantize_base and --compile can't be combined with FSDP: use a configuration for several GPUs"
-        )
-    components = Components(resolve_base(args), args, dtype, accelerator.device, sharded)
-
-    check_base(components)
-    buckets = bucket_sizes(args)
-    examples, store = prepare_examples(load_examples(args), buckets, args, keep_images=True)
-    hold_out(examples, args)
-    print_buckets(examples, buckets)
-    prompts = Prompts(args, components)
-    findings = examine(examples, buckets, args.train_batch_size)
-    if not args.instance_prompt and not args.default_caption:
-        findings += unvaried_captions(examples)
-    captions = [with_trigger(c, args.trigger_word) for e in examples for c in e.captions]
-    sizes = [f"{w} x {h}" for w, h in sorted((e.size for e in examples), key=lambda s: s[0] * s[1])]
-    say(f"{len(examples)} images from {sizes[0]} to {sizes[-1]} pixels")
-    for finding in findings + truncated_captions(captions, prompts.tokenizers):
-        if finding.hurts:
-            say(f"warning: {finding}")
-    class_store = None
-    if args.with_prior_preservation:
-        generate_class_images(args, components, prompts, accelerator)
-        class_examples, class_store = prepare_examples(load_class_examples(args), buckets, args, keep_images=True)
-    plan = BatchPlan(examples, args, accelerator.num_processes, len(class_store.examples) if class_store else 0)
-    steps_per_epoch = plan.per_epoch / args.gradient_accumulation_steps
-    max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
-
-    scheduler = make_training_scheduler(components)
-    data = TrainingData(examples, store, class_store, args, components.latent_shape, NoiseDraw(scheduler, args))
-    if args.cache_latents:
-        cache_latents(data, plan, components, args)
-        store.kept.clear()
-        if class_store:
-            class_store.kept.clear()
-    abstractions = abstraction_tokens(args, next(iter(prompts.tokenizers.values())))
-    rows, text_modules = prepare_text(args, prompts, abstractions, examples, class_store)
-    run = Run(
-        args=args,
-        accelerator=accelerator,
-        components=components,
-        prompts=prompts,
-        data=data,
-        plan=plan,
-        denoiser=None,
-        scheduler=scheduler,
-        abstractions=abstractions,
-        rows=rows,
-        lora_modules=text_modules,
-        max_steps=max_steps,
-        sample_prompts=[insert_tokens(p, abstractions) for p in default_prompts(args, examples)],
-        stop=stop,
-        settings={},
-        splits_optimizer=zero and accelerator.num_processes > 1,
-    )
-    run.plan_size = buckets[Counter(e.bucket for e in examples).most_common(1)[0][0]]
-    run.validation_steps = validation_schedule(args, max_steps, steps_per_epoch)
-    fill_text_cache(run)
-    add_trained_parts(run)
-    run.guard = StepGuard(accelerator.device, precision == "fp16")
-    targets = hashlib.sha256("|".join(n for p in run.parts for n in p.parameters).encode()).hexdigest()[:16]
-    content = hashlib.sha256(
-        "|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in examples).encode()
-    ).hexdigest()[:16]
-    names = (
-        "rank",
-        "lora_alpha",
-        "use_dora",
-        "use_rslora",
-        "init_lora_weights",
-        "optimizer",
-        "seed",
-        "gradient_accumulation_steps",
-        "learning_rate",
-    )
-    run.settings = {n: vars(args)[n] for n in names} | {
-        "targets": targets,
-        "tokens": [t for tokens in abstractions.values() for t in tokens],
-        "global_batch_size": plan.size,
-        "steps": max_steps,
-        "data": content,
-    }
-    return run, resume
-
-
-def make_output_folder(args: argparse.Namespace) -> None:
-    """Makes the output folder and sees that it can be written to."""
-    try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.output_dir):
-            pass
-    except OSError as error:
-        raise UserError(f"--output_dir {args.output_dir} can't be written to: {error.strerror}") from None
-
-
-class NoiseDraw:
-    """The family's `draw_noise` with its settings, in a form that data loader processes can receive."""
-
-    def __init__(self, scheduler, args: argparse.Namespace) -> None:
-        self.scheduler, self.args = scheduler, args
-
-    def __call__(self, generator, shape: tuple[int, int, int]) -> dict:
-        return draw_noise(generator, shape, self.scheduler, self.args)
-
-
-def prepare_text(
-    args: argparse.Namespace, prompts: Prompts, abstractions: dict, examples: list[Example], class_store
-) -> tuple[dict, dict]:
-    """Adds new tokens and text LoRA. Returns (token rows by encoder key, {pipeline name: text encoder with a LoRA})."""
-    rows, modules = {}, {}
-    if abstractions:
-        texts = [c for e in examples for c in e.captions] + [args.trigger_word or ""]
-        if not any(word in text for text in texts for word in abstractions):
-            raise UserError(
-                f"--token_abstraction {args.token_abstraction}: no caption contains it, so nothing would be learned"
-            )
-        keys = [k for k in prompts.tokenizers if k in TI_ENCODERS or (vars(args).get("enable_t5_ti") and k == "t5")]
-        tokens = [t for group in abstractions.values() for t in group]
-        prompts.trained |= set(keys)
-        prompts.known.clear()  # a new token may stand for a word that a prompt already had
-        for key in keys:
-            if args.initializer_concept:
-                width = len(TokenRows.concept_ids(prompts.tokenizers[key], args.initializer_concept))
-                each = len(tokens) // len(abstractions)
-                if width != each:  # another tokenizer splits the text otherwise: take as many of its pieces as fit
-                    say(
-                        f"note: {key} splits {args.initializer_concept!r} into {width} tokens, not {each}: cut or repeated to fit"
-                    )
-            rows[key] = TokenRows(
-                prompts.tokenizers[key], prompts.text_encoder(key), tokens, args.initializer_concept, args.seed
-            )
-            prompts.altered.add(key)
-    if args.train_text_encoder:
-        prompts.trained |= set(TEXT_LORA_ENCODERS)
-        for key in TEXT_LORA_ENCODERS:
-            encoder = prompts.text_encoder(key)
-            names = [
-                n
-                for n, m in encoder.named_modules()
-                if isinstance(m, torch.nn.Linear)
-                and n.endswith(TEXT_LORA_TARGETS)
-                and not n.removeprefix("text_model.").startswith(idle_layers(key, encoder.config, args))
-            ]
-            add_lora(encoder, names, args)
-            prompts.altered.add(key)
-            modules[TEXT_ENCODERS[key][1]] = encoder
-            encoder.train()
-    if args.gradient_checkpointing:
-        for encoder in modules.values():
-            encoder.gradient_checkpointing_enable()
-    return rows, modules
-
-
-def fill_text_cache(run: Run) -> None:
-    """Encodes every prompt that can come up with the encoders that aren't trained, and frees these."""
-    args, prompts = run.args, run.prompts
-    if args.shuffle_tags:
-        if args.offload:
-            say("note: the text encoders stay on the GPU: --shuffle_tags makes new captions all the time")
-        return
-    captions = [with_trigger(c, args.trigger_word) for e in run.data.examples for c in e.captions]
-    captions += [args.class_prompt] if args.with_prior_preservation else []
-    captions = [insert_tokens(c, run.abstractions) for c in captions]
-    for key in prompts.tokenizers:
-        if key not in prompts.trained:
-            for prompt in dict.fromkeys([*captions, *run.sample_prompts, ""]):
-                prompts.kept(key, prompt)
-            prompts.release(key)
-
-
-def settle_text(run: Run) -> None:
-    """After the pivot: embeddings no longer change, so all are computed once more, and encoders without LoRA freed."""
-    run.prompts.forget()
-    run.prompts.trained.clear()
-    for name, module in run.lora_modules.items():
-        if name != DENOISER:
-            module.eval()  # no dropout in embeddings that stay
-    if not any(part in run.lora_modules for part in (pair[1] for pair in TEXT_ENCODERS.values())):
-        fill_text_cache(run)
-
-
-def add_trained_parts(run: Run) -> None:
-    """Loads the denoiser, adds its LoRA, and makes the parts that are trained, each with its share of the steps."""
-    args = run.args
-    run.denoiser = run.components.denoiser()
-    run.denoiser.train()
-    batch = args.train_batch_size * args.gradient_accumulation_steps * run.accelerator.num_processes
-    factor = batch if args.scale_lr else 1
-    text_lr = (args.text_encoder_lr if args.text_encoder_lr is not None else args.learning_rate) * factor
-    steps = run.max_steps
-    if run.rows:
-        until = steps if args.train_transformer_frac == 0 else max(1, round(args.train_text_encoder_ti_frac * steps))
-        rows = {key: row.weight for key, row in run.rows.items()}
-        run.parts.append(Part("embeddings", rows, text_lr, args.adam_weight_decay_text_encoder, until))
-    if run.lora_modules:
-        values = {f"{part}.{n}": p for part, m in run.lora_modules.items() for n, p in lora_parameters(m).items()}
-        until = max(1, round(args.train_text_encoder_frac * steps))
-        run.parts.append(Part("text_encoder", values, text_lr, args.adam_weight_decay_text_encoder, until))
-    if args.train_transformer_frac > 0:
-        targets = lora_targets(run.denoiser, args)
-        add_lora(run.denoiser, targets, args)
-        run.lora_modules = {DENOISER: run.denoiser} | run.lora_modules
-        until = max(1, round(args.train_transformer_frac * steps))
-        run.parts.append(
-            Part("denoiser", lora_parameters(run.denoiser), args.learning_rate * factor, args.adam_weight_decay, until)
-        )
-        say(f"LoRA of rank {args.rank}, alpha {args.lora_alpha:g} on {len(targets)} layers of the {DENOISER}")
-    if args.gradient_checkpointing:
-        run.denoiser.enable_gradient_checkpointing()
-    if run.components.sharded:
-        shard_base(run.denoiser, run.accelerator.device)
-        say(f"FSDP2: the {DENOISER} is split over {run.accelerator.num_processes} processes")
-    if args.compile:
-        run.denoiser.compile_repeated_blocks()
-    run.initial_states = {part: lora_state(module) for part, module in run.lora_modules.items()}
-    for part in run.parts:
-        millions = sum(p.numel() for p in part.parameters.values()) / 1e6
-        say(
-            f"training {part.name}: {millions:.3f} million parameters, steps 1 to {part.last_step}, learning rate {part.learning_rate:g}"
-        )
-    shards = run.accelerator.num_processes if run.splits_optimizer else 1
-    prepare_parts(run.parts, args, shards, run.accelerator.process_index)
-
-
-def check_results(run: Run) -> None:
-    """Errors if what was trained is no different from where it began."""
-    for part in run.parts:
-        if not part.moved():
-            raise UserError(f"the {part.name} did not change in {run.max_steps} steps: nothing was learned")
-
-
-def execute(args: argparse.Namespace) -> None:
-    """Prepares, trains and saves."""
-    from peft.helpers import disable_input_dtype_casting
-
-    run, resume = prepare_run(args)
-    first_step = load_checkpoint(run, *resume) if resume else 0
-    active_parts(run, first_step)
-    start_trackers(run)
-    say(
-        f"{sum(not e.held_out for e in run.data.examples)} images, {run.plan.per_epoch} batches per epoch, {run.max_steps} steps, batch"
-        f" {args.train_batch_size} x {run.accelerator.num_processes} processes x {args.gradient_accumulation_steps} accumulated"
-    )
-    final = not args.skip_final_inference or args.validation_prompt
-    before_folder = Path(args.output_dir) / "samples" / "step-000000"
-    with disable_input_dtype_casting(run.denoiser, active=run.accelerator.mixed_precision != "no"):
-        if run.sample_prompts and final and first_step == 0:
-            on_main(run, draw_samples, run, 0)  # the base's own pictures; memory that doesn't suffice shows now
-        if args.dry_run:
-            rehearse(run)
-        else:
-            train(run, first_step)
-    check_results(run)
-    before = sorted(before_folder.glob("*.png"))
-    after = sorted((Path(args.output_dir) / "samples" / f"step-{run.max_steps:06d}").glob("*.png"))
-    wanted = len(run.sample_prompts) * args.num_validation_images
-    pictures = (before, after) if wanted and len(before) == len(after) == wanted else ([], [])
-    on_main(run, save_results, run, *pictures)
-    run.accelerator.end_training()
-    if args.push_to_hub and run.accelerator.is_main_process:
-        push_to_hub(args)
-
-
-def start_trackers(run: Run) -> None:
-    """Starts the trackers with the settings as their configuration; the hub token is not among them."""
-    args = run.args
-    if args.report_to == "none" or not run.accelerator.log_with:
-        return
-    config = {
-        k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items() if k != "hub_token"
-    }
-    name = args.run_name or Path(args.output_dir).resolve().name
-    run.accelerator.init_trackers(
-        f"lora-{FAMILY}", config=config, init_kwargs={"wandb": {"name": name, "dir": args.output_dir}}
-    )
-
-
-def rehearse(run: Run) -> None:
-    """--dry_run: two steps at the largest bucket (the second is timed), a checkpoint; prints time and memory."""
-    args, planned = run.args, run.max_steps
-    areas = [run.data.store.buckets[b[0].bucket] for b in run.plan.epoch(0)]
-    run.first_batch = max(range(len(areas)), key=lambda i: areas[i][0] * areas[i][1])
-    run.plan_size = areas[run.first_batch]
-    run.max_steps, args.logging_steps, args.checkpointing_steps = 2, 1, 2
-    run.validation_steps = {2}
-    if len(areas) * args.gradient_accumulation_steps > 1:
-        run.plan.epoch(0)[:] = [run.plan.epoch(0)[run.first_batch]] * len(areas)
-        run.first_batch = 0
-    train(run, 0)
-    seconds = json.loads((Path(args.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[1])[
-        "seconds_per_step"
-    ]
-    if run.accelerator.device.type == "cuda":
-        memory = torch.cuda.max_memory_reserved() / 2**30
-    else:
-        import resource
-
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    say(
-        f"dry run: largest bucket {run.plan_size[0]} x {run.plan_size[1]}, {seconds:.3f} s per step, peak memory {memory:.2f} GiB,"
-    )
-    say(f"dry run: {planned} steps would take about {seconds * planned / 60:.1f} minutes; nothing was kept")
-
-
-def launch(args: argparse.Namespace) -> int:
-    """Runs the whole program; what a person can mend ends as one line. Returns the exit code."""
-    try:
-        import_libraries()
-        if not args.dry_run:
-            execute(args)
-            return 0
-        with tempfile.TemporaryDirectory() as folder:
-            args.output_dir, args.cache_folder, args.push_to_hub, args.report_to = folder, None, False, "none"
-            if args.with_prior_preservation:
-                args.class_data_dir, args.num_class_images = str(Path(folder) / "class_images"), 2
-            execute(args)
-        return 0
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as stop:
-        return stop.args[0]
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        advice = "--gradient_checkpointing, --cache_latents, --mixed_precision bf16, --optimizer adamw8bit, --quantize_base nf4, a lower --train_batch_size or --resolution"
-        print(
-            f"{Path(sys.argv[0]).name}: error: the GPU's memory does not suffice; in this order, try {advice}",
-            file=sys.stderr,
-        )
-        return 1
-
-
-# <<< shared: training
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Trains as the command line says; returns the exit code."""
-    try:
-        args = parse_args(argv)
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
-    return launch(args)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

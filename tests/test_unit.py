@@ -1,7 +1,9 @@
 """Functions by themselves: sampling, captions, crops, token rows, loss, exports, shared blocks."""
 
 import argparse
+import ast
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -537,50 +539,68 @@ def test_prompts_are_encoded_as_the_pipeline_does(script, family, studio):
         assert torch.allclose(ours[name], value, atol=1e-5), name
 
 
-def test_compiled_and_script_flags_are_all_used(script):
-    """Every flag's name appears outside the argument parser: none is parsed and ignored."""
-    source = (ROOT / f"{script.__name__.removesuffix('_under_test')}.py").read_text()
-    names = [n for n in vars(arguments(script)) if n not in ("local_rank", "config")]
-    body = (
-        source.split("# <<< shared: arguments")[1]
-        + source.split("def check_args")[1].split("# <<< shared: arguments")[0]
-    )
-    body = body.replace('add("', "")
-    unused = [n for n in names if f"args.{n}" not in body and f'"{n}"' not in body]
-    assert not unused
+def test_every_flag_is_used(script):
+    """Every flag's value is read outside the argument parser and its rules: none is parsed and ignored."""
+    tree = ast.parse((ROOT / f"{script.__name__.removesuffix('_under_test')}.py").read_text())
+    apart = ("add_shared_args", "add_family_args", "RULES", "FAMILY_RULES")
+    body = [n for n in tree.body if getattr(n, "name", None) not in apart]
+    body = [n for n in body if not (isinstance(n, ast.Assign) and n.targets[0].id in apart)]
+    nodes = [n for top in body for n in ast.walk(top)]
+    used = {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+    used |= {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    composed = {f"prodigy_{name}" for name in ("decouple", "use_bias_correction", "safeguard_warmup")}
+    needless = {"local_rank", "config", "cache_text_embeddings"}  # the last: what it asks for is always done
+    assert not set(vars(arguments(script))) - used - composed - needless
 
 
-def test_shared_blocks_are_the_same():
+def test_lower_parts_are_the_same():
     result = subprocess.run([sys.executable, str(ROOT / "scripts" / "sync_shared.py")], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
-def block(name, body):
-    return f"# >>> shared: {name}\n{body}\n# <<< shared: {name}\n"
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_reader_finds_the_parts_within_a_minute(name):
+    """What is the family's own stands first and whole, and the loop above line 700; the index names the right lines."""
+    lines = (ROOT / FAMILIES[name].script).read_text().splitlines()
+    seam = next(i for i, line in enumerate(lines, 1) if line.startswith("# ==== From here on"))
+    assert seam <= 301
+    places = {line.split("(")[0][4:]: i for i, line in enumerate(lines, 1) if line.startswith("def ")}
+    assert all(places[f] < seam for f in ("draw_noise", "compute_loss", "encode_prompts", "add_family_args"))
+    assert seam < places["main"] < places["execute"] < places["train"] < 700
+    index = " ".join(lines[: seam - 2]).split("# By line: ")[1].replace(" # ", " ")
+    for number, title in re.findall(r"(\d+) ([^·]+?)(?: ·|$)", index):
+        assert lines[int(number) - 1].startswith(f"# ---- {title} -")
+
+
+def seamed(upper, lower):
+    return f"{upper}\n# By line: \n\n# ==== From here on, the same ====\n\n# ---- one ----\n{lower}\n"
 
 
 @pytest.mark.parametrize(
     ("texts", "code", "words"),
     [
-        ([block("a", "x = 1"), block("a", "x = 1")], 0, "the same in 2 scripts"),
-        ([block("a", "x = 1"), block("a", "x = 2")], 1, "+x = 2"),
-        ([block("a", "x = 1"), "y = 1\n"], 2, "no shared blocks"),
-        ([block("a", "x"), "# >>> shared: a\nx\n"], 2, "never ends"),
-        ([block("a", "x"), block("a", "x") * 2], 2, "stands twice"),
-        ([block("a", "x") + block("b", "y"), block("b", "y") + block("a", "x")], 2, "another order"),
-        ([block("a", "x") + block("b", "y"), block("a", "x")], 2, "lacks b"),
+        ([seamed("a", "x = 1"), seamed("b", "x = 1")], 0, "the same in 2 scripts"),
+        ([seamed("a", "x = 1"), seamed("a", "x = 2")], 1, "+x = 2"),
+        ([seamed("a", "x = 1"), "y = 1\n"], 2, "found 0"),
+        ([seamed("a", "x"), seamed("a", "x") * 2], 2, "found 2"),
     ],
 )
 def test_sync_shared_finds(tmp_path, capsys, texts, code, words):
     sync = load_script("scripts/sync_shared.py")
     for i, text in enumerate(texts):
         (tmp_path / f"train_{i}.py").write_text(text)
+    if code < 2:
+        for i in range(len(texts)):  # each with its own index of lines
+            upper, lower = sync.split(tmp_path / f"train_{i}.py")
+            (tmp_path / f"train_{i}.py").write_text(sync.joined(upper, lower))
     assert sync.main(["--root", str(tmp_path)]) == code
     said = capsys.readouterr()
     assert words in said.out + said.err
     kept = [(tmp_path / f"train_{i}.py").read_text() for i in range(len(texts))]
     assert sync.main(["--root", str(tmp_path), "--from", "train_0.py"]) == (2 if code == 2 else 0)
-    if code == 2:  # no file is written while one has a structural problem
+    if code == 2:  # no file is written while one has no seam
         assert kept == [(tmp_path / f"train_{i}.py").read_text() for i in range(len(texts))]
     else:
-        assert (tmp_path / "train_1.py").read_text() == texts[0]
+        first, second = (sync.split(tmp_path / f"train_{i}.py") for i in (0, 1))
+        assert first[1] == second[1] and second[0] == kept[1].split("# By line")[0]
+        assert sync.main(["--root", str(tmp_path)]) == 0
