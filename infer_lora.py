@@ -1,4 +1,12 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "peft==0.21.2",
+#   "accelerate==1.15.0", "bitsandbytes==0.50.2", "safetensors==0.8.0", "pillow==13.0.0",
+#   "pydantic==2.14.3", "pyyaml==6.0.3",
+# ]
+# ///
 """Draws images with a trained LoRA, as a YAML file says.
 
     python infer_lora.py                                       # config/lora_infer.yaml
@@ -8,6 +16,9 @@ Every key of the YAML can be given on the command line, nested ones with a dot; 
 `--prompt '["a", "b"]'` is a list. The keys are explained in config/lora_infer.yaml. Token embeddings (`*_emb.safetensors`)
 that lie beside the LoRA are loaded by themselves. Each run writes its images, with the settings in the PNG text, and the
 configuration used into a folder of its own in `paths.infer_path`.
+
+This file runs alone (`uv run infer_lora.py …` on a copy of it brings its packages). It needs the rest of the project only to
+read a base that is a single checkpoint file, and other tools' LoRA files for SD3 and FLUX.1; it says so where that is missing.
 """
 
 from __future__ import annotations
@@ -288,15 +299,17 @@ def quantization(kind: str, dtype):
     )
 
 
-def add_scripts_to_path() -> None:
-    """Lets the modules of scripts/ be imported."""
+def add_scripts_to_path(what: str) -> None:
+    """Lets the modules of scripts/ be imported. Errors: UserError if this file was copied without them."""
+    if not (ROOT / "scripts").is_dir():
+        raise UserError(f"{what} needs scripts/ of this project beside infer_lora.py; a diffusers folder needs nothing")
     if str(ROOT / "scripts") not in sys.path:
         sys.path.insert(0, str(ROOT / "scripts"))
 
 
 def unpacked(base: str) -> Path:
     """The diffusers folder that the training script of its family makes of a .safetensors or .ckpt checkpoint, once."""
-    add_scripts_to_path()
+    add_scripts_to_path(f"paths.base_model_path: {base}: a single file")
     from detect_family import detect
     from released_models import load_script
 
@@ -370,7 +383,7 @@ def load_lora(pipeline, file: Path, name: str, base: str) -> None:
         return
     import tempfile
 
-    add_scripts_to_path()
+    add_scripts_to_path(f"paths.lora_weights_path: {file}: another tool's file for this family")
     from lora_files import FileError, read_lora, write_diffusers
 
     with tempfile.TemporaryDirectory() as folder:
