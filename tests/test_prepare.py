@@ -10,15 +10,15 @@ import struct
 from pathlib import Path
 from types import SimpleNamespace
 
-import caption_models
-import image_steps
 import numpy as np
-import prepare_dataset
 import pytest
 import tiny_models
 from conftest import FAMILIES, ROOT, load_script, run_here
 from PIL import Image, ImageCms, ImageFilter
 from tiny_models import COLOURS
+
+from scripts.dataset import prepare_dataset
+from scripts.dataset.parts import caption_models, image_steps, settings
 
 pytestmark = [pytest.mark.run, pytest.mark.xdist_group("prepare")]
 SCRIPT = load_script("train_lora_sd15.py")
@@ -177,9 +177,7 @@ def test_the_buckets_are_those_that_training_makes(tmp_path):
 
 def prepare_dataset_schema() -> dict:
     """{step name: its pydantic model}."""
-    import prepare_settings
-
-    steps = prepare_settings.build_schema()[1]
+    steps = settings.build_schema()[1]
     return {name: field.annotation.__args__[0] for name, field in steps.model_fields.items()}
 
 

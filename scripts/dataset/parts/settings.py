@@ -7,7 +7,7 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from released_models import SCRIPTS
+from scripts.parts.training_scripts import SCRIPTS
 
 RESOLUTIONS = {"sd15": 512, "sdxl": 1024, "sd3": 1024, "flux": 1024}
 STATE = ".prepare"  # folder in the output with what is known from earlier runs
@@ -84,7 +84,7 @@ def build_schema():
 
         @model_validator(mode="after")
         def name_the_model(self):
-            from caption_models import CAPTION_MODELS, OWN_CODE_FLORENCE
+            from scripts.dataset.parts.caption_models import CAPTION_MODELS, OWN_CODE_FLORENCE
 
             if self.model_name is None and self.model_type == "auto":
                 raise ValueError("model_type auto needs model_name")

@@ -11,10 +11,10 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-import image_steps
-from caption_models import ModelError, local_folder
-from image_steps import in_parallel
-from prepare_settings import source_args
+from scripts.dataset.parts import image_steps
+from scripts.dataset.parts.caption_models import ModelError, local_folder
+from scripts.dataset.parts.image_steps import in_parallel
+from scripts.dataset.parts.settings import source_args
 
 FEW = 5  # images
 
@@ -64,7 +64,7 @@ def file_findings(folder: Path, script) -> list:
     stems = Counter(f.with_suffix("") for f in images)
     name = {f: str(f.relative_to(folder)) for f in files}
     phone = [name[f] for f in files if f.suffix.lower() in (".heic", ".heif")]
-    advice = "scripts/prepare_dataset.py converts them"
+    advice = "scripts/dataset/prepare_dataset.py converts them"
     advice += "" if image_steps.PHONE_SUFFIXES else " (pip install pillow-heif)"
     findings = script.found("HEIC files, which are not read in training", phone, None, advice)
     orphans = [name[f] for f in files if f.suffix.lower() in (".txt", ".caption") and f.with_suffix("") not in stems]
@@ -163,7 +163,7 @@ def diagnose(settings, args, script) -> int:
             )
         )
     disguised = [n for n, f in facts.items() if f["format"] == "HEIF"]
-    advice = "scripts/prepare_dataset.py converts them"
+    advice = "scripts/dataset/prepare_dataset.py converts them"
     findings += script.found("HEIC files under another suffix, which are not read in training", disguised, None, advice)
     turned, located = ([n for n, f in facts.items() if f[key]] for key in ("turned", "gps"))
     advice = "training puts them upright; other tools may not (image_resizing writes them upright)"

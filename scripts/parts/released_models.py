@@ -1,32 +1,9 @@
-"""What the released models look like, and the training scripts as modules: shared by the scripts of this folder."""
+"""What the released models look like."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {
-    "sd15": "train_lora_sd15.py",
-    "sdxl": "train_lora_sdxl.py",
-    "sd3": "train_lora_sd3.py",
-    "flux": "train_dreambooth_lora_flux_advanced.py",
-}
-
-
-def load_script(family: str, libraries: bool = True):
-    """The family's training script as a module, with its libraries, or with those alone that read pictures."""
-    spec = importlib.util.spec_from_file_location(f"{family}_script", ROOT / SCRIPTS[family])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    if libraries:
-        module.import_libraries()
-    else:
-        module.import_image_libraries()
-    return module
 
 
 def real_denoiser(family: str):
