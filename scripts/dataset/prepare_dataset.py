@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, 
 
 from scripts.dataset.parts import image_steps
 from scripts.dataset.parts.image_steps import in_parallel
+from scripts.dataset.parts.looks import picture_findings
 from scripts.dataset.parts.settings import RESOLUTIONS, STATE, read_settings, source_args
 from scripts.parts.training_scripts import load_script
 
@@ -146,7 +147,7 @@ class Preparation:
     def filter(self) -> None:
         """image_filtering."""
         before = self.kept
-        image_steps.leave_out(before, self.steps.image_filtering, self.script)
+        image_steps.leave_out(before, self.steps.image_filtering)
         self.rows.append(("image_filtering", len(before), len(before), 0, self.reasons(before)))
 
     def describe(self, name: str, wanted: list, make_model, key_fields: tuple[str, ...]) -> tuple[dict, int]:
@@ -352,7 +353,7 @@ class Preparation:
         resizing = self.steps.image_resizing
         padded = resizing is not None and resizing.mode == "contain" and not image_steps.keeps_shape(resizing)
         return [
-            self.script.Example(p.file, p.final, None, p.digest, p.resized if padded else p.size, p.bucket, p.look)
+            self.script.Example(p.file, p.final, None, p.digest, p.resized if padded else p.size, p.bucket)
             for p in self.kept
         ]
 
@@ -427,7 +428,9 @@ def prepare(settings, script) -> int:
     run.write_left_out()
     examples = run.examples()
     square = steps.image_resizing.target_resolution if steps.image_resizing else (RESOLUTIONS[settings.family],) * 2
-    findings = script.examine(examples, run.buckets or [square], 1) + script.unvaried_captions(examples)
+    looks = {p.file: p.look for p in run.kept}
+    findings = picture_findings(examples, run.buckets or [square], looks, 1, script)
+    findings += script.unvaried_captions(examples)
     bare = [p.file for p in run.kept if not p.captions and p.caption_source != "by hand"]
     what = "images without a caption" + (", but for the trigger word" if settings.trigger_word else "")
     findings += script.found(what, bare, len(examples), "auto_caption describes them, or write a .txt beside each")

@@ -14,6 +14,7 @@ from pathlib import Path
 from scripts.dataset.parts import image_steps
 from scripts.dataset.parts.caption_models import ModelError, local_folder
 from scripts.dataset.parts.image_steps import in_parallel
+from scripts.dataset.parts.looks import look_of, picture_findings
 from scripts.dataset.parts.settings import source_args
 
 FEW = 5  # images
@@ -126,11 +127,11 @@ def diagnose(settings, args, script) -> int:
     findings += [
         script.Finding(line.removeprefix("warning: "), "", hurts=False) for line in said.getvalue().splitlines()
     ]
-    facts = {}
+    facts, looks = {}, {}
 
     def look(example) -> str | None:
         try:
-            script.look_at(example, buckets)
+            looks[example.name] = look_of(script.look_at(example, buckets))
             facts[example.name] = image_steps.header_facts(example.read())
         except (ValueError, OSError) as error:
             return str(error)
@@ -155,7 +156,7 @@ def diagnose(settings, args, script) -> int:
     if total < FEW:
         advice = "10 to 50 that differ in light, place and angle are usual"
         findings.append(script.Finding(f"only {total} image{'s' if total > 1 else ''}", advice, hurts=False))
-    findings += script.examine(examples, buckets, args.train_batch_size or 1)
+    findings += picture_findings(examples, buckets, looks, args.train_batch_size or 1, script)
     if training.validation_split and args.seed is None and any("look the same" in f.what for f in findings):
         findings.append(
             script.Finding(
