@@ -27,6 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
 
+from scripts.parts.released_models import NOISE, VAE
 from scripts.parts.training_scripts import ROOT
 
 
@@ -60,17 +61,8 @@ def build_base(folder: Path, width: int) -> Path:
         norm_num_groups=min(32, width // 2),
     )
     vae_width = max(32, 128 * width // 320 // 32 * 32)
-    vae = AutoencoderKL(
-        block_out_channels=(vae_width, 2 * vae_width, 4 * vae_width, 4 * vae_width),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        scaling_factor=0.18215,
-    )
-    scheduler = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-    )
+    vae = AutoencoderKL(**VAE | {"block_out_channels": (vae_width, 2 * vae_width, 4 * vae_width, 4 * vae_width)})
+    scheduler = DDPMScheduler(**NOISE, clip_sample=False)
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )

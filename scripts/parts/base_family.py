@@ -26,16 +26,23 @@ def of_index(text: str) -> str | None:
     return CLASSES.get(json.loads(text).get("_class_name"))
 
 
-def keys_of(path: Path) -> list[str]:
-    """The tensor names of a checkpoint."""
+def tensors_of(path: Path) -> dict[str, tuple[str, int]]:
+    """{name: (dtype, number of dimensions)} of a checkpoint's tensors. The dtype is "F32", "F16", "BF16", … as safetensors says it.
+
+    Errors: of json, struct or torch for what is no checkpoint, or holds more than tensors.
+    """
     if path.suffix == ".safetensors":
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            return list(json.loads(stream.read(length)))
+            header = json.loads(stream.read(length))
+        return {name: (t["dtype"], len(t["shape"])) for name, t in header.items() if name != "__metadata__"}
     import torch
 
     state = torch.load(path, map_location="meta", weights_only=True)
-    return list(state.get("state_dict", state))
+    state = state.get("state_dict", state)
+    short = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    tensors = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
+    return {name: (short.get(t.dtype, str(t.dtype)), t.dim()) for name, t in tensors.items()}
 
 
 def detect(base: str) -> str | None:
@@ -44,7 +51,7 @@ def detect(base: str) -> str | None:
     if path.is_dir():
         return of_index((path / "model_index.json").read_text(encoding="utf-8"))
     if path.is_file():
-        names = "\n".join(keys_of(path))
+        names = "\n".join(tensors_of(path))
         return next((family for part, family in KEYS if part in names), None)
     from huggingface_hub import hf_hub_download
 

@@ -16,6 +16,7 @@ from scripts.dataset.parts.caption_models import ModelError, local_folder
 from scripts.dataset.parts.image_steps import in_parallel
 from scripts.dataset.parts.looks import look_of, picture_findings
 from scripts.dataset.parts.settings import source_args
+from scripts.parts.clip_vocabulary import clip_tokenizer
 
 FEW = 5  # images
 
@@ -42,7 +43,7 @@ def clip_tokenizers(base: str | None, script) -> dict:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"--pretrained_model_name_or_path {base}: no tokenizer there ({reason})") from None
-    tokenizer = script.clip_tokenizer()
+    tokenizer = clip_tokenizer()
     if tokenizer is None:
         with contextlib.suppress(OSError, ValueError):
             tokenizer = AutoTokenizer.from_pretrained("openai/clip-vit-large-patch14", local_files_only=True)
