@@ -3,7 +3,7 @@
     python scripts/bases/unpack_checkpoint.py downloaded.safetensors bases/downloaded
     python scripts/bases/unpack_checkpoint.py flux1-dev.safetensors bases/flux --layout FLUX_FOLDER
 
-The training scripts and infer_lora.py take the folder with -m. A checkpoint has neither configurations nor tokenizers: for SD 1.5
+The training scripts take the folder with -m, infer_lora.py as base_model_path. A checkpoint has neither configurations nor tokenizers: for SD 1.5
 and SDXL the former are known here, and CLIP's vocabulary is a data file of the package open_clip_torch
 (pip install --no-deps open_clip_torch). SD3 and FLUX.1 need --layout: a diffusers folder of that model, whose weights
 (text encoders, VAE) stand in for what the checkpoint lacks. Pickled code in a .ckpt is never run. Weights keep their precision.
