@@ -3,10 +3,11 @@
     python scripts/bases/unpack_checkpoint.py downloaded.safetensors bases/downloaded
     python scripts/bases/unpack_checkpoint.py flux1-dev.safetensors bases/flux --layout FLUX_FOLDER
 
-The training scripts take the folder with -m, infer_lora.py as base_model_path. A checkpoint has neither configurations nor tokenizers: for SD 1.5
-and SDXL the former are known here, and CLIP's vocabulary is a data file of the package open_clip_torch
-(pip install --no-deps open_clip_torch). SD3 and FLUX.1 need --layout: a diffusers folder of that model, whose weights
-(text encoders, VAE) stand in for what the checkpoint lacks. Pickled code in a .ckpt is never run. Weights keep their precision.
+The training scripts take the folder with -m, infer_lora.py as base_model_path. A checkpoint has neither configurations
+nor tokenizers: for SD 1.5 and SDXL the former are known here, and CLIP's vocabulary is a data file of the package
+open_clip_torch (pip install --no-deps open_clip_torch). SD3 and FLUX.1 need --layout: a diffusers folder of that model,
+whose weights (text encoders, VAE) stand in for what the checkpoint lacks. Pickled code in a .ckpt is never run. Weights
+keep their precision.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def parts_with_weights(folder: Path) -> dict[str, object]:
 
 
 def precision_of(checkpoint: Path):
-    """The one half precision that all matrices of a checkpoint have, else float32; 8-bit floats are stored in bfloat16."""
+    """The half precision that all matrices of a checkpoint have, bfloat16 for 8-bit floats; float32 if they differ."""
     import torch
 
     found = {dtype for dtype, dimensions in tensors_of(checkpoint).values() if dimensions > 1}
@@ -72,7 +73,7 @@ def unpack(checkpoint: Path, folder: Path, family: str, layout: Path | None) -> 
             tokenizer = clip_tokenizer()
             if tokenizer is None:
                 raise UnpackError(
-                    "CLIP's vocabulary is needed: pip install --no-deps open_clip_torch (only a data file of it is read), or"
+                    "CLIP's vocabulary is needed: pip install --no-deps open_clip_torch (only its data file is read), or"
                     " give --layout FOLDER"
                 )
             write_layout(family, Path(work), tokenizer)

@@ -27,9 +27,10 @@ def of_index(text: str) -> str | None:
 
 
 def tensors_of(path: Path) -> dict[str, tuple[str, int]]:
-    """{name: (dtype, number of dimensions)} of a checkpoint's tensors. The dtype is "F32", "F16", "BF16", … as safetensors says it.
+    """{name: (dtype, number of dimensions)} of a checkpoint's tensors.
 
-    Errors: of json, struct or torch for what is no checkpoint, or holds more than tensors.
+    The dtype is "F32", "F16", "BF16", … as safetensors says it. Errors: those of json, struct or torch, for what is no
+    checkpoint or holds more than tensors.
     """
     if path.suffix == ".safetensors":
         with path.open("rb") as stream:

@@ -31,8 +31,10 @@ def look_of(image) -> tuple[int, int, bytes]:
 
 
 def near_duplicates(looks: list[tuple[int, int, bytes]], distance: int = SAME_LOOK) -> list[tuple[int, int]]:
-    """Pairs (i, j), i < j, that look the same: at most `distance` of 64 bits of their hashes differ (in proportion, where
-    fewer are sure), and their colours vary alike."""
+    """Pairs (i, j), i < j, that look the same: their colours vary alike, and their hashes differ little.
+
+    At most `distance` of 64 bits, in proportion where fewer are sure.
+    """
     hashes, sure = (np.array([look[k] for look in looks], dtype=np.uint64) for k in (0, 1))
     pairs = []
     for i in range(len(looks) - 1):
@@ -73,7 +75,7 @@ def picture_findings(examples: list, buckets: list, looks: dict[str, tuple], bat
 
 
 def size_findings(examples: list, buckets: list, looks: dict[str, tuple], script) -> list:
-    """What the training script itself says of the pictures: those that are enlarged, and those that lose much to the crop."""
+    """What the training script itself says of the pictures: those that are enlarged or lose much to the crop."""
     for example in examples:  # the training scripts' own search for copies reads it
         example.look = looks[example.name]
     return [
