@@ -1,79 +1,9 @@
-"""Prints the model family of a base: sd15, sdxl, sd3 or flux.
+"""Moved to scripts/bases/detect_family.py, which this runs with the same arguments."""
 
-    python scripts/detect_family.py BASE
-
-BASE is a diffusers folder (its model_index.json tells), a .safetensors or .ckpt checkpoint (its keys tell; nothing of it is
-run), or a hub id. Imports nothing heavy unless the checkpoint is a .ckpt.
-"""
-
-from __future__ import annotations
-
-import json
-import struct
-import sys
+import runpy
 from pathlib import Path
 
-CLASSES = {
-    "StableDiffusionPipeline": "sd15",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusion3Pipeline": "sd3",
-    "FluxPipeline": "flux",
-}
-# the first of these that a checkpoint's keys contain decides
-KEYS = (
-    ("double_blocks.", "flux"),
-    ("joint_blocks.", "sd3"),
-    ("conditioner.embedders.1.", "sdxl"),
-    ("input_blocks.", "sd15"),
-)
-
-
-def of_index(text: str) -> str | None:
-    """The family that a model_index.json names."""
-    return CLASSES.get(json.loads(text).get("_class_name"))
-
-
-def keys_of(path: Path) -> list[str]:
-    """The tensor names of a checkpoint."""
-    if path.suffix == ".safetensors":
-        with path.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            return list(json.loads(stream.read(length)))
-    import torch
-
-    state = torch.load(path, map_location="meta", weights_only=True)
-    return list(state.get("state_dict", state))
-
-
-def detect(base: str) -> str | None:
-    """The family of a base, or None if it is none of the four. Errors: OSError if it is not to be had."""
-    path = Path(base)
-    if path.is_dir():
-        return of_index((path / "model_index.json").read_text(encoding="utf-8"))
-    if path.is_file():
-        names = "\n".join(keys_of(path))
-        return next((family for part, family in KEYS if part in names), None)
-    from huggingface_hub import hf_hub_download
-
-    return of_index(Path(hf_hub_download(base, "model_index.json")).read_text(encoding="utf-8"))
-
-
-def main() -> int:
-    if len(sys.argv) != 2:
-        print(__doc__.strip(), file=sys.stderr)
-        return 2
-    try:
-        family = detect(sys.argv[1])
-    except Exception as error:  # the hub's client and torch's reader of pickles raise many kinds
-        reason = " ".join(str(error).split())[:200]
-        print(f"{sys.argv[1]}: neither a folder nor a file, nor to be had from the hub ({reason})", file=sys.stderr)
-        return 2
-    if family is None:
-        print(f"{sys.argv[1]}: not a base of Stable Diffusion 1.x/2.x, SDXL, SD3 or FLUX.1", file=sys.stderr)
-        return 2
-    print(family)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    runpy.run_path(str(Path(__file__).resolve().parent / "bases" / "detect_family.py"), run_name="__main__")
+else:  # infer_lora.py still imports it
+    from scripts.parts.base_family import detect  # noqa: F401
