@@ -303,15 +303,15 @@ def add_scripts_to_path(what: str) -> None:
     """Lets the modules of scripts/ be imported. Errors: UserError if this file was copied without them."""
     if not (ROOT / "scripts").is_dir():
         raise UserError(f"{what} needs scripts/ of this project beside infer_lora.py; a diffusers folder needs nothing")
-    if str(ROOT / "scripts") not in sys.path:
-        sys.path.insert(0, str(ROOT / "scripts"))
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
 
 
 def unpacked(base: str) -> Path:
     """The diffusers folder that the training script of its family makes of a .safetensors or .ckpt checkpoint, once."""
     add_scripts_to_path(f"paths.base_model_path: {base}: a single file")
-    from detect_family import detect
-    from released_models import load_script
+    from scripts.parts.base_family import detect
+    from scripts.parts.training_scripts import load_script
 
     try:
         family = detect(base)
@@ -363,7 +363,7 @@ def add_adapters(pipeline, settings) -> dict[str, float]:
             if name not in loaded:  # diffusers only warns when no key fits
                 raise UserError(
                     f"paths.lora_weights_path: {lora}: none of its keys fits {type(pipeline).__name__};"
-                    " scripts/inspect_lora.py says what it is for"
+                    " scripts/lora/inspect_lora.py says what it is for"
                 )
             weights[name] = weight
     return weights
@@ -384,7 +384,7 @@ def load_lora(pipeline, file: Path, name: str, base: str) -> None:
     import tempfile
 
     add_scripts_to_path(f"paths.lora_weights_path: {file}: another tool's file for this family")
-    from lora_files import FileError, read_lora, write_diffusers
+    from scripts.lora.parts.lora_files import FileError, read_lora, write_diffusers
 
     with tempfile.TemporaryDirectory() as folder:
         try:

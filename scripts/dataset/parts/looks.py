@@ -58,7 +58,7 @@ def picture_findings(examples: list, buckets: list, looks: dict[str, tuple], bat
 
     examples: of the training script, with size and bucket; looks: {name of an example: what look_of gives}.
     """
-    findings, total = size_findings(examples, buckets, looks, script), len(examples)
+    findings, total = script.examine(examples, buckets), len(examples)
     inside = Counter(e.bucket for e in examples)
     alone = [e.name for e in examples if inside[e.bucket] == 1 and len(inside) > 1]
     weight = "each counts as much as a full batch; crop them, or use fewer buckets"
@@ -72,12 +72,3 @@ def picture_findings(examples: list, buckets: list, looks: dict[str, tuple], bat
     leaks = [t for t, (i, j) in zip(twins, pairs, strict=True) if examples[i].held_out != examples[j].held_out]
     advice = "the held-out loss will look better than it is; take one of each out"
     return findings + script.found("held-out images that look like trained ones", leaks, None, advice)
-
-
-def size_findings(examples: list, buckets: list, looks: dict[str, tuple], script) -> list:
-    """What the training script itself says of the pictures: those that are enlarged or lose much to the crop."""
-    for example in examples:  # the training scripts' own search for copies reads it
-        example.look = looks[example.name]
-    return [
-        f for f in script.examine(examples, buckets, 1) if f.what.startswith(("images enlarged", "images that lose"))
-    ]
