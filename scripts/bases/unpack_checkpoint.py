@@ -22,25 +22,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
 
 from scripts.parts.base_family import CLASSES, detect, tensors_of
+from scripts.parts.training_scripts import load_script
 
 PIPELINES = {family: kind for kind, family in CLASSES.items()}
 
 
 class UnpackError(Exception):
     """Why a checkpoint can't be unpacked, in one line."""
-
-
-def parts_with_weights(folder: Path) -> dict[str, object]:
-    """The parts but the denoiser whose weights a diffusers folder has, on the CPU in their own precision."""
-    import diffusers
-    import transformers
-
-    libraries, out = {"diffusers": diffusers, "transformers": transformers}, {}
-    for name, pair in json.loads((folder / "model_index.json").read_text(encoding="utf-8")).items():
-        known = isinstance(pair, list) and pair[0] in libraries and name not in ("unet", "transformer")
-        if known and any((folder / name).glob("*.safetensors")):
-            out[name] = getattr(libraries[pair[0]], pair[1]).from_pretrained(folder / name)
-    return out
 
 
 def precision_of(checkpoint: Path):
@@ -66,7 +54,7 @@ def unpack(checkpoint: Path, folder: Path, family: str, layout: Path | None) -> 
     with tempfile.TemporaryDirectory() as work:
         given = {}
         if layout is not None:
-            given = parts_with_weights(layout)
+            given = load_script(family).parts_with_weights(layout)
         elif family not in OTHER_PARTS:
             raise UnpackError(f"{checkpoint} is {family}: its tokenizers are in no package; give --layout FOLDER")
         else:

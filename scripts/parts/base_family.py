@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import warnings
 from pathlib import Path
 
 CLASSES = {
@@ -39,7 +40,8 @@ def tensors_of(path: Path) -> dict[str, tuple[str, int]]:
         return {name: (t["dtype"], len(t["shape"])) for name, t in header.items() if name != "__metadata__"}
     import torch
 
-    state = torch.load(path, map_location="meta", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # of a pickle's age; one that holds more than tensors is an error
+        state = torch.load(path, map_location="meta", weights_only=True)
     state = state.get("state_dict", state)
     short = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     tensors = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
