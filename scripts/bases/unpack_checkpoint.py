@@ -13,7 +13,6 @@ keep their precision.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
