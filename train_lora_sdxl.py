@@ -242,11 +242,11 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 254 the run: what happens, in which order · 518 the loop, and one step of it · 681 what is logged, and the
-# guard against learning nothing · 816 data: images and captions · 1146 images: decoding, buckets, crops, batches ·
-# 1574 text: embeddings and new tokens · 1803 LoRA and optimizer · 2122 checkpoints and signals · 2288 pictures:
-# validation, class images, comparison · 2486 files that a run leaves · 2745 command line · 3191 base model: loading,
-# quantising, splitting · 3452 errors, lines, seeds, libraries
+# By line: 254 the run: what happens, in which order · 524 the loop, and one step of it · 687 what is logged, and the
+# guard against learning nothing · 822 data: images and captions · 1152 images: decoding, buckets, crops, batches ·
+# 1580 text: embeddings and new tokens · 1809 LoRA and optimizer · 2128 checkpoints and signals · 2294 pictures:
+# validation, class images, comparison · 2478 probes: what was learned, what was forgotten · 2595 files that a run
+# leaves · 2854 command line · 3301 base model: loading, quantising, splitting · 3562 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -289,6 +289,8 @@ def execute(args: argparse.Namespace) -> None:
 
     run, resume = prepare_run(args)
     first_step = load_checkpoint(run, *resume) if resume else 0
+    if run.control_prompts:
+        run.probe = Probe(run)
     active_parts(run, first_step)
     start_trackers(run)
     say(
@@ -341,12 +343,14 @@ class Run:
     prompts: Prompts = None
     abstractions: dict[str, list[str]] = field(default_factory=dict)
     sample_prompts: list[str] = field(default_factory=list)
+    control_prompts: list[str] = field(default_factory=list)
     rows: dict[str, TokenRows] = field(default_factory=dict)  # by encoder key
     lora_modules: dict[str, object] = field(default_factory=dict)  # pipeline name -> module
     initial_states: dict = field(default_factory=dict)
     denoiser: object = None
     parts: list[Part] = field(default_factory=list)
     guard: StepGuard = None
+    probe: Probe | None = None
     settings: dict = field(default_factory=dict)
 
     @property
@@ -453,6 +457,8 @@ def load_text(run: Run) -> None:
     examples = run.data.examples
     run.abstractions = abstraction_tokens(run.args, next(iter(run.prompts.tokenizers.values())))
     run.sample_prompts = [insert_tokens(p, run.abstractions) for p in default_prompts(run.args, examples)]
+    if run.args.num_validation_images or run.args.validation_split:
+        run.control_prompts = control_prompts(run.args, examples, run.abstractions)
     if run.abstractions:
         add_tokens(run)
     if run.args.train_text_encoder:
@@ -635,10 +641,10 @@ def to_device(batch: dict, device) -> dict:
 def validate(run: Run, step: int, meter: Meter) -> None:
     """Held-out loss and validation images, on the main process."""
     run.accelerator.wait_for_everyone()
-    if any(e.held_out for e in run.data.examples):
-        loss = held_out_loss(run)
-        meter.write({"step": step, "held_out_loss": loss})
-        say(f"step {step}: held-out loss {loss:.4f}")
+    if run.probe:
+        found = run.probe.measure()
+        meter.write({"step": step} | found)
+        say(f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items()))
     draws = run.compares if step == run.max_steps else run.args.validation_prompt
     if draws and run.sample_prompts:
         on_main(run, log_samples, run, step)
@@ -1679,7 +1685,7 @@ def fill_text_cache(run: Run) -> None:
     captions = [insert_tokens(c, run.abstractions) for c in captions]
     for key in prompts.tokenizers:
         if key not in prompts.trained:
-            for prompt in dict.fromkeys([*captions, *run.sample_prompts, ""]):
+            for prompt in dict.fromkeys([*captions, *run.sample_prompts, *run.control_prompts, ""]):
                 prompts.kept(key, prompt)
             prompts.release(key)
 
@@ -2340,6 +2346,16 @@ def sample_images(
     """Draws one image per seed with one prompt's embeddings. `context` (autocast) holds for the denoiser alone: the VAE
     decodes in its own precision, so that a float32 one stays float32.
     """
+    latents = sampled_latents(pipeline, embeds, seeds, size, args, context)
+    config, vae = components.config("vae"), components.vae()
+    latents = latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
+    with torch.no_grad():
+        pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
+    return pipeline.image_processor.postprocess(pixels.float())
+
+
+def sampled_latents(pipeline, embeds: dict, seeds: list[int], size: tuple[int, int], args, context):
+    """What the denoiser draws with one prompt's embeddings, as it works on it: (number of seeds, C, H, W)."""
     with context:
         latents = pipeline(
             **{k: v.repeat_interleave(len(seeds), dim=0) for k, v in embeds.items()},
@@ -2350,11 +2366,7 @@ def sample_images(
             generator=[torch.Generator().manual_seed(s) for s in seeds],
             output_type="latent",
         ).images
-    config, vae = components.config("vae"), components.vae()
-    latents = unpack_output(latents, size) / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
-    with torch.no_grad():
-        pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
-    return pipeline.image_processor.postprocess(pixels.float())
+    return unpack_output(latents, size)
 
 
 def sample_seed(seed: int, prompt: int, image: int) -> int:
@@ -2379,26 +2391,6 @@ def evaluating(run: Run):
         run.prompts.forget()
         if run.args.offload:
             vae.to("cpu")
-
-
-def held_out_loss(run: Run) -> float:
-    """Mean loss over the held-out images at four fixed timesteps each, with fixed noise: comparable between steps."""
-    args, losses = run.args, []
-    quantiles = (0.125, 0.375, 0.625, 0.875)
-    with averaged(run.parts), evaluating(run), torch.no_grad():
-        for index, example in enumerate(run.data.examples):
-            if not example.held_out:
-                continue
-            rows = []
-            for q in quantiles:
-                slot = Slot(index, example.bucket, 0, 0, 1.0)
-                generator = torch.Generator().manual_seed(stable_seed(args.seed, "held-out", example.name, q))
-                shape = latent_shape(run.data.store.buckets[example.bucket], run.components.config("vae"))
-                rows.append(run.data[slot] | draw_noise(generator, shape, run.scheduler, args, quantile=q))
-            batch = to_device(collate(rows), run.accelerator.device)
-            caption = insert_tokens(with_trigger(example.captions[0], args.trigger_word), run.abstractions)
-            losses.append(batch_loss(run, batch, run.prompts.lookup([caption] * len(rows))).mean().item())
-    return sum(losses) / len(losses)
 
 
 def generate_class_images(args: argparse.Namespace, components: Components, prompts: Prompts, accelerator) -> None:
@@ -2481,6 +2473,123 @@ def comparison_sheet(before: list[Path], after: list[Path], prompts: list[str], 
                     resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
                     sheet.paste(image.resize(tile, resample), (label + k * (tile[0] + margin), y))
     return sheet
+
+
+# ---- probes: what was learned, what was forgotten --------------------------------------------------------------------
+
+QUANTILES = (0.125, 0.375, 0.625, 0.875)  # of the noise levels, at which losses are measured
+NEUTRAL_PROMPTS = ("a photograph of a street in a town", "a portrait of a woman")
+
+
+class Probe:
+    """Measures what training has changed, on pictures, noise levels and noise that stay the same.
+
+    learned: 1 - loss now / loss of the base alone, on training pictures and their captions; the same on held-out ones.
+    forgotten: how far the prediction for control prompts has moved from the base's, on latents that the base has drawn,
+    relative to how far that for the trained captions has moved in the whole run so far (root mean squares).
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.farthest = run, 0.0
+        examples, seed = run.data.examples, run.args.seed
+        trained = [i for i, e in enumerate(examples) if not e.held_out]
+        chosen = random.Random(stable_seed(seed, "probe")).sample(trained, min(8, len(trained)))
+        pairs = [(chosen[k % len(chosen)], QUANTILES[(k + k // len(chosen)) % 4]) for k in range(8)]
+        held_out = [(i, q) for i, e in enumerate(examples) if e.held_out for q in QUANTILES]
+        self.rows = {"trained": [self.row(*pair) for pair in pairs], "held_out": [self.row(*pair) for pair in held_out]}
+        with base_alone(run), evaluating(run), torch.no_grad():
+            self.rows["control"] = self.control_rows()
+            self.base = {kind: [self.look(*row) for row in rows] for kind, rows in self.rows.items()}
+
+    def row(self, index: int, quantile: float) -> tuple[dict, str]:
+        """A batch of one image with fixed noise at a quantile of the noise levels, and its caption."""
+        run, example = self.run, self.run.data.examples[index]
+        generator = torch.Generator().manual_seed(stable_seed(run.args.seed, "held-out", example.name, quantile))
+        shape = latent_shape(run.data.store.buckets[example.bucket], run.components.config("vae"))
+        item = run.data[Slot(index, example.bucket, 0, 0, 1.0)]
+        item |= draw_noise(generator, shape, run.scheduler, run.args, quantile=quantile)
+        return collate([item]), insert_tokens(
+            with_trigger(example.captions[0], run.args.trigger_word), run.abstractions
+        )
+
+    def control_rows(self) -> list[tuple[dict, str]]:
+        """Four batches of one latent each that the base draws for the control prompts."""
+        run, config, out = self.run, self.run.components.config("vae"), []
+        pipeline, prompts = run.components.pipeline(run.denoiser), run.control_prompts
+        height_width = torch.tensor([(run.plan_size[1], run.plan_size[0])])
+        for k, quantile in enumerate(QUANTILES):
+            prompt, seed = prompts[k % len(prompts)], sample_seed(run.args.seed, -1, k)
+            embeds = {name: v.to(run.components.dtype) for name, v in run.prompts.for_pipeline(prompt).items()}
+            context = run.accelerator.autocast()
+            latents = sampled_latents(pipeline, embeds, [seed], run.plan_size, run.args, context)
+            mean = latents.float().cpu() / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
+            noise = draw_noise(
+                torch.Generator().manual_seed(seed), tuple(mean.shape[1:]), run.scheduler, run.args, quantile=quantile
+            )
+            batch = {
+                "moments": torch.cat([mean, torch.zeros_like(mean)], dim=1),
+                "posterior_noise": torch.zeros_like(mean),
+            }
+            batch |= {"original_size": height_width, "target_size": height_width, "captions": [prompt]}
+            batch |= {"crop_top_left": torch.zeros_like(height_width)} | {name: v[None] for name, v in noise.items()}
+            out.append((batch, prompt))
+        return out
+
+    def look(self, batch: dict, caption: str) -> tuple[float, object]:
+        """(loss, the denoiser's prediction) of a batch."""
+        run, seen = self.run, []
+        hook = run.denoiser.register_forward_hook(lambda module, given, result: seen.append(result[0].float()))
+        loss = batch_loss(run, to_device(batch, run.accelerator.device), run.prompts.lookup([caption]))
+        hook.remove()
+        return loss.item(), seen[0]
+
+    def measure(self) -> dict[str, float]:
+        """learned, forgotten and, with held-out images, held_out_loss and learned_held_out."""
+        with averaged(self.run.parts), evaluating(self.run), torch.no_grad():
+            now = {kind: [self.look(*row) for row in rows] for kind, rows in self.rows.items()}
+        loss = {k: [sum(row[0] for row in rows[k]) / max(1, len(rows[k])) for rows in (now, self.base)] for k in now}
+        moved = {}
+        for kind in ("trained", "control"):
+            squares = [(a[1] - b[1]).square().mean() for a, b in zip(now[kind], self.base[kind], strict=True)]
+            moved[kind] = torch.stack(squares).mean().sqrt().item()
+        self.farthest = max(self.farthest, moved["trained"])
+        out = {"learned": 1 - loss["trained"][0] / loss["trained"][1]}
+        out["forgotten"] = moved["control"] / self.farthest if self.farthest else 0.0
+        out |= {f"moved_{kind}": value for kind, value in moved.items()}
+        if now["held_out"]:
+            out |= {
+                "held_out_loss": loss["held_out"][0],
+                "learned_held_out": 1 - loss["held_out"][0] / loss["held_out"][1],
+            }
+        return out
+
+
+def control_prompts(args: argparse.Namespace, examples: list[Example], abstractions: dict[str, list[str]]) -> list[str]:
+    """Prompts whose pictures should not change: --control_prompt, else the class prompt, else the captions without trigger
+    word and tokens, else two neutral ones.
+    """
+    if args.control_prompt or args.class_prompt:
+        return args.control_prompt or [args.class_prompt]
+    words, stripped = [*abstractions, *filter(None, [args.trigger_word])], []
+    for caption in (e.captions[0] for e in examples if words and not e.held_out):
+        for word in words:
+            caption = " ".join(caption.replace(word, " ").split()).strip(" ,")
+        stripped += [caption] if caption else []
+    return list(dict.fromkeys(stripped))[:4] or list(NEUTRAL_PROMPTS)
+
+
+@contextlib.contextmanager
+def base_alone(run: Run):
+    """While inside, all that is trained is as it was at the start, when it changes nothing that the base draws."""
+    kept = [part.weights.detach().clone() for part in run.parts]
+    for part in run.parts:
+        part.weights.data.copy_(part.initial)
+    try:
+        yield
+    finally:
+        for part, weights in zip(run.parts, kept, strict=True):
+            part.weights.data.copy_(weights)
+        run.prompts.forget()
 
 
 # ---- files that a run leaves -----------------------------------------------------------------------------------------
@@ -2899,6 +3008,7 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--validation_steps", type=count, help="draw every so many steps (with neither: about five times)")
     add("--validation_inference_steps", type=count, default=DEFAULT_INFERENCE_STEPS, help=f"({DEFAULT_INFERENCE_STEPS})")
     add("--validation_guidance_scale", type=amount, default=DEFAULT_INFERENCE_GUIDANCE, help=f"({DEFAULT_INFERENCE_GUIDANCE})")
+    add("--control_prompt", nargs="+", metavar="PROMPT", help="prompts whose pictures should stay as they are: what is forgotten is measured on them")
     add("--skip_final_inference", action="store_true", help="no pictures before and after: no comparison.png")
 
     add = parser.add_argument_group("logging").add_argument
