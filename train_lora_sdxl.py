@@ -245,8 +245,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 254 the run: what happens, in which order · 524 the loop, and one step of it · 687 what is logged, and the
 # guard against learning nothing · 822 data: images and captions · 1152 images: decoding, buckets, crops, batches ·
 # 1580 text: embeddings and new tokens · 1809 LoRA and optimizer · 2128 checkpoints and signals · 2294 pictures:
-# validation, class images, comparison · 2478 probes: what was learned, what was forgotten · 2595 files that a run
-# leaves · 2854 command line · 3301 base model: loading, quantising, splitting · 3562 errors, lines, seeds, libraries
+# validation, class images, comparison · 2478 probes: what was learned, what was forgotten · 2639 files that a run
+# leaves · 2898 command line · 3345 base model: loading, quantising, splitting · 3606 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2486,11 +2486,11 @@ class Probe:
 
     learned: 1 - loss now / loss of the base alone, on training pictures and their captions; the same on held-out ones.
     forgotten: how far the prediction for control prompts has moved from the base's, on latents that the base has drawn,
-    relative to how far that for the trained captions has moved in the whole run so far (root mean squares).
+    relative to how far that for the trained captions has moved (root mean squares).
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.farthest = run, 0.0
+        self.run = run
         examples, seed = run.data.examples, run.args.seed
         trained = [i for i, e in enumerate(examples) if not e.held_out]
         chosen = random.Random(stable_seed(seed, "probe")).sample(trained, min(8, len(trained)))
@@ -2552,10 +2552,8 @@ class Probe:
         for kind in ("trained", "control"):
             squares = [(a[1] - b[1]).square().mean() for a, b in zip(now[kind], self.base[kind], strict=True)]
             moved[kind] = torch.stack(squares).mean().sqrt().item()
-        self.farthest = max(self.farthest, moved["trained"])
         out = {"learned": 1 - loss["trained"][0] / loss["trained"][1]}
-        out["forgotten"] = moved["control"] / self.farthest if self.farthest else 0.0
-        out |= {f"moved_{kind}": value for kind, value in moved.items()}
+        out["forgotten"] = moved["control"] / moved["trained"] if moved["trained"] else 0.0
         if now["held_out"]:
             out |= {
                 "held_out_loss": loss["held_out"][0],
@@ -2576,6 +2574,52 @@ def control_prompts(args: argparse.Namespace, examples: list[Example], abstracti
             caption = " ".join(caption.replace(word, " ").split()).strip(" ,")
         stripped += [caption] if caption else []
     return list(dict.fromkeys(stripped))[:4] or list(NEUTRAL_PROMPTS)
+
+
+def verdict(run: Run) -> dict:
+    """Which step to take and why, from the probes in metrics.jsonl.
+
+    Returns {"step": int, "text": str, "warnings": [str], "rows": [probe rows]}. A step's worth is the share that it has of
+    what was learned at most, times the square of what it has kept, 1 - forgotten. docs/probes.md shows that this agrees
+    with a judge of the pictures.
+    """
+    rows = [row for row in read_metrics(run.args.output_dir) if row["step"] and "learned" in row]
+    seen = "learned_held_out" if "learned_held_out" in rows[-1] else "learned"
+    most = max(row[seen] for row in rows)
+    best = max(rows, key=lambda row: row[seen] / most * (1 - min(1.0, row["forgotten"])) ** 2) if most > 0 else rows[-1]
+    last = rows[-1]
+    text = f"take step {best['step']}, the last: nothing speaks for an earlier one"
+    if best is not last:
+        share, less = best[seen] / most, 1 - best["forgotten"] / last["forgotten"]
+        text = f"take step {best['step']} of {run.max_steps}: {share:.0%} of what was learned, and {less:.0%} less forgotten"
+    warnings = []
+    if most < 0.005:
+        warnings.append(
+            "hardly anything was learned: a higher --learning_rate, more steps, or captions with the trigger word"
+        )
+    if last["learned"] < 0 or last["learned"] < 0.5 * max(row["learned"] for row in rows):
+        warnings.append("the loss has risen far above its best: the --learning_rate is too high")
+    if "held_out_loss" in last:
+        low = min(rows, key=lambda row: row["held_out_loss"])
+        if last["held_out_loss"] > 1.02 * low["held_out_loss"]:
+            warnings.append(
+                f"the loss on held-out images has risen since step {low['step']}: from there on, pictures are memorised"
+            )
+    if best["forgotten"] > 0.5:
+        warnings.append(
+            f"control prompts have changed half as much as trained ones ({', '.join(run.control_prompts[:2])}): the LoRA bleeds;"
+            " a lower --learning_rate, prior preservation, or captions that say more"
+        )
+    return {"step": best["step"], "text": text, "warnings": warnings, "rows": rows}
+
+
+def read_metrics(output: str) -> list[dict]:
+    """The whole lines of metrics.jsonl."""
+    rows = []
+    for line in (Path(output) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # the last one, where a run was killed
+            rows.append(json.loads(line))
+    return rows
 
 
 @contextlib.contextmanager
