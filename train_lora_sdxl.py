@@ -242,11 +242,11 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 254 the run: what happens, in which order · 518 the loop, and one step of it · 669 what is logged, and the
-# guard against learning nothing · 793 data: images and captions · 1123 images: decoding, buckets, crops, batches ·
-# 1551 text: embeddings and new tokens · 1780 LoRA and optimizer · 2091 checkpoints and signals · 2257 pictures:
-# validation, class images, comparison · 2455 files that a run leaves · 2714 command line · 3160 base model: loading,
-# quantising, splitting · 3421 errors, lines, seeds, libraries
+# By line: 254 the run: what happens, in which order · 506 the loop, and one step of it · 657 what is logged, and the
+# guard against learning nothing · 781 data: images and captions · 1073 images: decoding, buckets, crops, batches ·
+# 1481 text: embeddings and new tokens · 1710 LoRA and optimizer · 2021 checkpoints and signals · 2185 pictures:
+# validation, class images, comparison · 2383 files that a run leaves · 2642 command line · 3088 base model: loading,
+# quantising, splitting · 3349 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -271,9 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        print(
-            f"{program}: error: the GPU's memory does not suffice; in this order, try {MEMORY_ADVICE}", file=sys.stderr
-        )
+        print(f"{program}: error: out of GPU memory; try, in this order, {MEMORY_ADVICE}", file=sys.stderr)
         return 1
 
 
@@ -291,9 +289,10 @@ def execute(args: argparse.Namespace) -> None:
     first_step = load_checkpoint(run, *resume) if resume else 0
     active_parts(run, first_step)
     start_trackers(run)
+    batch = f"{args.train_batch_size} x {run.accelerator.num_processes} processes x {args.gradient_accumulation_steps}"
     say(
-        f"{sum(not e.held_out for e in run.data.examples)} images, {run.plan.per_epoch} batches per epoch, {run.max_steps} steps, batch"
-        f" {args.train_batch_size} x {run.accelerator.num_processes} processes x {args.gradient_accumulation_steps} accumulated"
+        f"{len(run.plan.buckets)} images, {run.plan.per_epoch} batches per epoch, {run.max_steps} steps,"
+        f" batch {batch} accumulated"
     )
     with disable_input_dtype_casting(run.denoiser, active=run.accelerator.mixed_precision != "no"):
         if run.compares and first_step == 0:
@@ -315,12 +314,11 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
     run = Run(args, start_accelerator(args), stop)
     make_output_folder(args)
     resume = find_checkpoint(args)
-    settle_seed(run, resume)
+    settle_seed(args, resume)
     run.components = open_base(run)
     load_data(run)
     load_text(run)
     add_trained_parts(run)
-    run.settings = resume_settings(run)
     return run, resume
 
 
@@ -347,7 +345,6 @@ class Run:
     denoiser: object = None
     parts: list[Part] = field(default_factory=list)
     guard: StepGuard = None
-    settings: dict = field(default_factory=dict)
 
     @property
     def compares(self) -> bool:
@@ -366,10 +363,9 @@ def start_accelerator(args: argparse.Namespace):
     import accelerate
 
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    project = accelerate.utils.ProjectConfiguration(
-        project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)
-    )
-    trackers = None if args.report_to == "none" else args.report_to.split(",") if args.report_to != "all" else "all"
+    logs = str(Path(args.output_dir) / args.logging_dir)
+    project = accelerate.utils.ProjectConfiguration(project_dir=args.output_dir, logging_dir=logs)
+    trackers = None if args.report_to == "none" else args.report_to.split(",")
     wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")  # the launcher's configuration
     if wanted == "fp16" and PREDICTS_FLOW:
         say(f"{FAMILY_TITLE} overflows in fp16: using bf16")
@@ -378,9 +374,8 @@ def start_accelerator(args: argparse.Namespace):
     if args.deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") not in ("1", "2"):
         raise UserError("DeepSpeed: use zero_stage 1 or 2; config/accelerate_config_fsdp2.yaml splits the base itself")
     try:
-        accelerator = accelerate.Accelerator(
-            mixed_precision=args.mixed_precision, log_with=trackers, project_config=project
-        )
+        precision = {"mixed_precision": args.mixed_precision}
+        accelerator = accelerate.Accelerator(**precision, log_with=trackers, project_config=project)
     except ValueError as error:
         raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from None
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -394,31 +389,27 @@ def make_output_folder(args: argparse.Namespace) -> None:
     """Makes the output folder and sees that it can be written to."""
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.output_dir):
-            pass
+        tempfile.TemporaryFile(dir=args.output_dir).close()
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir} can't be written to: {error.strerror}") from None
 
 
-def settle_seed(run: Run, resume: tuple[Path, dict] | None) -> None:
+def settle_seed(args: argparse.Namespace, resume: tuple[Path, dict] | None) -> None:
     """Without --seed: the checkpoint's, or one that is drawn, the same on every process."""
     from accelerate.utils import broadcast_object_list
 
-    if run.args.seed is None:
-        drawn = [resume[1]["seed"] if resume else random.SystemRandom().randrange(2**31)]
-        run.args.seed = broadcast_object_list(drawn)[0] if run.accelerator.num_processes > 1 else drawn[0]
-        say(f"seed {run.args.seed}")
+    if args.seed is None:
+        args.seed = broadcast_object_list([resume[1]["seed"] if resume else random.SystemRandom().randrange(2**31)])[0]
+        say(f"seed {args.seed}")
 
 
 def open_base(run: Run) -> Components:
     """The base's parts, none of them loaded yet."""
     args, accelerator = run.args, run.accelerator
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    dtype = torch_dtype(accelerator.mixed_precision)
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
     if sharded and (args.quantize_base or args.compile):
-        raise UserError(
-            "--quantize_base and --compile can't be combined with FSDP: use a configuration for several GPUs"
-        )
+        raise UserError("--quantize_base and --compile don't work with FSDP: use a configuration for several GPUs")
     components = Components(resolve_base(args), args, dtype, accelerator.device, sharded)
     check_base(components)
     return components
@@ -428,7 +419,8 @@ def load_data(run: Run) -> None:
     """Examples, class images, which of them stand in which batch, and their latents, if these are cached."""
     args, components, processes = run.args, run.components, run.accelerator.num_processes
     buckets = bucket_sizes(args)
-    examples, store = prepare_examples(load_examples(args), buckets, args)
+    store = prepare_examples(load_examples(args), buckets, args)
+    examples = store.examples
     hold_out(examples, args)
     print_buckets(examples, buckets)
     run.prompts = Prompts(args, components)
@@ -436,14 +428,14 @@ def load_data(run: Run) -> None:
     class_store = None
     if args.with_prior_preservation:
         generate_class_images(args, components, run.prompts, run.accelerator)
-        _, class_store = prepare_examples(load_class_examples(args), buckets, args)
+        class_store = prepare_examples(load_class_examples(args), buckets, args)
     run.plan = BatchPlan(examples, args, processes, len(class_store.examples) if class_store else 0)
     steps_per_epoch = run.plan.per_epoch / args.gradient_accumulation_steps
     run.max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
     run.validation_steps = validation_schedule(args, run.max_steps, steps_per_epoch)
     run.plan_size = buckets[Counter(e.bucket for e in examples).most_common(1)[0][0]]
     run.scheduler = components.training_scheduler()
-    run.data = TrainingData(examples, store, class_store, args, components.config("vae"), run.scheduler)
+    run.data = TrainingData(store, class_store, args, components.config("vae"), run.scheduler)
     if args.cache_latents:
         cache_latents(run.data, run.plan, components, args)
 
@@ -463,15 +455,12 @@ def load_text(run: Run) -> None:
 def start_trackers(run: Run) -> None:
     """Starts the trackers with the settings as their configuration; the hub token is not among them."""
     args = run.args
-    if args.report_to == "none" or not run.accelerator.log_with:
+    if not run.accelerator.log_with:
         return
-    config = {
-        k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items() if k != "hub_token"
-    }
-    name = args.run_name or Path(args.output_dir).resolve().name
-    run.accelerator.init_trackers(
-        f"lora-{FAMILY}", config=config, init_kwargs={"wandb": {"name": name, "dir": args.output_dir}}
-    )
+    public = {k: v for k, v in vars(args).items() if k != "hub_token"}
+    config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public.items()}
+    own = {"wandb": {"name": args.run_name or Path(args.output_dir).resolve().name, "dir": args.output_dir}}
+    run.accelerator.init_trackers(f"lora-{FAMILY}", config=config, init_kwargs=own)
 
 
 def check_results(run: Run) -> None:
@@ -494,10 +483,10 @@ def temporary_output(args: argparse.Namespace):
 def rehearse(run: Run) -> None:
     """--dry_run: two steps at the largest bucket (the second is timed), a checkpoint; prints time and memory."""
     args, planned = run.args, run.max_steps
-    areas = [run.data.store.buckets[b[0].bucket] for b in run.plan.epoch(0)]
-    largest = max(range(len(areas)), key=lambda i: areas[i][0] * areas[i][1])
-    run.plan.epoch(0)[:] = [run.plan.epoch(0)[largest]] * len(areas)
-    run.plan_size = areas[largest]
+    batches, buckets = run.plan.epoch(0), run.data.buckets
+    largest = max(batches, key=lambda batch: math.prod(buckets[batch[0].bucket]))
+    batches[:] = [largest] * len(batches)
+    run.plan_size = buckets[largest[0].bucket]
     run.max_steps = args.checkpointing_steps = min(2, planned)
     args.logging_steps, run.validation_steps = 1, {run.max_steps}
     train(run, 0)
@@ -509,9 +498,8 @@ def rehearse(run: Run) -> None:
         import resource
 
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    say(
-        f"dry run: largest bucket {run.plan_size[0]} x {run.plan_size[1]}, {seconds:.3f} s per step, peak memory {memory:.2f} GiB,"
-    )
+    size = "{} x {}".format(*run.plan_size)
+    say(f"dry run: largest bucket {size}, {seconds:.3f} s per step, peak memory {memory:.2f} GiB,")
     say(f"dry run: {planned} steps would take about {seconds * planned / 60:.1f} minutes; nothing was kept")
 
 
@@ -813,20 +801,16 @@ def load_examples(args: argparse.Namespace) -> list[Example]:
     """The training images and their captions, as the flags say. Captions are still without trigger word."""
     examples = source_examples(args)
     if args.max_train_samples is not None and args.max_train_samples < len(examples):
-        chosen = random.Random(stable_seed(args.seed, "max_train_samples")).sample(
-            range(len(examples)), args.max_train_samples
-        )
-        examples = [examples[i] for i in sorted(chosen)]
+        rng = random.Random(stable_seed(args.seed, "max_train_samples"))
+        examples = [examples[i] for i in sorted(rng.sample(range(len(examples)), args.max_train_samples))]
     fallback = clean_caption(args.instance_prompt or args.default_caption)
     bare = [e for e in examples if not e.captions]
     for example in bare:
         example.captions = [fallback]
     if bare and not fallback:
         if len(bare) == len(examples) and not args.trigger_word:
-            raise UserError(
-                "no image has a caption: add metadata.jsonl or .txt files, or give --instance_prompt or --default_caption"
-            )
-        names = ", ".join(e.name for e in bare[:3])
+            raise UserError("no image has a caption: write .txt files, or give --instance_prompt or --default_caption")
+        names = listed([e.name for e in bare])
         instead = "the trigger word alone" if args.trigger_word else "the empty one"
         say(f"warning: {len(bare)} of {len(examples)} images have no caption and train on {instead} ({names})")
     return examples
@@ -835,14 +819,10 @@ def load_examples(args: argparse.Namespace) -> list[Example]:
 def source_examples(args: argparse.Namespace, missing: list[str] | None = None) -> list[Example]:
     """All images of the folder or data set that the flags name, with the captions that they have."""
     folder = Path(args.dataset_name or args.train_data_dir or args.instance_data_dir)
-    plain = args.dataset_name is None or (
-        folder.is_dir()
-        and not any(
-            f.suffix in (".arrow", ".parquet") or f.name in ("dataset_dict.json", "state.json", "dataset_infos.json")
-            for f in folder.rglob("*")
-        )
-    )
-    return folder_examples(folder, args.caption_column, missing) if plain else dataset_examples(args)
+    tables = (".arrow", ".parquet", "dataset_dict.json", "state.json", "dataset_infos.json")
+    if args.dataset_name and not (folder.is_dir() and not any(f.name.endswith(tables) for f in folder.rglob("*"))):
+        return dataset_examples(args)
+    return folder_examples(folder, args.caption_column, missing)
 
 
 def folder_examples(folder: Path, caption_column: str | None, missing: list[str] | None = None) -> list[Example]:
@@ -852,34 +832,33 @@ def folder_examples(folder: Path, caption_column: str | None, missing: list[str]
     Files that the metadata name and that are not there are an error, or are noted in `missing`, if it's given.
     """
     folder = folder.resolve()
-    files = sorted(
-        f for f in folder.rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.relative_to(folder).parts)
-    )
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and "/." not in f"/{f.relative_to(folder).as_posix()}"]
     described: dict[Path, list[str]] = {}
     for meta in (f for f in files if f.name in ("metadata.jsonl", "metadata.csv")):
         for row in read_metadata(meta):
             image = (meta.parent / row["file_name"]).resolve()
             if not image.is_relative_to(folder):
                 raise UserError(f"{meta}: file_name {row['file_name']!r} leads out of the data folder")
-            if not image.is_file() and missing is not None:
+            if image.is_file():
+                described[image] = caption_of_row(row, caption_column, str(meta))
+            elif missing is not None:
                 missing.append(row["file_name"])
-                continue
-            if not image.is_file():
+            else:
                 raise UserError(f"{meta}: file_name {row['file_name']!r}: there is no such file")
-            described[image] = caption_of_row(row, caption_column, str(meta))
     examples, strays, edited = [], Counter(), []
     for file in files:
-        if file.suffix.lower() not in IMAGE_SUFFIXES and file not in described:
-            if file.suffix.lower() not in (".txt", ".caption", ".jsonl", ".csv", ".json", ".md", ".html"):
+        suffix = file.suffix.lower()
+        if suffix not in IMAGE_SUFFIXES and file not in described:
+            if suffix not in (".txt", ".caption", ".jsonl", ".csv", ".json", ".md", ".html"):
                 strays[file.suffix or file.name] += 1
             continue
         name, captions = str(file.relative_to(folder)), described.get(file, [])
         if not captions or caption_column is None:
-            beside = next((b for b in (file.with_suffix(".txt"), file.with_suffix(".caption")) if b.is_file()), None)
-            written = as_captions(decode_text(beside.read_bytes(), beside)) if beside else []
-            if captions and written and written[0] not in captions:
-                edited.append(name)
-            captions = captions if captions and (not written or written[0] in captions) else written
+            beside = [b for b in (file.with_suffix(".txt"), file.with_suffix(".caption")) if b.is_file()][:1]
+            written = [c for b in beside for c in as_captions(decode_text(b.read_bytes(), b))]
+            if written and written[0] not in captions:
+                edited += [name] if captions else []
+                captions = written
         examples.append(Example(name, captions, file.read_bytes))
     if edited:
         say(f"{listed(edited)}: the text file and the metadata differ; the text file's caption is taken")
@@ -892,30 +871,23 @@ def folder_examples(folder: Path, caption_column: str | None, missing: list[str]
 
 def read_metadata(file: Path) -> list[dict]:
     """Rows of a metadata.jsonl or metadata.csv, with a key `file_name` each."""
-    text = decode_text(file.read_bytes(), file)
-    if file.suffix == ".csv":
-        rows = list(csv.DictReader(io.StringIO(text)))
-    else:
-        rows = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{file} line {number}: not JSON: {error}") from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not row.get("file_name"):
-            raise UserError(f"{file} row {number}: no file_name")
+    text, is_csv, rows = decode_text(file.read_bytes(), file), file.suffix == ".csv", []
+    for number, line in enumerate(csv.DictReader(io.StringIO(text)) if is_csv else text.splitlines(), 1):
+        if is_csv or line.strip():
+            try:
+                rows.append(line if is_csv else json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{file} line {number}: not JSON: {error}") from None
+            if not isinstance(rows[-1], dict) or not rows[-1].get("file_name"):
+                raise UserError(f"{file} row {len(rows)}: no file_name")
     return rows
 
 
 def caption_of_row(row: dict, column: str | None, where: str) -> list[str]:
     """The captions in a row: of the given column, or of the one of text, caption, prompt that exists."""
-    if column is not None:
-        if column not in row:
-            raise UserError(f"--caption_column {column}: {where} has the columns {', '.join(map(str, row))}")
-        return as_captions(row[column])
-    return as_captions(next((row[c] for c in CAPTION_COLUMNS if row.get(c)), None))
+    if column is not None and column not in row:
+        raise UserError(f"--caption_column {column}: {where} has the columns {', '.join(map(str, row))}")
+    return as_captions(row[column] if column else next((row[c] for c in CAPTION_COLUMNS if row.get(c)), None))
 
 
 def as_captions(value: object) -> list[str]:
@@ -946,40 +918,30 @@ def dataset_examples(args: argparse.Namespace) -> list[Example]:
 
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    name = args.dataset_name
+    name, split = args.dataset_name, args.dataset_split
     try:
         if name.endswith(".py"):
             table = builder_dataset(args)
-        elif Path(name).is_dir() and (Path(name) / "dataset_dict.json").exists():
-            table = datasets.load_from_disk(name)[args.dataset_split]
-        elif Path(name).is_dir() and (Path(name) / "state.json").exists():
-            table = datasets.load_from_disk(name)
+        elif any((Path(name) / file).exists() for file in ("dataset_dict.json", "state.json")):
+            saved = datasets.load_from_disk(name)
+            table = saved[split] if isinstance(saved, dict) else saved
         else:
-            table = datasets.load_dataset(
-                name, args.dataset_config_name, split=args.dataset_split, cache_dir=args.cache_dir
-            )
+            table = datasets.load_dataset(name, args.dataset_config_name, split=split, cache_dir=args.cache_dir)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"--dataset_name {name}: {' '.join(str(error).split())[:300]}") from None
-    if args.image_column not in table.column_names:
-        raise UserError(
-            f"--image_column {args.image_column}: the data set has the columns {', '.join(table.column_names)}"
-        )
+        raise UserError(f"--dataset_name {name}: {brief(error)}") from None
+    for flag in ("image_column", "caption_column"):
+        if vars(args)[flag] not in (None, *table.column_names):
+            columns = ", ".join(table.column_names)
+            raise UserError(f"--{flag} {vars(args)[flag]}: the data set has the columns {columns}")
     column = args.caption_column or next((c for c in CAPTION_COLUMNS if c in table.column_names), None)
-    if args.caption_column and args.caption_column not in table.column_names:
-        raise UserError(f"--caption_column {column}: the data set has the columns {', '.join(table.column_names)}")
-    if isinstance(table.features[args.image_column], datasets.Value):
-        table = table.cast_column(args.image_column, datasets.Image())
     table = table.cast_column(args.image_column, datasets.Image(decode=False))
-    captions = [as_captions(c) for c in table[column]] if column else [[] for _ in range(len(table))]
 
-    def reader(row: int):
-        def read() -> bytes:
-            cell = table[row][args.image_column]
-            return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+    def read(row: int) -> bytes:
+        cell = table[row][args.image_column]
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
-        return read
-
-    return [Example(f"row {i}", captions[i], reader(i)) for i in range(len(table))]
+    captions = map(as_captions, table[column] if column else [None] * len(table))
+    return [Example(f"row {i}", own, lambda i=i: read(i)) for i, own in enumerate(captions)]
 
 
 def builder_dataset(args: argparse.Namespace):
@@ -993,22 +955,17 @@ def builder_dataset(args: argparse.Namespace):
     if not path.is_file():
         raise UserError(f"--dataset_name {path}: no such file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    builders = [
-        c
-        for c in vars(module).values()
-        if isinstance(c, type) and issubclass(c, datasets.DatasetBuilder) and c.__module__ == module.__name__
-    ]
+    own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+    builders = [c for c in own if issubclass(c, datasets.DatasetBuilder)]
     if len(builders) != 1:
         raise UserError(f"--dataset_name {path}: expected one datasets builder class, found {len(builders)}")
     data_dir = str(Path(args.train_data_dir).resolve()) if args.train_data_dir else None
     with tempfile.TemporaryDirectory() as work:
         builder = builders[0](cache_dir=work, config_name=args.dataset_config_name, data_dir=data_dir)
         builder.download_and_prepare()
-        table = builder.as_dataset(split=args.dataset_split, in_memory=True)
-    return table
+        return builder.as_dataset(split=args.dataset_split, in_memory=True)
 
 
 def hold_out(examples: list[Example], args: argparse.Namespace) -> None:
@@ -1050,9 +1007,6 @@ class Finding:
     advice: str
     hurts: bool = True
 
-    def __str__(self) -> str:
-        return f"{self.what}; {self.advice}"
-
 
 def found(what: str, names: list[str], total: int | None, advice: str, hurts: bool = True) -> list[Finding]:
     """[a finding with how many, of how many, and the first few names], or [] if there are none."""
@@ -1070,29 +1024,27 @@ def report_findings(examples: list[Example], buckets: list[tuple[int, int]], tok
     findings = examine(examples, buckets)
     if not args.instance_prompt and not args.default_caption:
         findings += unvaried_captions(examples)
-    captions = [with_trigger(c, args.trigger_word) for e in examples for c in e.captions]
-    findings += truncated_captions(captions, tokenizers)
-    sizes = [f"{w} x {h}" for w, h in sorted((e.size for e in examples), key=lambda s: s[0] * s[1])]
+    findings += truncated_captions(
+        [with_trigger(c, args.trigger_word) for e in examples for c in e.captions], tokenizers
+    )
+    sizes = ["{} x {}".format(*size) for size in sorted((e.size for e in examples), key=math.prod)]
     say(f"{len(examples)} images from {sizes[0]} to {sizes[-1]} pixels")
     for finding in findings:
-        say(f"warning: {finding}")
+        say(f"warning: {finding.what}; {finding.advice}")
     if findings:
         say("prepare_dataset.py --doctor looks closer: copies, blur, lonely buckets")
 
 
 def examine(examples: list[Example], buckets: list[tuple[int, int]]) -> list[Finding]:
     """What will hurt in pictures that have been looked at: those that are enlarged, or lose much to the crop."""
-
-    def scale(e: Example) -> float:
-        return max(buckets[e.bucket][0] / e.size[0], buckets[e.bucket][1] / e.size[1])
-
-    def lost(e: Example) -> float:
-        return 1 - buckets[e.bucket][0] * buckets[e.bucket][1] / (e.size[0] * e.size[1] * scale(e) ** 2)
-
-    soft = [f"{e.name}: {e.size[0]} x {e.size[1]}, {scale(e):.1f} times" for e in examples if scale(e) > 1.25]
+    soft, narrow = [], []
+    for e in examples:
+        (width, height), bucket = e.size, buckets[e.bucket]
+        scale, lost = max(bucket[0] / width, bucket[1] / height), lost_to_crop(e.size, bucket)
+        soft += [f"{e.name}: {width} x {height}, {scale:.1f} times"] if scale > 1.25 else []
+        narrow += [f"{e.name}: {lost:.0%}"] if lost > 0.25 else []
     advice = "the LoRA learns their blur; use larger ones or a lower resolution"
     findings = found("images enlarged to fill their bucket", soft, len(examples), advice)
-    narrow = [f"{e.name}: {lost(e):.0%}" for e in examples if lost(e) > 0.25]
     advice = "crop them by hand" if len(buckets) > 1 else "use --aspect_ratio_buckets auto"
     return findings + found("images that lose more than a quarter to the crop", narrow, len(examples), advice)
 
@@ -1110,34 +1062,28 @@ def truncated_captions(captions: list[str], tokenizers: dict) -> list[Finding]:
     """Captions that are longer than a CLIP encoder reads. tokenizers: {"clip_l": tokenizer, ...}, others are skipped."""
     findings = []
     for key, tokenizer in tokenizers.items():
-        if not key.startswith("clip") or not captions:
-            continue
-        limit = tokenizer.model_max_length
-        ids = tokenizer(captions, truncation=False).input_ids
-        long = [f"{len(i)} tokens: {c[:60]}…" for c, i in zip(captions, ids, strict=True) if len(i) > limit]
-        what = f"captions longer than the {limit} tokens that {key} reads"
-        findings += found(what, long, len(captions), "their ends are not seen; shorten them")
+        if key.startswith("clip"):
+            limit, ids = tokenizer.model_max_length, tokenizer(captions, truncation=False).input_ids
+            long = [f"{len(i)} tokens: {c[:60]}…" for c, i in zip(captions, ids, strict=True) if len(i) > limit]
+            what = f"captions longer than the {limit} tokens that {key} reads"
+            findings += found(what, long, len(captions), "their ends are not seen; shorten them")
     return findings
 
 
 # ---- images: decoding, buckets, crops, batches -----------------------------------------------------------------------
 
-MAX_PIXELS = 178_956_970  # where Pillow takes a picture for a decompression bomb
 COVER_BUDGET = 2 << 30  # bytes of decoded images kept in memory
 
 
 def decode_image(raw: bytes):
     """Bytes of an image file -> upright RGB image. Errors: ValueError with the reason in plain words."""
     try:
-        image = Image.open(io.BytesIO(raw))
-        if image.width * image.height <= MAX_PIXELS:
-            return to_rgb(image)
+        return to_rgb(Image.open(io.BytesIO(raw)))
     except Image.DecompressionBombError:
-        raise ValueError(f"more than {MAX_PIXELS // 10**6} megapixels") from None
+        raise ValueError(f"more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
     except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
         text = str(error)
         raise ValueError("not an image" if "cannot identify" in text else f"damaged ({text})") from None
-    raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS // 10**6} megapixels are taken")
 
 
 def to_rgb(image):
@@ -1147,7 +1093,7 @@ def to_rgb(image):
         values = np.asarray(image).astype(np.float64)
         top = 65535.0 if values.max() > 255 else 255.0
         image = Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -1184,14 +1130,12 @@ def bucket_sizes(args: argparse.Namespace) -> list[tuple[int, int]]:
 
 def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> int:
     """The bucket whose aspect ratio is nearest on a logarithmic scale; among equals, the one of the nearest area."""
-    ratio, area = math.log(size[0] / size[1]), math.log(size[0] * size[1])
-    return min(
-        range(len(buckets)),
-        key=lambda i: (
-            round(abs(math.log(buckets[i][0] / buckets[i][1]) - ratio), 6),
-            abs(math.log(buckets[i][0] * buckets[i][1]) - area),
-        ),
-    )
+
+    def distance(i: int) -> tuple[float, float]:
+        across, down = (math.log(buckets[i][k] / size[k]) for k in (0, 1))
+        return round(abs(across - down), 6), abs(across + down)
+
+    return min(range(len(buckets)), key=distance)
 
 
 def print_buckets(examples: list[Example], buckets: list[tuple[int, int]]) -> None:
@@ -1199,21 +1143,32 @@ def print_buckets(examples: list[Example], buckets: list[tuple[int, int]]) -> No
     if len(buckets) == 1:
         return
     say("bucket (width x height)   images   mean share cropped away")
-    for i, (width, height) in enumerate(buckets):
-        inside = [e for e in examples if e.bucket == i]
-        if inside:
-            shares = [1 - min(a, b) / max(a, b) for a, b in ((e.size[0] * height, e.size[1] * width) for e in inside)]
-            say(f"{f'{width} x {height}':>23}   {len(inside):6}   {sum(shares) / len(shares):.0%}")
+    for i, bucket in enumerate(buckets):
+        shares = [lost_to_crop(e.size, bucket) for e in examples if e.bucket == i]
+        if shares:
+            say(f"{'{} x {}'.format(*bucket):>23}   {len(shares):6}   {sum(shares) / len(shares):.0%}")
 
 
-def prepare_examples(examples: list[Example], buckets: list[tuple[int, int]], args: argparse.Namespace):
-    """Decodes every image once: finds broken ones, sizes, buckets and content hashes. Returns (examples, store).
+def lost_to_crop(size: tuple[int, int], bucket: tuple[int, int]) -> float:
+    """The share of a picture that is cropped away when it covers a bucket."""
+    a, b = size[0] * bucket[1], size[1] * bucket[0]
+    return 1 - min(a, b) / max(a, b)
+
+
+def cover_size(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:
+    """The size at which a picture just covers a bucket."""
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    return max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale))
+
+
+def prepare_examples(examples: list[Example], buckets: list[tuple[int, int]], args: argparse.Namespace) -> ImageStore:
+    """Decodes every image once: finds broken ones, sizes, buckets and content hashes. Returns the good ones.
 
     A broken image is left out with a line that names it; with none left, it's an error.
     """
     store = ImageStore(examples, buckets, args.image_interpolation_mode, COVER_BUDGET)
 
-    def prepare(index: int) -> str | None:
+    def problem_of(index: int) -> str | None:
         try:
             image = look_at(examples[index], buckets)
         except (ValueError, OSError) as error:
@@ -1221,18 +1176,15 @@ def prepare_examples(examples: list[Example], buckets: list[tuple[int, int]], ar
         store.cover(index, examples[index].bucket, image)
         return None
 
-    with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
-        reasons = list(pool.map(prepare, range(len(examples))))
-    for example, reason in zip(examples, reasons, strict=True):
-        if reason is not None:
-            say(f"warning: {example.name} is left out: {reason}")
-    good = [i for i, reason in enumerate(reasons) if reason is None]
-    if not good:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        problems = list(pool.map(problem_of, range(len(examples))))
+    for example, problem in zip(examples, problems, strict=True):
+        if problem is not None:
+            say(f"warning: {example.name} is left out: {problem}")
+    store.examples = [e for e, problem in zip(examples, problems, strict=True) if problem is None]
+    if not store.examples:
         raise UserError("none of the images can be read; see the lines above")
-    place = {i: n for n, i in enumerate(good)}
-    store.kept = {(place[i], b): array for (i, b), array in store.kept.items() if i in place}
-    store.examples = [examples[i] for i in good]
-    return store.examples, store
+    return store
 
 
 def look_at(example: Example, buckets: list[tuple[int, int]]):
@@ -1252,23 +1204,21 @@ class ImageStore:
     ) -> None:
         self.examples, self.buckets = examples, buckets
         self.resample = getattr(Image.Resampling, interpolation.upper())
-        self.left, self.kept = budget, {}
+        self.left, self.kept = budget, {}  # bytes; by name and bucket
 
     def cover(self, index: int, bucket: int, image=None):
         """Image `index` scaled so that it just covers `bucket`, as an RGB image."""
-        kept = self.kept.get((index, bucket))
-        if kept is not None:
-            return Image.fromarray(kept)
+        example = self.examples[index]
+        if (example.name, bucket) in self.kept:
+            return Image.fromarray(self.kept[example.name, bucket])
         if image is None:
-            image = decode_image(self.examples[index].read())
-        width, height = self.buckets[bucket]
-        scale = max(width / image.width, height / image.height)
-        size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+            image = decode_image(example.read())
+        size = cover_size(image.size, self.buckets[bucket])
         image = image if image.size == size else image.resize(size, self.resample)
         array = np.asarray(image)
         if array.nbytes <= self.left:
             self.left -= array.nbytes
-            self.kept[index, bucket] = array
+            self.kept[example.name, bucket] = array
         return image
 
 
@@ -1316,19 +1266,14 @@ class BatchPlan:
                 full.append(waiting.pop(self.buckets[index]))
         groups = full + list(waiting.values())
         rng.shuffle(groups)
-        classes = [
-            i
-            for _ in range(-(-len(order) // max(1, self.class_images)))
-            for i in rng.sample(range(self.class_images), self.class_images)
-        ]
-        batches = []
-        for group in groups:
-            batch = [Slot(i, self.buckets[i], epoch, r, 1 / len(group)) for i, r in group]
-            if self.class_images:
-                weight = self.prior_loss_weight / len(group)
-                for _ in group:
+        batches = [[Slot(i, self.buckets[i], epoch, r, 1 / len(group)) for i, r in group] for group in groups]
+        if self.class_images:
+            rounds, numbers = -(-len(order) // self.class_images), range(self.class_images)
+            classes = [i for _ in range(rounds) for i in rng.sample(numbers, len(numbers))]
+            for batch in batches:
+                weight = self.prior_loss_weight / len(batch)
+                for _ in range(len(batch)):
                     batch.append(Slot(classes.pop(), batch[0].bucket, epoch, len(classes), weight, True))
-            batches.append(batch)
         self.cached = (epoch, batches)
         return batches
 
@@ -1338,13 +1283,9 @@ class BatchPlan:
         out = []
         for kind in (False, True):
             slots = [s for s in batch if s.is_class == kind]
-            if not slots:
-                continue
-            total = self.size if self.fixed_shapes else -(-len(slots) // self.processes) * self.processes
-            filler = [
-                Slot(s.index, s.bucket, s.epoch, s.repeat, 0.0, kind) for s in (slots * total)[: total - len(slots)]
-            ]
-            each = total // self.processes
+            each = -(-(self.size if self.fixed_shapes else len(slots)) // self.processes)
+            spare = (slots * self.size)[: each * self.processes - len(slots)]
+            filler = [Slot(s.index, s.bucket, s.epoch, s.repeat, 0.0, kind) for s in spare]
             out += (slots + filler)[process * each : (process + 1) * each]
         return out
 
@@ -1371,15 +1312,12 @@ class Crop:
     flip: bool
 
 
-def draw_crop(
-    cover_size: tuple[int, int], target: tuple[int, int], rng: random.Random, args: argparse.Namespace
-) -> Crop:
-    """Where the image is cropped (anywhere, or in the middle) and whether it is mirrored."""
-    spare = cover_size[0] - target[0], cover_size[1] - target[1]
+def draw_crop(cover: tuple[int, int], target: tuple[int, int], rng: random.Random, args: argparse.Namespace) -> Crop:
+    """Where an image of size `cover` is cropped (anywhere, or in the middle) and whether it is mirrored."""
     u, v, flip = rng.random(), rng.random(), args.random_flip and rng.random() < 0.5
     if args.center_crop:
         u = v = 0.5
-    return Crop(round(spare[0] * u), round(spare[1] * v), flip)
+    return Crop(round((cover[0] - target[0]) * u), round((cover[1] - target[1]) * v), flip)
 
 
 def cropped(cover, target: tuple[int, int], crop: Crop, rng: random.Random, args: argparse.Namespace):
@@ -1399,12 +1337,9 @@ def cropped(cover, target: tuple[int, int], crop: Crop, rng: random.Random, args
         image = ImageOps.mirror(image)
     if args.color_jitter is not None:
         brightness, contrast, saturation, hue = args.color_jitter
-        for enhancer, strength in (
-            (ImageEnhance.Brightness, brightness),
-            (ImageEnhance.Contrast, contrast),
-            (ImageEnhance.Color, saturation),
-        ):
-            image = enhancer(image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+        for kind, strength in (("Brightness", brightness), ("Contrast", contrast), ("Color", saturation)):
+            factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
+            image = getattr(ImageEnhance, kind)(image).enhance(factor)
         if hue:
             hsv = np.array(image.convert("HSV"))
             hsv[..., 0] += np.uint8(round(rng.uniform(-hue, hue) * 255) % 256)
@@ -1420,30 +1355,33 @@ def to_pixels(image):
 class TrainingData:
     """Turns a `Slot` into tensors. Everything random in it is drawn from (seed, epoch, image, repeat)."""
 
-    def __init__(self, examples, store, class_store, args, vae_config: dict, scheduler) -> None:
-        self.examples, self.store, self.class_store, self.args = examples, store, class_store, args
+    def __init__(self, store: ImageStore, class_store: ImageStore | None, args, vae_config: dict, scheduler) -> None:
+        self.stores = (store, class_store)  # by Slot.is_class
+        self.examples, self.buckets, self.args = store.examples, store.buckets, args
         self.vae_config, self.scheduler = vae_config, scheduler
         self.moments: dict[tuple, object] = {}  # (is_class, index, bucket, flip) -> (2C, H, W), if cached
 
-    def crop_of(self, slot: Slot, rng: random.Random) -> tuple[Crop, tuple[int, int]]:
-        """The slot's crop and the size of the covering image. With cached latents only the flip is drawn anew."""
-        example = (self.class_store if slot.is_class else self.store).examples[slot.index]
-        target = self.store.buckets[slot.bucket]
-        scale = max(target[0] / example.size[0], target[1] / example.size[1])
-        size = max(target[0], round(example.size[0] * scale)), max(target[1], round(example.size[1] * scale))
+    def crop_of(self, slot: Slot, rng: random.Random) -> Crop:
+        """The slot's crop. With cached latents only the flip is drawn anew."""
+        example, target = self.stores[slot.is_class].examples[slot.index], self.buckets[slot.bucket]
+        size = cover_size(example.size, target)
         crop = draw_crop(size, target, rng, self.args)
         if self.args.cache_latents:
             fixed = random.Random(stable_seed(self.args.seed, "crop", slot.is_class, example.name))
             still = draw_crop(size, target, fixed, self.args)
             crop = Crop(still.left, still.top, crop.flip)
-        return crop, size
+        return crop
+
+    def view(self, slot: Slot, crop: Crop, rng: random.Random):
+        """The slot's pixels (3, H, W) in [-1, 1]."""
+        cover = self.stores[slot.is_class].cover(slot.index, slot.bucket)
+        return to_pixels(cropped(cover, self.buckets[slot.bucket], crop, rng, self.args))
 
     def __getitem__(self, slot: Slot) -> dict:
-        store = self.class_store if slot.is_class else self.store
-        example, target = store.examples[slot.index], store.buckets[slot.bucket]
+        example, target = self.stores[slot.is_class].examples[slot.index], self.buckets[slot.bucket]
         place = (self.args.seed, slot.epoch, slot.is_class, example.name, slot.repeat)
         rng = random.Random(stable_seed("image", *place))
-        crop, _ = self.crop_of(slot, rng)
+        crop = self.crop_of(slot, rng)
         item = {
             "weight": torch.tensor(slot.weight),
             "original_size": torch.tensor((example.size[1], example.size[0])),
@@ -1454,16 +1392,13 @@ class TrainingData:
         if key in self.moments:
             item["moments"] = self.moments[key]
         else:
-            item["pixels"] = to_pixels(cropped(store.cover(slot.index, slot.bucket), target, crop, rng, self.args))
+            item["pixels"] = self.view(slot, crop, rng)
         text_rng = random.Random(stable_seed("caption", *place))
         item["caption"] = example.captions[0] if slot.is_class else draw_caption(example.captions, text_rng, self.args)
         generator = torch.Generator().manual_seed(stable_seed("noise", *place))
         shape = latent_shape(target, self.vae_config)
         item["posterior_noise"] = torch.randn(shape, generator=generator)
         return item | draw_noise(generator, shape, self.scheduler, self.args)
-
-    def __len__(self) -> int:
-        return len(self.examples)
 
 
 def collate(items: list[dict]) -> dict:
@@ -1491,31 +1426,27 @@ def cache_latents(data: TrainingData, plan: BatchPlan, components: Components, a
     """
     disk = DiskCache(args.cache_folder, "latents")
     identity = (FAMILY, components.identity("vae"), components.dtype, VAE_FLOAT32, args.image_interpolation_mode)
-    flips = (False, True) if args.random_flip else (False,)
+    stores = [store for store in data.stores if store]
     slots = [Slot(i, e.bucket, 0, 0, 1.0) for i, e in enumerate(data.examples)]
-    if data.class_store:
+    for store in stores[1:]:
         used = sorted(set(plan.buckets.values()))
-        slots += [Slot(i, b, 0, 0, 1.0, True) for i in range(len(data.class_store.examples)) for b in used]
+        slots += [Slot(i, b, 0, 0, 1.0, True) for i in range(len(store.examples)) for b in used]
     for slot in slots:
-        store = data.class_store if slot.is_class else data.store
-        example, target = store.examples[slot.index], store.buckets[slot.bucket]
-        crop, _ = data.crop_of(slot, random.Random(0))
-        for flip in flips:
+        example, crop = stores[slot.is_class].examples[slot.index], data.crop_of(slot, random.Random(0))
+        for flip in (False, True)[: 1 + args.random_flip]:
             crop.flip = flip
-            key = (*identity, example.digest, target, crop.left, crop.top, flip)
+            key = (*identity, example.digest, data.buckets[slot.bucket], crop.left, crop.top, flip)
             found = disk.load(*key)
             if found is None:
-                image = cropped(store.cover(slot.index, slot.bucket), target, crop, random.Random(0), args)
-                found = {"moments": encode_image(to_pixels(image)[None], components.vae())[0].cpu()}
+                pixels = data.view(slot, crop, random.Random(0))
+                found = {"moments": encode_image(pixels[None], components.vae())[0].cpu()}
                 if not torch.isfinite(found["moments"]).all():
-                    raise UserError(
-                        f"{example.name}: the VAE gives values that are not finite in {components.dtype}; use --mixed_precision"
-                        " bf16, or a VAE made for half precision with --pretrained_vae_model_name_or_path"
-                    )
+                    advice = "use --mixed_precision bf16, or another --pretrained_vae_model_name_or_path"
+                    raise UserError(f"{example.name}: the VAE's values aren't finite in {components.dtype}; {advice}")
                 disk.store(found, *key)
             data.moments[slot.is_class, slot.index, slot.bucket, flip] = found["moments"]
     components.free("vae")
-    for store in filter(None, (data.store, data.class_store)):
+    for store in stores:
         store.kept.clear()
 
 
@@ -1524,8 +1455,6 @@ class DiskCache:
 
     def __init__(self, folder: str | None, kind: str) -> None:
         self.folder = Path(folder) / kind if folder else None
-        if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, *place: object) -> dict | None:
         """The tensors stored under this key, or None; a damaged file counts as missing."""
@@ -1540,6 +1469,7 @@ class DiskCache:
     def store(self, tensors: dict, *place: object) -> None:
         """Writes tensors under this key, so that a reader never sees half a file."""
         if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
             part = self.file(place).with_suffix(f".{os.getpid()}.part")
             save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part)
             part.rename(self.file(place))
@@ -2119,7 +2049,7 @@ def save_checkpoint(run: Run, step: int) -> None:
             write_weights(run, part, torch.float32)
         torch.save(training_state(run, step), part / "training_state.pt")
         hashes = {f.name: file_hash(f) for f in sorted(part.iterdir())}
-        manifest = {"step": step, "seed": run.args.seed, "settings": run.settings, "files": hashes}
+        manifest = {"step": step, "seed": run.args.seed, "settings": resume_settings(run), "files": hashes}
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for file in part.iterdir():
             flush(file)
@@ -2149,17 +2079,15 @@ def training_state(run: Run, step: int) -> dict:
 
 def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
     """Restores a checkpoint; returns the number of steps done. Errors: UserError if it fits other settings."""
-    before = manifest["settings"]
+    before, now = manifest["settings"], resume_settings(run)
     for name in (*RESUME_FLAGS, "targets", "tokens", "layout"):
-        if before.get(name) != run.settings[name]:
+        if before.get(name) != now[name]:
             raise UserError(
-                f"{folder.name} was trained with other settings: {name} {before.get(name)}, now {run.settings[name]}"
+                f"{folder.name} was trained with other settings: {name} {before.get(name)}, now {now[name]}"
             )
-    changed = [n for n in run.settings if before.get(n) != run.settings[n]]
+    changed = ", ".join(name for name in now if before.get(name) != now[name])
     if changed:
-        say(
-            f"note: {', '.join(changed)} changed since {folder.name}: the rest of the run is not what it would have been"
-        )
+        say(f"note: {changed} changed since {folder.name}: the rest of the run is not what it would have been")
     state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
     run.guard.load_state_dict(state["guard"])
     for part in run.parts:
@@ -2362,7 +2290,7 @@ def held_out_loss(run: Run) -> float:
             for q in quantiles:
                 slot = Slot(index, example.bucket, 0, 0, 1.0)
                 generator = torch.Generator().manual_seed(stable_seed(args.seed, "held-out", example.name, q))
-                shape = latent_shape(run.data.store.buckets[example.bucket], run.components.config("vae"))
+                shape = latent_shape(run.data.buckets[example.bucket], run.components.config("vae"))
                 rows.append(run.data[slot] | draw_noise(generator, shape, run.scheduler, args, quantile=q))
             batch = to_device(collate(rows), run.accelerator.device)
             caption = insert_tokens(with_trigger(example.captions[0], args.trigger_word), run.abstractions)
@@ -3433,6 +3361,16 @@ def say(text: str) -> None:
     """Prints a line, on the first process of this machine's group only."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(text, flush=True)
+
+
+def brief(error: Exception) -> str:
+    """The beginning of an error's message, as one line."""
+    return " ".join(str(error).split())[:300]
+
+
+def torch_dtype(precision: str | None):
+    """fp16 and bf16 as torch's types; anything else is float32."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
 
 
 def stable_seed(*place: object) -> int:
