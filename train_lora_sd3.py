@@ -263,9 +263,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 273 the run: what happens, in which order · 525 the loop, and one step of it · 676 what is logged, and the
 # guard against learning nothing · 800 data: images and captions · 1092 images: decoding, buckets, crops, batches ·
-# 1500 text: embeddings and new tokens · 1729 LoRA and optimizer · 2040 checkpoints and signals · 2204 pictures:
-# validation, class images, comparison · 2402 files that a run leaves · 2661 command line · 3107 base model: loading,
-# quantising, splitting · 3368 errors, lines, seeds, libraries
+# 1500 text: embeddings and new tokens · 1721 LoRA and optimizer · 2032 checkpoints and signals · 2190 pictures:
+# validation, class images, comparison · 2359 files that a run leaves · 2605 command line · 3051 base model: loading,
+# quantising, splitting · 3312 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1516,7 +1516,8 @@ class Prompts:
         }
         self.trained: set[str] = set()  # keys of the encoders whose embeddings change from step to step
         self.altered: set[str] = set()  # keys of those that are no longer the base's: not for the disk
-        self.identity: dict[str, tuple] = {}
+        on_disk = self.tokenizers if self.disk.folder else ()
+        self.identity = {key: [components.identity(part) for part in TEXT_ENCODERS[key]] for key in on_disk}
 
     def text_encoder(self, key: str):
         """One encoder, loaded; on the CPU if it isn't trained and the GPU's free memory doesn't hold it."""
@@ -1535,8 +1536,6 @@ class Prompts:
 
     def key(self, key: str, prompt: str) -> tuple:
         """What an embedding depends on."""
-        if key not in self.identity:
-            self.identity[key] = tuple(self.components.identity(part) for part in TEXT_ENCODERS[key])
         settings = [vars(self.args).get(name) for name in ("clip_skip", "max_sequence_length")]
         return (FAMILY, key, prompt, *self.identity[key], self.components.dtype, *settings)
 
@@ -1546,9 +1545,8 @@ class Prompts:
 
     def kept(self, key: str, prompt: str) -> dict:
         """What one encoder gives for a prompt: from memory, from disk, or computed; no gradient."""
-        found = self.known.get((key, prompt))
-        if found is not None:
-            return found
+        if (key, prompt) in self.known:
+            return self.known[key, prompt]
         on_disk = self.disk.folder is not None and key not in self.altered
         found = self.disk.load(*self.key(key, prompt)) if on_disk else None
         if found is None:
@@ -1561,16 +1559,12 @@ class Prompts:
             self.known[key, prompt] = found
         return found
 
-    def lookup(self, prompts: list[str]) -> dict:
-        """Prompts -> embeddings (B, ...), each computed once; no gradient."""
-        return self.joined(prompts, set())
-
     def encode(self, prompts: list[str]) -> dict:
         """Prompts -> embeddings (B, ...), differentiable in the encoders that are trained."""
-        return self.joined(prompts, self.trained)
+        return self.lookup(prompts, live=self.trained)
 
-    def joined(self, prompts: list[str], live: set[str]) -> dict:
-        """The embeddings of prompts, those of the `live` encoders computed now."""
+    def lookup(self, prompts: list[str], live: set[str] | tuple = ()) -> dict:
+        """Prompts -> embeddings (B, ...), each computed once; no gradient but through the `live` encoders, computed now."""
         encoded = {}
         for key in self.tokenizers:
             if key in live:
@@ -1617,7 +1611,7 @@ def settle_text(run: Run) -> None:
     for name, module in run.lora_modules.items():
         if name != DENOISER:
             module.eval()  # no dropout in embeddings that stay
-    if not any(part in run.lora_modules for part in (pair[1] for pair in TEXT_ENCODERS.values())):
+    if not run.args.train_text_encoder:
         fill_text_cache(run)
 
 
@@ -1628,9 +1622,8 @@ def add_text_lora(run: Run) -> None:
     for key in TEXT_LORA_ENCODERS:
         encoder = prompts.text_encoder(key)
         idle = idle_layers(key, encoder.config, args)
-        names = [
-            n for n, m in encoder.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(TEXT_LORA_TARGETS)
-        ]
+        names = [n for n, m in encoder.named_modules() if isinstance(m, torch.nn.Linear)]
+        names = [n for n in names if n.endswith(TEXT_LORA_TARGETS)]
         add_lora(encoder, [n for n in names if not n.removeprefix("text_model.").startswith(idle)], args)
         prompts.altered.add(key)
         run.lora_modules[TEXT_ENCODERS[key][1]] = encoder
@@ -1665,7 +1658,7 @@ def add_tokens(run: Run) -> None:
     texts = [c for e in run.data.examples for c in e.captions] + [args.trigger_word or ""]
     if not any(word in text for text in texts for word in run.abstractions):
         raise UserError(
-            f"--token_abstraction {args.token_abstraction}: no caption contains it, so nothing would be learned"
+            f"--token_abstraction {args.token_abstraction}: no caption contains it: nothing would be learned"
         )
     keys = [k for k in prompts.tokenizers if k in TI_ENCODERS or (vars(args).get("enable_t5_ti") and k == "t5")]
     tokens = [t for group in run.abstractions.values() for t in group]
@@ -1677,9 +1670,8 @@ def add_tokens(run: Run) -> None:
             width = len(TokenRows.concept_ids(tokenizer, args.initializer_concept))
             each = len(tokens) // len(run.abstractions)
             if width != each:  # another tokenizer splits the text otherwise: take as many of its pieces as fit
-                say(
-                    f"note: {key} splits {args.initializer_concept!r} into {width} tokens, not {each}: cut or repeated to fit"
-                )
+                what = f"splits {args.initializer_concept!r} into {width} tokens, not {each}"
+                say(f"note: {key} {what}: cut or repeated to fit")
         run.rows[key] = TokenRows(tokenizer, prompts.text_encoder(key), tokens, args.initializer_concept, args.seed)
         prompts.altered.add(key)
 
@@ -2078,9 +2070,8 @@ def save_checkpoint(run: Run, step: int) -> None:
         flush(output)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own, for a full disk
         shutil.rmtree(part, ignore_errors=True)
-        kept = checkpoints_in(output)
-        saved = f"the last one is {kept[0].name}" if kept else "there is none yet"
-        raise UserError(f"checkpoint-{step} could not be written to {output} ({error}); {saved}") from None
+        kept = next((f"the last one is {folder.name}" for folder in checkpoints_in(output)), "there is none yet")
+        raise UserError(f"checkpoint-{step} could not be written to {output} ({error}); {kept}") from None
     if run.args.checkpoints_total_limit:
         for stale in checkpoints_in(output)[run.args.checkpoints_total_limit :]:
             shutil.rmtree(stale)
@@ -2145,26 +2136,21 @@ def resume_settings(run: Run) -> dict:
 
 def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict] | None:
     """The checkpoint to go on from and its manifest; a damaged one is named and the one before it taken."""
-    wanted = args.resume_from_checkpoint
+    wanted, output = args.resume_from_checkpoint, Path(args.output_dir)
     if wanted is None:
         return None
+    named = [folder for folder in (Path(wanted), output / wanted) if folder.is_dir()][:1]
+    for folder in checkpoints_in(output) if wanted == "latest" else named:
+        try:
+            return folder, check_checkpoint(folder)
+        except ValueError as error:
+            problem = f"{folder.name} is passed over: {error}"
+            say(f"warning: {problem}")
     if wanted != "latest":
-        folder = next((p for p in (Path(wanted), Path(args.output_dir) / wanted) if p.is_dir()), None)
-        if folder is None:
-            raise UserError(f"--resume_from_checkpoint {wanted}: no such folder")
-        try:
-            return folder, check_checkpoint(folder)
-        except ValueError as error:
-            raise UserError(f"--resume_from_checkpoint {wanted}: {error}") from None
-    there = checkpoints_in(Path(args.output_dir))
-    for folder in there:
-        try:
-            return folder, check_checkpoint(folder)
-        except ValueError as error:
-            say(f"warning: {folder.name} is passed over: {error}")
-    if there:
-        raise UserError(f"--resume_from_checkpoint latest: every checkpoint in {args.output_dir} is damaged")
-    say(f"no checkpoint in {args.output_dir}: starting from step 0")
+        raise UserError(f"--resume_from_checkpoint {wanted}: {problem if named else 'no such folder'}")
+    if checkpoints_in(output):
+        raise UserError(f"--resume_from_checkpoint latest: every checkpoint in {output} is damaged")
+    say(f"no checkpoint in {output}: starting from step 0")
     return None
 
 
@@ -2230,31 +2216,23 @@ def draw_samples(run: Run, step: int) -> list[Path]:
     return files
 
 
-def log_samples(run: Run, step: int) -> list[Path]:
+def log_samples(run: Run, step: int) -> None:
     """Draws samples and sends them to TensorBoard or W&B."""
     files = draw_samples(run, step)
-    if not run.accelerator.is_main_process:
-        return files
-    captions = [run.sample_prompts[int(f.name[:2])] for f in files]
-    for tracker in run.accelerator.trackers:
+    for tracker in run.accelerator.trackers if run.accelerator.is_main_process else []:
         if tracker.name == "tensorboard":
             pictures = np.stack([np.asarray(Image.open(f)) for f in files])
             tracker.writer.add_images("validation", pictures, step, dataformats="NHWC")
         elif tracker.name == "wandb":
             import wandb
 
-            tracker.log(
-                {"validation": [wandb.Image(str(f), caption=c) for f, c in zip(files, captions, strict=True)]},
-                step=step,
-            )
-    return files
+            pictures = [wandb.Image(str(f), caption=run.sample_prompts[int(f.name[:2])]) for f in files]
+            tracker.log({"validation": pictures}, step=step)
 
 
-def sample_images(
-    pipeline, components: Components, embeds: dict, seeds: list[int], size: tuple[int, int], args, context
-) -> list:
-    """Draws one image per seed with one prompt's embeddings. `context` (autocast) holds for the denoiser alone: the VAE
-    decodes in its own precision, so that a float32 one stays float32.
+def sample_images(pipeline, components: Components, embeds: dict, seeds: list[int], size, args, context) -> list:
+    """Draws one image of a size (width, height) per seed, with one prompt's embeddings. `context` (autocast) holds for the
+    denoiser alone: the VAE decodes in its own precision, so that a float32 one stays float32.
     """
     with context:
         latents = pipeline(
@@ -2300,17 +2278,14 @@ def evaluating(run: Run):
 def held_out_loss(run: Run) -> float:
     """Mean loss over the held-out images at four fixed timesteps each, with fixed noise: comparable between steps."""
     args, losses = run.args, []
-    quantiles = (0.125, 0.375, 0.625, 0.875)
+    held_out = {index: example for index, example in enumerate(run.data.examples) if example.held_out}
     with averaged(run.parts), evaluating(run), torch.no_grad():
-        for index, example in enumerate(run.data.examples):
-            if not example.held_out:
-                continue
-            rows = []
-            for q in quantiles:
-                slot = Slot(index, example.bucket, 0, 0, 1.0)
-                generator = torch.Generator().manual_seed(stable_seed(args.seed, "held-out", example.name, q))
-                shape = latent_shape(run.data.buckets[example.bucket], run.components.config("vae"))
-                rows.append(run.data[slot] | draw_noise(generator, shape, run.scheduler, args, quantile=q))
+        for index, example in held_out.items():
+            item, rows = run.data[Slot(index, example.bucket, 0, 0, 1.0)], []
+            for quantile in (0.125, 0.375, 0.625, 0.875):
+                generator = torch.Generator().manual_seed(stable_seed(args.seed, "held-out", example.name, quantile))
+                shape = tuple(item["posterior_noise"].shape)
+                rows.append(item | draw_noise(generator, shape, run.scheduler, args, quantile=quantile))
             batch = to_device(collate(rows), run.accelerator.device)
             caption = insert_tokens(with_trigger(example.captions[0], args.trigger_word), run.abstractions)
             losses.append(batch_loss(run, batch, run.prompts.lookup([caption] * len(rows))).mean().item())
@@ -2324,26 +2299,18 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
     """
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    there = len(class_files(folder))
+    there = len(load_class_examples(args))
     missing = [i for i in range(args.num_class_images) if not (folder / f"class_{i:05d}.png").exists()]
-    missing = missing[: max(0, args.num_class_images - there)]
+    missing = missing[: args.num_class_images - there]
     accelerator.wait_for_everyone()
     if not missing:
         return
     say(f"{there} of {args.num_class_images} class images in {folder}: drawing {len(missing)} of {args.class_prompt!r}")
     precision = args.prior_generation_precision
-    dtype = {
-        None: components.dtype,
-        "no": torch.float32,
-        "fp32": torch.float32,
-        "fp16": torch.float16,
-        "bf16": torch.bfloat16,
-    }[precision]
+    dtype = torch_dtype(precision) if precision else components.dtype
     embeds = {k: v.to(accelerator.device, dtype) for k, v in prompts.for_pipeline(args.class_prompt).items()}
     prompts.release()  # never on the GPU together with the denoiser
-    denoiser = components.get(DENOISER, dtype)
-    pipeline = components.pipeline(denoiser)
-    size = tuple((args.resolution * 2)[:2])
+    pipeline, size = components.pipeline(components.get(DENOISER, dtype)), (args.resolution * 2)[:2]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     for begin in range(0, len(mine), args.sample_batch_size):
         numbers = mine[begin : begin + args.sample_batch_size]
@@ -2352,50 +2319,40 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
         for number, image in zip(numbers, images, strict=True):
             image.save(folder / f".class_{number:05d}.png")
             (folder / f".class_{number:05d}.png").rename(folder / f"class_{number:05d}.png")
-    del pipeline, denoiser
+    del pipeline
     components.free(DENOISER)
     accelerator.wait_for_everyone()
 
 
-def class_files(folder: Path) -> list[Path]:
-    """The class images that are there, in order."""
-    return sorted(f for f in folder.glob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-
-
 def load_class_examples(args: argparse.Namespace) -> list[Example]:
-    """The class images as examples; exactly --num_class_images of them."""
-    files = class_files(Path(args.class_data_dir))[: args.num_class_images]
-    return [Example(f.name, [args.class_prompt], f.read_bytes) for f in files]
+    """The class images that are there as examples, --num_class_images of them at most."""
+    files = sorted(f for f in Path(args.class_data_dir).iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+    return [Example(f.name, [args.class_prompt], f.read_bytes) for f in files[: args.num_class_images]]
 
 
 def comparison_sheet(before: list[Path], after: list[Path], prompts: list[str], per_prompt: int, what: str):
     """A picture: for each prompt, its images before training above the same seeds after it."""
     from PIL import ImageDraw, ImageFont
 
-    shown = min(per_prompt, 4)
+    shown, margin, label, head = min(per_prompt, 4), 12, 120, 34
     with Image.open(after[0]) as first:
-        scale = max(1, round(224 / max(first.size))) if max(first.size) < 224 else min(1.0, 384 / max(first.size))
-        tile = round(first.width * scale), round(first.height * scale)
+        tile = ImageOps.contain(first, (384, 384)).size
     font, small = ImageFont.load_default(20), ImageFont.load_default(16)
-    margin, label, head = 12, 120, 34
-    rows = prompts[:6]
-    width = label + shown * (tile[0] + margin) + margin
     block = head + 2 * (tile[1] + margin) + margin
-    sheet = Image.new("RGB", (max(width, 420), block * len(rows) + margin), "white")
+    width = max(420, label + shown * (tile[0] + margin) + margin)
+    sheet = Image.new("RGB", (width, block * len(prompts[:6]) + margin), "white")
     pen = ImageDraw.Draw(sheet)
-    for p, prompt in enumerate(rows):
+    for p, prompt in enumerate(prompts[:6]):
         top = margin + p * block
-        text = prompt
-        while pen.textlength(text, font=font) > sheet.width - 2 * margin:
-            text = text[:-4].rstrip() + "…" if not text.endswith("…") else text[:-4].rstrip("… ") + "…"
+        fitting = int(len(prompt) * (width - 2 * margin) / max(1, pen.textlength(prompt, font=font)))
+        text = prompt if fitting >= len(prompt) else prompt[: fitting - 2].rstrip() + "…"
         pen.text((margin, top), text, fill="black", font=font)
         for row, (files, name) in enumerate(((before, "before"), (after, f"with the\n{what}"))):
             y = top + head + row * (tile[1] + margin)
             pen.text((margin, y + tile[1] // 2 - 16), name, fill="#444", font=small)
             for k in range(shown):
                 with Image.open(files[p * per_prompt + k]) as image:
-                    resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-                    sheet.paste(image.resize(tile, resample), (label + k * (tile[0] + margin), y))
+                    sheet.paste(image.resize(tile), (label + k * (tile[0] + margin), y))
     return sheet
 
 
@@ -2418,23 +2375,16 @@ def save_results(run: Run) -> None:
             sheet = comparison_sheet(before, after, run.sample_prompts, args.num_validation_images, what)
             sheet.save(part / "comparison.png")
         (part / "README.md").write_text(model_card(run, compared), encoding="utf-8")
-        publish(part, output)
+        for file in sorted(part.iterdir()):  # each in one step, so that no half-written one is ever seen
+            flush(file)
+            os.replace(file, output / file.name)
     except (OSError, SafetensorError) as error:
-        kept = checkpoints_in(output)
-        saved = f"; the training itself is safe in {kept[0].name}" if kept else ""
+        saved = "".join(f"; the training itself is safe in {folder.name}" for folder in checkpoints_in(output)[:1])
         raise UserError(f"the results could not be written to {output} ({error}){saved}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     if args.merge_lora:
         save_merged(run, output / "merged")
-
-
-def publish(source: Path, target: Path) -> None:
-    """Moves the files of one folder into another, each in one step, so that no half-written one is ever seen."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        flush(file)
-        os.replace(file, target / file.name)
 
 
 def write_weights(run: Run, folder: Path, dtype) -> None:
@@ -2518,11 +2468,9 @@ def kohya_state(states: dict[str, dict], alpha: float, config: dict) -> dict:
     out = {}
     for part, state in states.items():
         modules: dict[str, dict] = {}
-        for key, value in state.items():
+        for key, value in (state if part == DENOISER else text_encoder_keys(state)).items():
             suffix = next(k for k in kinds if key.endswith(k))
             name = key[: -len(suffix) - 1]
-            if part != DENOISER and not name.startswith("text_model."):
-                name = "text_model." + name  # CLIP has lost this level in transformers 5; the file format has not
             if suffix == "lora_magnitude_vector":
                 value = value.reshape(-1, 1)  # a column, as ComfyUI multiplies it
             modules.setdefault(name, {"alpha": torch.tensor(float(alpha))})[kinds[suffix]] = value
@@ -2563,7 +2511,8 @@ def kohya_metadata(args: argparse.Namespace, tensors: dict, alpha: float, rank: 
     for key in sorted(tensors):
         digest.update(key.encode() + tensors[key].float().numpy().tobytes())
     width, height = (args.resolution * 2)[:2]
-    out = {
+    trigger = {"modelspec.trigger_phrase": args.trigger_word} if args.trigger_word else {}
+    return trigger | {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(alpha),
@@ -2578,9 +2527,6 @@ def kohya_metadata(args: argparse.Namespace, tensors: dict, alpha: float, rank: 
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.hash_sha256": f"0x{digest.hexdigest()}",
     }
-    if args.trigger_word:
-        out["modelspec.trigger_phrase"] = args.trigger_word
-    return out
 
 
 def save_merged(run: Run, folder: Path) -> None:
@@ -2653,9 +2599,7 @@ def push_to_hub(args: argparse.Namespace) -> None:
         skipped = ["checkpoint-*", "class_images/*", f"{args.logging_dir}/*", ".*", "merged/*"]
         upload_folder(repo_id=repo, folder_path=args.output_dir, ignore_patterns=skipped, token=args.hub_token)
     except Exception as error:  # whatever the hub's client raises, the results are already on the disk
-        raise UserError(
-            f"--push_to_hub failed ({' '.join(str(error).split())[:200]}); the results are in {args.output_dir}"
-        ) from None
+        raise UserError(f"--push_to_hub failed ({brief(error)}); the results are in {args.output_dir}") from None
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
