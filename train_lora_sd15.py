@@ -187,8 +187,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 196 the run: what happens, in which order · 448 the loop, and one step of it · 599 what is logged, and the
 # guard against learning nothing · 723 data: images and captions · 1015 images: decoding, buckets, crops, batches ·
 # 1423 text: embeddings and new tokens · 1644 LoRA and optimizer · 1955 checkpoints and signals · 2113 pictures:
-# validation, class images, comparison · 2282 files that a run leaves · 2528 command line · 2974 base model: loading,
-# quantising, splitting · 3235 errors, lines, seeds, libraries
+# validation, class images, comparison · 2282 files that a run leaves · 2528 command line · 2937 base model: loading,
+# quantising, splitting · 3181 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2468,8 +2468,8 @@ def model_card(run: Run, pictures: bool) -> str:
     from huggingface_hub import ModelCardData
 
     args, name = run.args, Path(run.args.output_dir).resolve().name
-    words = [args.trigger_word] if args.trigger_word else []
-    words += ["".join(tokens) for tokens in run.abstractions.values()]
+    words = [args.trigger_word, *("".join(tokens) for tokens in run.abstractions.values())]
+    words = ", ".join(f"`{word}`" for word in words if word)
     use = ["import torch", f"from diffusers import {PIPELINE_CLASS}"]
     use += ["from safetensors.torch import load_file"] if run.rows else []
     use.append(f"pipeline = {PIPELINE_CLASS}.from_pretrained({args.pretrained_model_name_or_path!r})")
@@ -2490,9 +2490,9 @@ def model_card(run: Run, pictures: bool) -> str:
         f"# {args.run_name or name}",
         f"{'LoRA' if run.lora_modules else 'Token embeddings'} for {FAMILY_TITLE}, base `{args.pretrained_model_name_or_path}`.",
         "![before and after](comparison.png)" if pictures else "",
-        f"Words that call it: {', '.join(f'`{w}`' for w in words)}" if words else "",
+        f"Words that call it: {words}" if words else "",
         "\n".join(["```python", *use, "```"]),
-        f"Trained on {sum(not e.held_out for e in run.data.examples)} images for {run.max_steps} steps, batch"
+        f"Trained on {len(run.plan.buckets)} images for {run.max_steps} steps, batch"
         f" {args.train_batch_size} x {run.accelerator.num_processes} x {args.gradient_accumulation_steps}, {args.optimizer},"
         f" learning rate {args.learning_rate:g}, rank {args.rank}, alpha {args.lora_alpha:g}, seed {args.seed}.",
     ]
@@ -2628,13 +2628,13 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--huber_c", type=amount, default=0.1, help="where huber turns from square to linear (0.1)")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--optimizer", type=lower, default="adamw", choices=["adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree"], help="(adamw)")
+    add("--optimizer", type=str.lower, default="adamw", choices=["adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree"], help="(adamw)")
     add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
     add("--use_prodigy", action="store_true", help="the same as --optimizer prodigy")
     add("--learning_rate", type=amount, default=1e-4, help="(1e-4; for prodigy use 1)")
     add("--scale_lr", action="store_true", help="multiply it by processes, batch size and accumulation steps")
     add("--lr_scheduler", default="constant", choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"], help="(constant)")
-    add("--lr_warmup_steps", type=int, default=0, help="steps until the full learning rate (0)")
+    add("--lr_warmup_steps", type=natural, default=0, help="steps until the full learning rate (0)")
     add("--lr_num_cycles", type=count, default=1, help="restarts of cosine_with_restarts (1)")
     add("--lr_power", type=amount, default=1.0, help="of polynomial (1)")
     add("--adam_beta1", type=share, default=0.9, help="(0.9)")
@@ -2657,7 +2657,7 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--max_train_steps", type=count, help="optimizer steps; wins over epochs (1000 when neither is given)")
     add("--gradient_accumulation_steps", type=count, default=1, help="batches per optimizer step (1)")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the frozen base (default: as accelerate is configured)")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that prepare images (0: none)")
+    add("--dataloader_num_workers", type=natural, default=0, help="processes that prepare images (0: none)")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
 
     add = parser.add_argument_group("memory and speed").add_argument
@@ -2677,7 +2677,7 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("validation").add_argument
     add("--validation_prompt", "--eval_prompt", nargs="+", metavar="PROMPT", help="prompts drawn during training")
-    add("--num_validation_images", type=int, default=4, help="per prompt (4; 0: none)")
+    add("--num_validation_images", type=natural, default=4, help="per prompt (4; 0: none)")
     add("--validation_epochs", type=count, help="draw every so many epochs")
     add("--validation_steps", type=count, help="draw every so many steps (with neither: about five times)")
     add("--validation_inference_steps", type=count, default=DEFAULT_INFERENCE_STEPS, help=f"({DEFAULT_INFERENCE_STEPS})")
@@ -2706,6 +2706,12 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvc
 RULES = (
     ("", lambda a: not a.pretrained_model_name_or_path, "--pretrained_model_name_or_path is missing: a hub id, a diffusers folder or a checkpoint file"),
     # data
+    ("train_data_dir", lambda a: not Path(a.train_data_dir).is_dir(), "{flag} {a.train_data_dir}: no such folder"),
+    ("instance_data_dir", lambda a: not Path(a.instance_data_dir).is_dir(), "{flag} {a.instance_data_dir}: no such folder"),
+    ("", lambda a: not (a.train_data_dir or a.dataset_name or a.instance_data_dir), "no data: give --train_data_dir, --dataset_name, or --instance_data_dir with --instance_prompt"),
+    ("instance_data_dir", lambda a: a.train_data_dir, "--train_data_dir and {flag} exclude each other: give one"),
+    ("instance_data_dir", lambda a: a.dataset_name, "--dataset_name and {flag} exclude each other: give one"),
+    ("train_data_dir", lambda a: a.dataset_name and not a.dataset_name.endswith(".py"), "{flag} and --dataset_name exclude each other: give one"),
     ("dataset_config_name dataset_split image_column", lambda a: not a.dataset_name, "without --dataset_name"),
     ("instance_data_dir", lambda a: not a.instance_prompt and not a.default_caption, '{flag} needs --instance_prompt, such as "a photo of sks dog"'),
     ("default_caption", lambda a: a.instance_prompt, "--instance_prompt and --default_caption say the same thing: give one"),
@@ -2715,9 +2721,7 @@ RULES = (
     (PRIOR, lambda a: not a.with_prior_preservation, "without --with_prior_preservation"),
     ("with_prior_preservation", lambda a: not a.class_prompt, '{flag} needs --class_prompt, such as "a photo of a dog"'),
     ("cache_latents", lambda a: a.color_jitter is not None or a.random_rotation, "{flag} can't be combined with --color_jitter or --random_rotation: they change each image each time"),
-    ("cache_text_embeddings", lambda a: a.train_text_encoder, "{flag} can't be combined with --train_text_encoder: the embeddings change"),
-    ("cache_text_embeddings", lambda a: a.train_text_encoder_ti, "{flag} can't be combined with --train_text_encoder_ti: the embeddings change"),
-    ("cache_text_embeddings", lambda a: a.shuffle_tags, "{flag} can't be combined with --shuffle_tags: the embeddings change"),
+    ("train_text_encoder train_text_encoder_ti shuffle_tags", lambda a: a.cache_text_embeddings, "--cache_text_embeddings can't be combined with {flag}: the embeddings change"),
     ("cache_folder", lambda a: not a.cache_latents and (trains_text(a) or a.shuffle_tags), "without --cache_latents or captions whose embeddings can't change"),
     # LoRA and text encoders
     ("train_text_encoder", lambda a: a.train_text_encoder_ti, "--train_text_encoder and --train_text_encoder_ti exclude each other: give one"),
@@ -2728,13 +2732,13 @@ RULES = (
     ("num_new_tokens_per_abstraction", lambda a: a.initializer_concept, "with --initializer_concept: its tokens decide how many"),
     ("", lambda a: a.train_transformer_frac == 0 and not a.train_text_encoder_ti, "--train_transformer_frac 0 trains no LoRA: it needs --train_text_encoder_ti"),
     (NO_LORA, lambda a: a.train_transformer_frac == 0, "with --train_transformer_frac 0, which adds no LoRA"),
-    ("", lambda a: 0 < a.train_transformer_frac < 1 and not text_trained_to_the_end(a), "--train_transformer_frac below 1 leaves steps in which nothing is trained; raise it or a text fraction to 1"),
+    ("", lambda a: 0 < a.train_transformer_frac < 1 and text_frac(a) < 1, "--train_transformer_frac below 1 leaves steps in which nothing is trained; raise it or a text fraction to 1"),
     ("", lambda a: a.lora_alpha == 0, "--lora_alpha 0 scales the update to nothing"),
     ("quantize_base", lambda a: a.merge_lora or a.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq")), "{flag} can't be combined with --merge_lora or an initialisation that changes the base's weights"),
     # loss and optimizer
     ("huber_c", lambda a: a.loss_type != "huber", "without --loss_type huber"),
-    ("use_8bit_adam", lambda a: a.optimizer not in ("adamw", "adamw8bit"), "{flag} and --optimizer {a.optimizer} contradict each other"),
-    ("use_prodigy", lambda a: a.use_8bit_adam or a.optimizer not in ("adamw", "prodigy"), "{flag} and --optimizer {a.optimizer} contradict each other"),
+    ("use_8bit_adam use_prodigy", lambda a: a.use_8bit_adam and a.use_prodigy, "--use_8bit_adam and --use_prodigy contradict each other"),
+    ("use_8bit_adam use_prodigy", lambda a: a.optimizer not in ("adamw", optimizer_of(a)), "{flag} and --optimizer {a.optimizer} contradict each other"),
     ("prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup", lambda a: optimizer_of(a) != "prodigy", "without --optimizer prodigy"),
     ("", lambda a: optimizer_of(a) == "schedulefree" and (a.lr_scheduler != "constant" or a.use_ema), "--optimizer schedulefree averages by itself: use --lr_scheduler constant and no --use_ema"),
     ("adam_beta2 adam_epsilon", lambda a: a.optimizer == "adafactor", "with --optimizer adafactor"),
@@ -2744,15 +2748,13 @@ RULES = (
     ("", lambda a: a.learning_rate == 0, "--learning_rate 0 trains nothing"),
     # sizes
     ("color_jitter", lambda a: len(a.color_jitter) not in (0, 4), "{flag} takes four numbers (brightness contrast saturation hue) or none"),
-    ("", lambda a: a.lr_warmup_steps < 0, "--lr_warmup_steps must not be negative"),
-    ("", lambda a: a.dataloader_num_workers < 0, "--dataloader_num_workers must not be negative"),
-    ("", lambda a: a.num_validation_images < 0, "--num_validation_images must not be negative"),
+
     # validation and logging
     ("validation_epochs", lambda a: a.validation_steps, "--validation_epochs and --validation_steps exclude each other: give one"),
     ("validation_epochs validation_steps", lambda a: a.num_validation_images == a.validation_split == 0, "{flag} has no effect: there are no validation images and no held-out images"),
     ("hub_model_id hub_token", lambda a: not a.push_to_hub, "without --push_to_hub"),
     ("hub_token", lambda a: {"wandb", "all"} & set(a.report_to.split(",")), "{flag} is refused with wandb, which stores command lines: log in with `hf auth login` instead"),
-    ("enable_xformers_memory_efficient_attention", lambda a: not is_installed("xformers"), "{flag}: xformers isn't installed; torch's own attention needs no flag"),
+    ("enable_xformers_memory_efficient_attention", lambda a: importlib.util.find_spec("xformers") is None, "{flag}: xformers isn't installed; torch's own attention needs no flag"),
 )
 # fmt: on
 
@@ -2762,10 +2764,6 @@ def check_args(args: argparse.Namespace, given: set[str], parser: argparse.Argum
 
     given: names of the flags on the command line or in the --config file. Errors: UserError that names the flag and the way out.
     """
-    for name in ("train_data_dir", "instance_data_dir"):
-        if getattr(args, name) is not None and not Path(getattr(args, name)).is_dir():
-            raise UserError(f"--{name} {getattr(args, name)}: no such folder")
-    check_sources(args)
     for flags, wrong, why in (*RULES, *FAMILY_RULES):
         names = [n for n in flags.split() if n in given and not is_off(n, getattr(args, n), parser.get_default(n))]
         if (names or not flags) and wrong(args):
@@ -2789,10 +2787,10 @@ def trains_text(args: argparse.Namespace) -> bool:
     return args.train_text_encoder or args.train_text_encoder_ti
 
 
-def text_trained_to_the_end(args: argparse.Namespace) -> bool:
-    """Whether a text part is trained in the last step too."""
-    tokens = args.train_text_encoder_ti and args.train_text_encoder_ti_frac == 1
-    return tokens or (args.train_text_encoder and args.train_text_encoder_frac == 1)
+def text_frac(args: argparse.Namespace) -> float:
+    """The share of the steps in which a text encoder or new tokens are trained."""
+    tokens = args.train_text_encoder_ti and args.train_text_encoder_ti_frac
+    return max(tokens, args.train_text_encoder and args.train_text_encoder_frac)
 
 
 def optimizer_of(args: argparse.Namespace) -> str:
@@ -2800,30 +2798,13 @@ def optimizer_of(args: argparse.Namespace) -> str:
     return "adamw8bit" if args.use_8bit_adam else "prodigy" if args.use_prodigy else args.optimizer
 
 
-def is_installed(package: str) -> bool:
-    """Whether a package can be imported."""
-    return importlib.util.find_spec(package) is not None
-
-
-def check_sources(args: argparse.Namespace) -> None:
-    """The data must come from one place; a Python file with a builder may be given a folder."""
-    sources = [n for n in ("train_data_dir", "dataset_name", "instance_data_dir") if getattr(args, n)]
-    if not sources:
-        raise UserError("no data: give --train_data_dir, --dataset_name, or --instance_data_dir with --instance_prompt")
-    builder = (args.dataset_name or "").endswith(".py") and not args.instance_data_dir
-    if len(sources) > 1 and not builder:
-        raise UserError(f"{' and '.join(f'--{s}' for s in sources)} exclude each other: give one")
-
-
 def check_trackers(report_to: str) -> None:
     """The trackers of --report_to must be known, and their packages installed."""
     for tracker in [] if report_to in ("none", "all") else report_to.split(","):
         if tracker not in TRACKERS:
             raise UserError(f"--report_to {tracker}: unknown; use one of {', '.join(sorted(TRACKERS))}, all, none")
-        if not is_installed(tracker):
-            raise UserError(
-                f"--report_to {tracker}: the package isn't installed; `pip install {tracker}` or --report_to none"
-            )
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"--report_to {tracker}: not installed; `pip install {tracker}`, or --report_to none")
 
 
 def fill_defaults(args: argparse.Namespace) -> None:
@@ -2853,13 +2834,9 @@ def use_prepared_buckets(args: argparse.Namespace) -> None:
         side, buckets = int(prepared["resolution"]), str(prepared["aspect_ratio_buckets"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: has no resolution and aspect_ratio_buckets; prepare the folder again") from None
-    if args.resolution is not None:
-        width, height = (args.resolution * 2)[:2]
-        if not 3 / 4 <= width * height / side**2 <= 4 / 3:
-            raise UserError(
-                f"--resolution {' '.join(map(str, args.resolution))}: the pictures are prepared for {side}"
-                f" ({file}); prepare them again, or scale them with --aspect_ratio_buckets auto"
-            )
+    if args.resolution is not None and not 3 / 4 <= math.prod((args.resolution * 2)[:2]) / side**2 <= 4 / 3:
+        asked, way_out = " ".join(map(str, args.resolution)), "prepare again, or use --aspect_ratio_buckets auto"
+        raise UserError(f"--resolution {asked}: the pictures are prepared for {side} ({file}); {way_out}")
     args.resolution, args.aspect_ratio_buckets = [side], buckets
     say(f"buckets as prepared: {file}")
 
@@ -2871,15 +2848,11 @@ def check_sizes(args: argparse.Namespace) -> None:
     for side in args.resolution:
         if side % PIXEL_DIVISOR:
             raise UserError(f"--resolution {side} is not divisible by {PIXEL_DIVISOR}")
-    if args.aspect_ratio_buckets not in (None, "auto"):
-        for pair in args.aspect_ratio_buckets.split(";"):
-            sides = pair.split(",")
-            if len(sides) != 2 or not all(
-                s.strip().isdigit() and int(s) and int(s) % PIXEL_DIVISOR == 0 for s in sides
-            ):
-                raise UserError(
-                    f'--aspect_ratio_buckets: {pair!r} is no "height,width" of multiples of {PIXEL_DIVISOR}; or use "auto"'
-                )
+    for pair in [] if args.aspect_ratio_buckets in (None, "auto") else args.aspect_ratio_buckets.split(";"):
+        sides = [int(side) if side.strip().isdigit() else 0 for side in pair.split(",")]
+        if len(sides) != 2 or not all(side and side % PIXEL_DIVISOR == 0 for side in sides):
+            what = f'{pair!r} is no "height,width" of multiples of {PIXEL_DIVISOR}'
+            raise UserError(f'--aspect_ratio_buckets: {what}; or use "auto"')
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -2894,33 +2867,23 @@ class OneLineParser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
+def number(name: str, kind: type, least: float, most: float, complaint: str):
+    """A type for argparse, which names it in its errors: a number from `least` to `most`."""
+
+    def convert(text: str):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} {complaint}")
+        return value
+
+    convert.__name__ = name
+    return convert
 
 
-def count(text: str) -> int:
-    """A whole number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
-
-
-def amount(text: str) -> float:
-    """A finite number from 0 on."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
-    return value
-
-
-def lower(text: str) -> str:
-    """Lower case, so that `--optimizer AdamW` works."""
-    return text.lower()
+count = number("count", int, 1, math.inf, "is below 1")
+natural = number("whole number", int, 0, math.inf, "must not be negative")
+share = number("share", float, 0, 1, "is not between 0 and 1")
+amount = number("amount", float, 0, sys.float_info.max, "is not a finite number from 0 on")
 
 
 def yes_or_no(text: str) -> bool:
@@ -2986,9 +2949,10 @@ class Components:
         self.index |= dict.fromkeys(n for flag, names in DROPPED_PARTS.items() if vars(args)[flag] for n in names)
         self.loaded: dict[str, object] = {}
         self.configs: dict[str, dict] = {}
-        self.vae_folder = folder / "vae"
-        if args.pretrained_vae_model_name_or_path:
-            self.vae_folder = self.resolve_vae(args.pretrained_vae_model_name_or_path)
+        self.own_vae = not args.pretrained_vae_model_name_or_path
+        self.vae_folder = folder / "vae" if self.own_vae else self.resolve_vae(args.pretrained_vae_model_name_or_path)
+        if not self.own_vae and not self.has("vae"):
+            self.index["vae"] = ["diffusers", "AutoencoderKL"]
 
     def resolve_vae(self, name: str) -> Path:
         """The folder of --pretrained_vae_model_name_or_path."""
@@ -3003,53 +2967,42 @@ class Components:
         """Whether the base has the part at all: SD3 comes without its T5, too."""
         return self.index.get(name) not in (None, [None, None])
 
+    def folder_of(self, name: str) -> Path:
+        """Where a part's files are."""
+        return self.vae_folder if name == "vae" else self.folder / name
+
     def config(self, name: str) -> dict:
         """A part's configuration, without loading its weights."""
-        if name in self.configs:
-            return self.configs[name]
-        file = {"scheduler": "scheduler_config.json"}.get(name, "config.json")
-        path = (self.vae_folder if name == "vae" else self.folder / name) / file
-        self.configs[name] = json.loads(path.read_text(encoding="utf-8"))
+        if name not in self.configs:
+            file = self.folder_of(name) / ("scheduler_config.json" if name == "scheduler" else "config.json")
+            self.configs[name] = json.loads(file.read_text(encoding="utf-8"))
         return self.configs[name]
 
     def identity(self, name: str) -> str:
         """A hash of a part's weights and configuration, for cache keys."""
-        folder = self.vae_folder if name == "vae" else self.folder / name
-        return fingerprint(
-            sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".txt", ".model"))
-        )
+        suffixes = (".safetensors", ".json", ".txt", ".model")
+        return fingerprint(sorted(f for f in self.folder_of(name).iterdir() if f.suffix in suffixes))
 
     def get(self, name: str, dtype=None, device=None):
         """The part `name`, loaded in `dtype` (default: the base's) onto the device (default: the run's)."""
         if name in self.loaded:
             return self.loaded[name]
-        import diffusers
-        import transformers
-
-        if self.index.get(name) is None and not (name == "vae" and self.args.pretrained_vae_model_name_or_path):
-            return None
-        library, class_name = self.index[name] if self.index.get(name) else ("diffusers", "AutoencoderKL")
-        kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
-        place = {"pretrained_model_name_or_path": self.vae_folder if name == "vae" else self.folder / name}
+        kind, folder = library_class(*self.index[name]), self.folder_of(name)
         if "tokenizer" in name or name == "scheduler":
-            self.loaded[name] = kind.from_pretrained(**place)
+            part = kind.from_pretrained(folder)
             if name == "scheduler" and vars(self.args).get("prediction_type"):
-                self.loaded[name].register_to_config(prediction_type=self.args.prediction_type)
-            return self.loaded[name]
-        if self.args.variant and any(
-            self.args.variant in f.name for f in place["pretrained_model_name_or_path"].iterdir()
-        ):
-            place["variant"] = self.args.variant
-        try:
-            part = kind.from_pretrained(**place, dtype=dtype or self.dtype)
-        except OSError as error:
-            raise UserError(
-                f"--pretrained_model_name_or_path: {name} can't be loaded: {' '.join(str(error).split())[:200]}"
-            ) from None
-        part.requires_grad_(False)
-        part.eval()
-        self.loaded[name] = part.to(device or self.device)
-        return self.loaded[name]
+                part.register_to_config(prediction_type=self.args.prediction_type)
+        else:
+            variant = self.args.variant
+            if variant and not any(variant in f.name for f in folder.iterdir()):
+                variant = None  # a part that comes in one precision only
+            try:
+                part = kind.from_pretrained(folder, variant=variant, dtype=dtype or self.dtype)
+            except OSError as error:
+                raise UserError(f"--pretrained_model_name_or_path: {name} can't be loaded: {brief(error)}") from None
+            part = part.requires_grad_(False).eval().to(device or self.device)
+        self.loaded[name] = part
+        return part
 
     def free(self, *names: str) -> None:
         """Drops parts and gives their memory back."""
@@ -3061,8 +3014,7 @@ class Components:
 
     def vae(self):
         """The VAE, in float32 where the base's own overflows in half precision."""
-        own = not self.args.pretrained_vae_model_name_or_path
-        vae = self.get("vae", torch.float32 if VAE_FLOAT32 and own else None)
+        vae = self.get("vae", torch.float32 if VAE_FLOAT32 and self.own_vae else None)
         vae.enable_slicing()
         return vae
 
@@ -3104,7 +3056,7 @@ def resolve_base(args: argparse.Namespace) -> Path:
         if not (path / "model_index.json").is_file():
             raise UserError(f"--pretrained_model_name_or_path {name}: no model_index.json in this folder")
         index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-        if any(folder not in index for folder in folders):
+        if not index.keys() >= set(folders):
             kind = index.get("_class_name")
             raise UserError(f"--pretrained_model_name_or_path {name} is a {kind}, not {FAMILY_TITLE}")
         return path
@@ -3126,8 +3078,7 @@ def download(name: str, flag: str, wanted: list[str], args: argparse.Namespace) 
     try:
         return Path(snapshot_download(name, revision=revision, cache_dir=args.cache_dir, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises a dozen kinds; all mean that it is not to be had
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{flag} {name}: neither a local path nor to be had from the hub ({reason})") from None
+        raise UserError(f"{flag} {name}: neither a local path nor to be had from the hub ({brief(error)})") from None
 
 
 def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
@@ -3149,11 +3100,9 @@ def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
         given = parts_with_weights(path.parent) if surrounded else {}
         pipeline = getattr(diffusers, PIPELINE_CLASS).from_single_file(str(path), **options, **given)
     except Exception as error:  # conversion fails in many ways, all of them the file's or the layout's
-        reason = " ".join(str(error).split())[:200]
         advice = "; without network, scripts/bases/unpack_checkpoint.py makes a diffusers folder of it"
-        raise UserError(
-            f"--pretrained_model_name_or_path {path}: can't be read as {FAMILY_TITLE} ({reason}){'' if surrounded else advice}"
-        ) from None
+        problem = f"can't be read as {FAMILY_TITLE} ({brief(error)}){'' if surrounded else advice}"
+        raise UserError(f"--pretrained_model_name_or_path {path}: {problem}") from None
     part = cache.with_name(cache.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     pipeline.save_pretrained(part)
@@ -3163,15 +3112,14 @@ def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
 
 def parts_with_weights(folder: Path) -> dict[str, object]:
     """The parts but the denoiser whose weights a diffusers folder has, on the CPU in their own precision."""
-    import diffusers
-    import transformers
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    names = [name for name in index if name != DENOISER and any((folder / name).glob("*.safetensors"))]
+    return {name: library_class(*index[name]).from_pretrained(folder / name) for name in names}
 
-    libraries, out = {"diffusers": diffusers, "transformers": transformers}, {}
-    for name, pair in json.loads((folder / "model_index.json").read_text(encoding="utf-8")).items():
-        known = isinstance(pair, list) and pair[0] in libraries and name != DENOISER
-        if known and any((folder / name).glob("*.safetensors")):
-            out[name] = getattr(libraries[pair[0]], pair[1]).from_pretrained(folder / name)
-    return out
+
+def library_class(library: str, name: str):
+    """A class that a model_index.json names, of diffusers or transformers."""
+    return getattr(importlib.import_module(library), name)
 
 
 def fingerprint(files: list[Path]) -> str:
@@ -3181,11 +3129,9 @@ def fingerprint(files: list[Path]) -> str:
         size = file.stat().st_size
         digest.update(f"{size}|".encode())
         with file.open("rb") as stream:
-            for k in range(64):
+            for k in range(64 if size > 65536 else 1):
                 stream.seek(max(0, (size - 65536) * k // 63))
                 digest.update(stream.read(65536))
-                if size <= 65536:
-                    break
     return digest.hexdigest()
 
 
