@@ -261,11 +261,11 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 273 the run: what happens, in which order · 543 the loop, and one step of it · 706 what is logged, and the
-# guard against learning nothing · 841 data: images and captions · 1171 images: decoding, buckets, crops, batches ·
-# 1599 text: embeddings and new tokens · 1828 LoRA and optimizer · 2147 checkpoints and signals · 2313 pictures:
-# validation, class images, comparison · 2497 probes: what was learned, what was forgotten · 2658 files that a run
-# leaves · 2917 command line · 3364 base model: loading, quantising, splitting · 3625 errors, lines, seeds, libraries
+# By line: 273 the run: what happens, in which order · 531 the loop, and one step of it · 694 what is logged, and the
+# guard against learning nothing · 829 data: images and captions · 1121 images: decoding, buckets, crops, batches ·
+# 1529 text: embeddings and new tokens · 1750 LoRA and optimizer · 2069 checkpoints and signals · 2227 pictures:
+# validation, class images, comparison · 2385 probes: what was learned, what was forgotten · 2546 files that a run
+# leaves · 2792 command line · 3202 base model: loading, quantising, splitting · 3446 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -290,9 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        print(
-            f"{program}: error: the GPU's memory does not suffice; in this order, try {MEMORY_ADVICE}", file=sys.stderr
-        )
+        print(f"{program}: error: out of GPU memory; try, in this order, {MEMORY_ADVICE}", file=sys.stderr)
         return 1
 
 
@@ -312,9 +310,10 @@ def execute(args: argparse.Namespace) -> None:
         run.probe = Probe(run)
     active_parts(run, first_step)
     start_trackers(run)
+    batch = f"{args.train_batch_size} x {run.accelerator.num_processes} processes x {args.gradient_accumulation_steps}"
     say(
-        f"{sum(not e.held_out for e in run.data.examples)} images, {run.plan.per_epoch} batches per epoch, {run.max_steps} steps, batch"
-        f" {args.train_batch_size} x {run.accelerator.num_processes} processes x {args.gradient_accumulation_steps} accumulated"
+        f"{len(run.plan.buckets)} images, {run.plan.per_epoch} batches per epoch, {run.max_steps} steps,"
+        f" batch {batch} accumulated"
     )
     with disable_input_dtype_casting(run.denoiser, active=run.accelerator.mixed_precision != "no"):
         if run.compares and first_step == 0:
@@ -336,12 +335,11 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
     run = Run(args, start_accelerator(args), stop)
     make_output_folder(args)
     resume = find_checkpoint(args)
-    settle_seed(run, resume)
+    settle_seed(args, resume)
     run.components = open_base(run)
     load_data(run)
     load_text(run)
     add_trained_parts(run)
-    run.settings = resume_settings(run)
     return run, resume
 
 
@@ -370,7 +368,6 @@ class Run:
     parts: list[Part] = field(default_factory=list)
     guard: StepGuard = None
     probe: Probe | None = None
-    settings: dict = field(default_factory=dict)
 
     @property
     def compares(self) -> bool:
@@ -389,10 +386,9 @@ def start_accelerator(args: argparse.Namespace):
     import accelerate
 
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    project = accelerate.utils.ProjectConfiguration(
-        project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)
-    )
-    trackers = None if args.report_to == "none" else args.report_to.split(",") if args.report_to != "all" else "all"
+    logs = str(Path(args.output_dir) / args.logging_dir)
+    project = accelerate.utils.ProjectConfiguration(project_dir=args.output_dir, logging_dir=logs)
+    trackers = None if args.report_to == "none" else args.report_to.split(",")
     wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")  # the launcher's configuration
     if wanted == "fp16" and PREDICTS_FLOW:
         say(f"{FAMILY_TITLE} overflows in fp16: using bf16")
@@ -401,9 +397,8 @@ def start_accelerator(args: argparse.Namespace):
     if args.deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") not in ("1", "2"):
         raise UserError("DeepSpeed: use zero_stage 1 or 2; config/accelerate_config_fsdp2.yaml splits the base itself")
     try:
-        accelerator = accelerate.Accelerator(
-            mixed_precision=args.mixed_precision, log_with=trackers, project_config=project
-        )
+        precision = {"mixed_precision": args.mixed_precision}
+        accelerator = accelerate.Accelerator(**precision, log_with=trackers, project_config=project)
     except ValueError as error:
         raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from None
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -417,31 +412,27 @@ def make_output_folder(args: argparse.Namespace) -> None:
     """Makes the output folder and sees that it can be written to."""
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.output_dir):
-            pass
+        tempfile.TemporaryFile(dir=args.output_dir).close()
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir} can't be written to: {error.strerror}") from None
 
 
-def settle_seed(run: Run, resume: tuple[Path, dict] | None) -> None:
+def settle_seed(args: argparse.Namespace, resume: tuple[Path, dict] | None) -> None:
     """Without --seed: the checkpoint's, or one that is drawn, the same on every process."""
     from accelerate.utils import broadcast_object_list
 
-    if run.args.seed is None:
-        drawn = [resume[1]["seed"] if resume else random.SystemRandom().randrange(2**31)]
-        run.args.seed = broadcast_object_list(drawn)[0] if run.accelerator.num_processes > 1 else drawn[0]
-        say(f"seed {run.args.seed}")
+    if args.seed is None:
+        args.seed = broadcast_object_list([resume[1]["seed"] if resume else random.SystemRandom().randrange(2**31)])[0]
+        say(f"seed {args.seed}")
 
 
 def open_base(run: Run) -> Components:
     """The base's parts, none of them loaded yet."""
     args, accelerator = run.args, run.accelerator
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    dtype = torch_dtype(accelerator.mixed_precision)
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
     if sharded and (args.quantize_base or args.compile):
-        raise UserError(
-            "--quantize_base and --compile can't be combined with FSDP: use a configuration for several GPUs"
-        )
+        raise UserError("--quantize_base and --compile don't work with FSDP: use a configuration for several GPUs")
     components = Components(resolve_base(args), args, dtype, accelerator.device, sharded)
     check_base(components)
     return components
@@ -451,7 +442,8 @@ def load_data(run: Run) -> None:
     """Examples, class images, which of them stand in which batch, and their latents, if these are cached."""
     args, components, processes = run.args, run.components, run.accelerator.num_processes
     buckets = bucket_sizes(args)
-    examples, store = prepare_examples(load_examples(args), buckets, args)
+    store = prepare_examples(load_examples(args), buckets, args)
+    examples = store.examples
     hold_out(examples, args)
     print_buckets(examples, buckets)
     run.prompts = Prompts(args, components)
@@ -459,14 +451,14 @@ def load_data(run: Run) -> None:
     class_store = None
     if args.with_prior_preservation:
         generate_class_images(args, components, run.prompts, run.accelerator)
-        _, class_store = prepare_examples(load_class_examples(args), buckets, args)
+        class_store = prepare_examples(load_class_examples(args), buckets, args)
     run.plan = BatchPlan(examples, args, processes, len(class_store.examples) if class_store else 0)
     steps_per_epoch = run.plan.per_epoch / args.gradient_accumulation_steps
     run.max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
     run.validation_steps = validation_schedule(args, run.max_steps, steps_per_epoch)
     run.plan_size = buckets[Counter(e.bucket for e in examples).most_common(1)[0][0]]
     run.scheduler = components.training_scheduler()
-    run.data = TrainingData(examples, store, class_store, args, components.config("vae"), run.scheduler)
+    run.data = TrainingData(store, class_store, args, components.config("vae"), run.scheduler)
     if args.cache_latents:
         cache_latents(run.data, run.plan, components, args)
 
@@ -488,15 +480,12 @@ def load_text(run: Run) -> None:
 def start_trackers(run: Run) -> None:
     """Starts the trackers with the settings as their configuration; the hub token is not among them."""
     args = run.args
-    if args.report_to == "none" or not run.accelerator.log_with:
+    if not run.accelerator.log_with:
         return
-    config = {
-        k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items() if k != "hub_token"
-    }
-    name = args.run_name or Path(args.output_dir).resolve().name
-    run.accelerator.init_trackers(
-        f"lora-{FAMILY}", config=config, init_kwargs={"wandb": {"name": name, "dir": args.output_dir}}
-    )
+    public = {k: v for k, v in vars(args).items() if k != "hub_token"}
+    config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public.items()}
+    own = {"wandb": {"name": args.run_name or Path(args.output_dir).resolve().name, "dir": args.output_dir}}
+    run.accelerator.init_trackers(f"lora-{FAMILY}", config=config, init_kwargs=own)
 
 
 def check_results(run: Run) -> None:
@@ -519,10 +508,10 @@ def temporary_output(args: argparse.Namespace):
 def rehearse(run: Run) -> None:
     """--dry_run: two steps at the largest bucket (the second is timed), a checkpoint; prints time and memory."""
     args, planned = run.args, run.max_steps
-    areas = [run.data.store.buckets[b[0].bucket] for b in run.plan.epoch(0)]
-    largest = max(range(len(areas)), key=lambda i: areas[i][0] * areas[i][1])
-    run.plan.epoch(0)[:] = [run.plan.epoch(0)[largest]] * len(areas)
-    run.plan_size = areas[largest]
+    batches, buckets = run.plan.epoch(0), run.data.buckets
+    largest = max(batches, key=lambda batch: math.prod(buckets[batch[0].bucket]))
+    batches[:] = [largest] * len(batches)
+    run.plan_size = buckets[largest[0].bucket]
     run.max_steps = args.checkpointing_steps = min(2, planned)
     args.logging_steps, run.validation_steps = 1, {run.max_steps}
     train(run, 0)
@@ -534,9 +523,8 @@ def rehearse(run: Run) -> None:
         import resource
 
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    say(
-        f"dry run: largest bucket {run.plan_size[0]} x {run.plan_size[1]}, {seconds:.3f} s per step, peak memory {memory:.2f} GiB,"
-    )
+    size = "{} x {}".format(*run.plan_size)
+    say(f"dry run: largest bucket {size}, {seconds:.3f} s per step, peak memory {memory:.2f} GiB,")
     say(f"dry run: {planned} steps would take about {seconds * planned / 60:.1f} minutes; nothing was kept")
 
 
@@ -861,20 +849,16 @@ def load_examples(args: argparse.Namespace) -> list[Example]:
     """The training images and their captions, as the flags say. Captions are still without trigger word."""
     examples = source_examples(args)
     if args.max_train_samples is not None and args.max_train_samples < len(examples):
-        chosen = random.Random(stable_seed(args.seed, "max_train_samples")).sample(
-            range(len(examples)), args.max_train_samples
-        )
-        examples = [examples[i] for i in sorted(chosen)]
+        rng = random.Random(stable_seed(args.seed, "max_train_samples"))
+        examples = [examples[i] for i in sorted(rng.sample(range(len(examples)), args.max_train_samples))]
     fallback = clean_caption(args.instance_prompt or args.default_caption)
     bare = [e for e in examples if not e.captions]
     for example in bare:
         example.captions = [fallback]
     if bare and not fallback:
         if len(bare) == len(examples) and not args.trigger_word:
-            raise UserError(
-                "no image has a caption: add metadata.jsonl or .txt files, or give --instance_prompt or --default_caption"
-            )
-        names = ", ".join(e.name for e in bare[:3])
+            raise UserError("no image has a caption: write .txt files, or give --instance_prompt or --default_caption")
+        names = listed([e.name for e in bare])
         instead = "the trigger word alone" if args.trigger_word else "the empty one"
         say(f"warning: {len(bare)} of {len(examples)} images have no caption and train on {instead} ({names})")
     return examples
@@ -883,14 +867,10 @@ def load_examples(args: argparse.Namespace) -> list[Example]:
 def source_examples(args: argparse.Namespace, missing: list[str] | None = None) -> list[Example]:
     """All images of the folder or data set that the flags name, with the captions that they have."""
     folder = Path(args.dataset_name or args.train_data_dir or args.instance_data_dir)
-    plain = args.dataset_name is None or (
-        folder.is_dir()
-        and not any(
-            f.suffix in (".arrow", ".parquet") or f.name in ("dataset_dict.json", "state.json", "dataset_infos.json")
-            for f in folder.rglob("*")
-        )
-    )
-    return folder_examples(folder, args.caption_column, missing) if plain else dataset_examples(args)
+    tables = (".arrow", ".parquet", "dataset_dict.json", "state.json", "dataset_infos.json")
+    if args.dataset_name and not (folder.is_dir() and not any(f.name.endswith(tables) for f in folder.rglob("*"))):
+        return dataset_examples(args)
+    return folder_examples(folder, args.caption_column, missing)
 
 
 def folder_examples(folder: Path, caption_column: str | None, missing: list[str] | None = None) -> list[Example]:
@@ -900,34 +880,33 @@ def folder_examples(folder: Path, caption_column: str | None, missing: list[str]
     Files that the metadata name and that are not there are an error, or are noted in `missing`, if it's given.
     """
     folder = folder.resolve()
-    files = sorted(
-        f for f in folder.rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.relative_to(folder).parts)
-    )
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and "/." not in f"/{f.relative_to(folder).as_posix()}"]
     described: dict[Path, list[str]] = {}
     for meta in (f for f in files if f.name in ("metadata.jsonl", "metadata.csv")):
         for row in read_metadata(meta):
             image = (meta.parent / row["file_name"]).resolve()
             if not image.is_relative_to(folder):
                 raise UserError(f"{meta}: file_name {row['file_name']!r} leads out of the data folder")
-            if not image.is_file() and missing is not None:
+            if image.is_file():
+                described[image] = caption_of_row(row, caption_column, str(meta))
+            elif missing is not None:
                 missing.append(row["file_name"])
-                continue
-            if not image.is_file():
+            else:
                 raise UserError(f"{meta}: file_name {row['file_name']!r}: there is no such file")
-            described[image] = caption_of_row(row, caption_column, str(meta))
     examples, strays, edited = [], Counter(), []
     for file in files:
-        if file.suffix.lower() not in IMAGE_SUFFIXES and file not in described:
-            if file.suffix.lower() not in (".txt", ".caption", ".jsonl", ".csv", ".json", ".md", ".html"):
+        suffix = file.suffix.lower()
+        if suffix not in IMAGE_SUFFIXES and file not in described:
+            if suffix not in (".txt", ".caption", ".jsonl", ".csv", ".json", ".md", ".html"):
                 strays[file.suffix or file.name] += 1
             continue
         name, captions = str(file.relative_to(folder)), described.get(file, [])
         if not captions or caption_column is None:
-            beside = next((b for b in (file.with_suffix(".txt"), file.with_suffix(".caption")) if b.is_file()), None)
-            written = as_captions(decode_text(beside.read_bytes(), beside)) if beside else []
-            if captions and written and written[0] not in captions:
-                edited.append(name)
-            captions = captions if captions and (not written or written[0] in captions) else written
+            beside = [b for b in (file.with_suffix(".txt"), file.with_suffix(".caption")) if b.is_file()][:1]
+            written = [c for b in beside for c in as_captions(decode_text(b.read_bytes(), b))]
+            if written and written[0] not in captions:
+                edited += [name] if captions else []
+                captions = written
         examples.append(Example(name, captions, file.read_bytes))
     if edited:
         say(f"{listed(edited)}: the text file and the metadata differ; the text file's caption is taken")
@@ -940,30 +919,23 @@ def folder_examples(folder: Path, caption_column: str | None, missing: list[str]
 
 def read_metadata(file: Path) -> list[dict]:
     """Rows of a metadata.jsonl or metadata.csv, with a key `file_name` each."""
-    text = decode_text(file.read_bytes(), file)
-    if file.suffix == ".csv":
-        rows = list(csv.DictReader(io.StringIO(text)))
-    else:
-        rows = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{file} line {number}: not JSON: {error}") from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not row.get("file_name"):
-            raise UserError(f"{file} row {number}: no file_name")
+    text, is_csv, rows = decode_text(file.read_bytes(), file), file.suffix == ".csv", []
+    for number, line in enumerate(csv.DictReader(io.StringIO(text)) if is_csv else text.splitlines(), 1):
+        if is_csv or line.strip():
+            try:
+                rows.append(line if is_csv else json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{file} line {number}: not JSON: {error}") from None
+            if not isinstance(rows[-1], dict) or not rows[-1].get("file_name"):
+                raise UserError(f"{file} row {len(rows)}: no file_name")
     return rows
 
 
 def caption_of_row(row: dict, column: str | None, where: str) -> list[str]:
     """The captions in a row: of the given column, or of the one of text, caption, prompt that exists."""
-    if column is not None:
-        if column not in row:
-            raise UserError(f"--caption_column {column}: {where} has the columns {', '.join(map(str, row))}")
-        return as_captions(row[column])
-    return as_captions(next((row[c] for c in CAPTION_COLUMNS if row.get(c)), None))
+    if column is not None and column not in row:
+        raise UserError(f"--caption_column {column}: {where} has the columns {', '.join(map(str, row))}")
+    return as_captions(row[column] if column else next((row[c] for c in CAPTION_COLUMNS if row.get(c)), None))
 
 
 def as_captions(value: object) -> list[str]:
@@ -994,40 +966,30 @@ def dataset_examples(args: argparse.Namespace) -> list[Example]:
 
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    name = args.dataset_name
+    name, split = args.dataset_name, args.dataset_split
     try:
         if name.endswith(".py"):
             table = builder_dataset(args)
-        elif Path(name).is_dir() and (Path(name) / "dataset_dict.json").exists():
-            table = datasets.load_from_disk(name)[args.dataset_split]
-        elif Path(name).is_dir() and (Path(name) / "state.json").exists():
-            table = datasets.load_from_disk(name)
+        elif any((Path(name) / file).exists() for file in ("dataset_dict.json", "state.json")):
+            saved = datasets.load_from_disk(name)
+            table = saved[split] if isinstance(saved, dict) else saved
         else:
-            table = datasets.load_dataset(
-                name, args.dataset_config_name, split=args.dataset_split, cache_dir=args.cache_dir
-            )
+            table = datasets.load_dataset(name, args.dataset_config_name, split=split, cache_dir=args.cache_dir)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"--dataset_name {name}: {' '.join(str(error).split())[:300]}") from None
-    if args.image_column not in table.column_names:
-        raise UserError(
-            f"--image_column {args.image_column}: the data set has the columns {', '.join(table.column_names)}"
-        )
+        raise UserError(f"--dataset_name {name}: {brief(error)}") from None
+    for flag in ("image_column", "caption_column"):
+        if vars(args)[flag] not in (None, *table.column_names):
+            columns = ", ".join(table.column_names)
+            raise UserError(f"--{flag} {vars(args)[flag]}: the data set has the columns {columns}")
     column = args.caption_column or next((c for c in CAPTION_COLUMNS if c in table.column_names), None)
-    if args.caption_column and args.caption_column not in table.column_names:
-        raise UserError(f"--caption_column {column}: the data set has the columns {', '.join(table.column_names)}")
-    if isinstance(table.features[args.image_column], datasets.Value):
-        table = table.cast_column(args.image_column, datasets.Image())
     table = table.cast_column(args.image_column, datasets.Image(decode=False))
-    captions = [as_captions(c) for c in table[column]] if column else [[] for _ in range(len(table))]
 
-    def reader(row: int):
-        def read() -> bytes:
-            cell = table[row][args.image_column]
-            return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+    def read(row: int) -> bytes:
+        cell = table[row][args.image_column]
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
-        return read
-
-    return [Example(f"row {i}", captions[i], reader(i)) for i in range(len(table))]
+    captions = map(as_captions, table[column] if column else [None] * len(table))
+    return [Example(f"row {i}", own, lambda i=i: read(i)) for i, own in enumerate(captions)]
 
 
 def builder_dataset(args: argparse.Namespace):
@@ -1041,22 +1003,17 @@ def builder_dataset(args: argparse.Namespace):
     if not path.is_file():
         raise UserError(f"--dataset_name {path}: no such file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    builders = [
-        c
-        for c in vars(module).values()
-        if isinstance(c, type) and issubclass(c, datasets.DatasetBuilder) and c.__module__ == module.__name__
-    ]
+    own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+    builders = [c for c in own if issubclass(c, datasets.DatasetBuilder)]
     if len(builders) != 1:
         raise UserError(f"--dataset_name {path}: expected one datasets builder class, found {len(builders)}")
     data_dir = str(Path(args.train_data_dir).resolve()) if args.train_data_dir else None
     with tempfile.TemporaryDirectory() as work:
         builder = builders[0](cache_dir=work, config_name=args.dataset_config_name, data_dir=data_dir)
         builder.download_and_prepare()
-        table = builder.as_dataset(split=args.dataset_split, in_memory=True)
-    return table
+        return builder.as_dataset(split=args.dataset_split, in_memory=True)
 
 
 def hold_out(examples: list[Example], args: argparse.Namespace) -> None:
@@ -1098,9 +1055,6 @@ class Finding:
     advice: str
     hurts: bool = True
 
-    def __str__(self) -> str:
-        return f"{self.what}; {self.advice}"
-
 
 def found(what: str, names: list[str], total: int | None, advice: str, hurts: bool = True) -> list[Finding]:
     """[a finding with how many, of how many, and the first few names], or [] if there are none."""
@@ -1118,29 +1072,27 @@ def report_findings(examples: list[Example], buckets: list[tuple[int, int]], tok
     findings = examine(examples, buckets)
     if not args.instance_prompt and not args.default_caption:
         findings += unvaried_captions(examples)
-    captions = [with_trigger(c, args.trigger_word) for e in examples for c in e.captions]
-    findings += truncated_captions(captions, tokenizers)
-    sizes = [f"{w} x {h}" for w, h in sorted((e.size for e in examples), key=lambda s: s[0] * s[1])]
+    findings += truncated_captions(
+        [with_trigger(c, args.trigger_word) for e in examples for c in e.captions], tokenizers
+    )
+    sizes = ["{} x {}".format(*size) for size in sorted((e.size for e in examples), key=math.prod)]
     say(f"{len(examples)} images from {sizes[0]} to {sizes[-1]} pixels")
     for finding in findings:
-        say(f"warning: {finding}")
+        say(f"warning: {finding.what}; {finding.advice}")
     if findings:
         say("prepare_dataset.py --doctor looks closer: copies, blur, lonely buckets")
 
 
 def examine(examples: list[Example], buckets: list[tuple[int, int]]) -> list[Finding]:
     """What will hurt in pictures that have been looked at: those that are enlarged, or lose much to the crop."""
-
-    def scale(e: Example) -> float:
-        return max(buckets[e.bucket][0] / e.size[0], buckets[e.bucket][1] / e.size[1])
-
-    def lost(e: Example) -> float:
-        return 1 - buckets[e.bucket][0] * buckets[e.bucket][1] / (e.size[0] * e.size[1] * scale(e) ** 2)
-
-    soft = [f"{e.name}: {e.size[0]} x {e.size[1]}, {scale(e):.1f} times" for e in examples if scale(e) > 1.25]
+    soft, narrow = [], []
+    for e in examples:
+        (width, height), bucket = e.size, buckets[e.bucket]
+        scale, lost = max(bucket[0] / width, bucket[1] / height), lost_to_crop(e.size, bucket)
+        soft += [f"{e.name}: {width} x {height}, {scale:.1f} times"] if scale > 1.25 else []
+        narrow += [f"{e.name}: {lost:.0%}"] if lost > 0.25 else []
     advice = "the LoRA learns their blur; use larger ones or a lower resolution"
     findings = found("images enlarged to fill their bucket", soft, len(examples), advice)
-    narrow = [f"{e.name}: {lost(e):.0%}" for e in examples if lost(e) > 0.25]
     advice = "crop them by hand" if len(buckets) > 1 else "use --aspect_ratio_buckets auto"
     return findings + found("images that lose more than a quarter to the crop", narrow, len(examples), advice)
 
@@ -1158,34 +1110,28 @@ def truncated_captions(captions: list[str], tokenizers: dict) -> list[Finding]:
     """Captions that are longer than a CLIP encoder reads. tokenizers: {"clip_l": tokenizer, ...}, others are skipped."""
     findings = []
     for key, tokenizer in tokenizers.items():
-        if not key.startswith("clip") or not captions:
-            continue
-        limit = tokenizer.model_max_length
-        ids = tokenizer(captions, truncation=False).input_ids
-        long = [f"{len(i)} tokens: {c[:60]}…" for c, i in zip(captions, ids, strict=True) if len(i) > limit]
-        what = f"captions longer than the {limit} tokens that {key} reads"
-        findings += found(what, long, len(captions), "their ends are not seen; shorten them")
+        if key.startswith("clip"):
+            limit, ids = tokenizer.model_max_length, tokenizer(captions, truncation=False).input_ids
+            long = [f"{len(i)} tokens: {c[:60]}…" for c, i in zip(captions, ids, strict=True) if len(i) > limit]
+            what = f"captions longer than the {limit} tokens that {key} reads"
+            findings += found(what, long, len(captions), "their ends are not seen; shorten them")
     return findings
 
 
 # ---- images: decoding, buckets, crops, batches -----------------------------------------------------------------------
 
-MAX_PIXELS = 178_956_970  # where Pillow takes a picture for a decompression bomb
 COVER_BUDGET = 2 << 30  # bytes of decoded images kept in memory
 
 
 def decode_image(raw: bytes):
     """Bytes of an image file -> upright RGB image. Errors: ValueError with the reason in plain words."""
     try:
-        image = Image.open(io.BytesIO(raw))
-        if image.width * image.height <= MAX_PIXELS:
-            return to_rgb(image)
+        return to_rgb(Image.open(io.BytesIO(raw)))
     except Image.DecompressionBombError:
-        raise ValueError(f"more than {MAX_PIXELS // 10**6} megapixels") from None
+        raise ValueError(f"more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
     except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
         text = str(error)
         raise ValueError("not an image" if "cannot identify" in text else f"damaged ({text})") from None
-    raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS // 10**6} megapixels are taken")
 
 
 def to_rgb(image):
@@ -1195,7 +1141,7 @@ def to_rgb(image):
         values = np.asarray(image).astype(np.float64)
         top = 65535.0 if values.max() > 255 else 255.0
         image = Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -1232,14 +1178,12 @@ def bucket_sizes(args: argparse.Namespace) -> list[tuple[int, int]]:
 
 def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> int:
     """The bucket whose aspect ratio is nearest on a logarithmic scale; among equals, the one of the nearest area."""
-    ratio, area = math.log(size[0] / size[1]), math.log(size[0] * size[1])
-    return min(
-        range(len(buckets)),
-        key=lambda i: (
-            round(abs(math.log(buckets[i][0] / buckets[i][1]) - ratio), 6),
-            abs(math.log(buckets[i][0] * buckets[i][1]) - area),
-        ),
-    )
+
+    def distance(i: int) -> tuple[float, float]:
+        across, down = (math.log(buckets[i][k] / size[k]) for k in (0, 1))
+        return round(abs(across - down), 6), abs(across + down)
+
+    return min(range(len(buckets)), key=distance)
 
 
 def print_buckets(examples: list[Example], buckets: list[tuple[int, int]]) -> None:
@@ -1247,21 +1191,32 @@ def print_buckets(examples: list[Example], buckets: list[tuple[int, int]]) -> No
     if len(buckets) == 1:
         return
     say("bucket (width x height)   images   mean share cropped away")
-    for i, (width, height) in enumerate(buckets):
-        inside = [e for e in examples if e.bucket == i]
-        if inside:
-            shares = [1 - min(a, b) / max(a, b) for a, b in ((e.size[0] * height, e.size[1] * width) for e in inside)]
-            say(f"{f'{width} x {height}':>23}   {len(inside):6}   {sum(shares) / len(shares):.0%}")
+    for i, bucket in enumerate(buckets):
+        shares = [lost_to_crop(e.size, bucket) for e in examples if e.bucket == i]
+        if shares:
+            say(f"{'{} x {}'.format(*bucket):>23}   {len(shares):6}   {sum(shares) / len(shares):.0%}")
 
 
-def prepare_examples(examples: list[Example], buckets: list[tuple[int, int]], args: argparse.Namespace):
-    """Decodes every image once: finds broken ones, sizes, buckets and content hashes. Returns (examples, store).
+def lost_to_crop(size: tuple[int, int], bucket: tuple[int, int]) -> float:
+    """The share of a picture that is cropped away when it covers a bucket."""
+    a, b = size[0] * bucket[1], size[1] * bucket[0]
+    return 1 - min(a, b) / max(a, b)
+
+
+def cover_size(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:
+    """The size at which a picture just covers a bucket."""
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    return max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale))
+
+
+def prepare_examples(examples: list[Example], buckets: list[tuple[int, int]], args: argparse.Namespace) -> ImageStore:
+    """Decodes every image once: finds broken ones, sizes, buckets and content hashes. Returns the good ones.
 
     A broken image is left out with a line that names it; with none left, it's an error.
     """
     store = ImageStore(examples, buckets, args.image_interpolation_mode, COVER_BUDGET)
 
-    def prepare(index: int) -> str | None:
+    def problem_of(index: int) -> str | None:
         try:
             image = look_at(examples[index], buckets)
         except (ValueError, OSError) as error:
@@ -1269,18 +1224,15 @@ def prepare_examples(examples: list[Example], buckets: list[tuple[int, int]], ar
         store.cover(index, examples[index].bucket, image)
         return None
 
-    with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
-        reasons = list(pool.map(prepare, range(len(examples))))
-    for example, reason in zip(examples, reasons, strict=True):
-        if reason is not None:
-            say(f"warning: {example.name} is left out: {reason}")
-    good = [i for i, reason in enumerate(reasons) if reason is None]
-    if not good:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        problems = list(pool.map(problem_of, range(len(examples))))
+    for example, problem in zip(examples, problems, strict=True):
+        if problem is not None:
+            say(f"warning: {example.name} is left out: {problem}")
+    store.examples = [e for e, problem in zip(examples, problems, strict=True) if problem is None]
+    if not store.examples:
         raise UserError("none of the images can be read; see the lines above")
-    place = {i: n for n, i in enumerate(good)}
-    store.kept = {(place[i], b): array for (i, b), array in store.kept.items() if i in place}
-    store.examples = [examples[i] for i in good]
-    return store.examples, store
+    return store
 
 
 def look_at(example: Example, buckets: list[tuple[int, int]]):
@@ -1300,23 +1252,21 @@ class ImageStore:
     ) -> None:
         self.examples, self.buckets = examples, buckets
         self.resample = getattr(Image.Resampling, interpolation.upper())
-        self.left, self.kept = budget, {}
+        self.left, self.kept = budget, {}  # bytes; by name and bucket
 
     def cover(self, index: int, bucket: int, image=None):
         """Image `index` scaled so that it just covers `bucket`, as an RGB image."""
-        kept = self.kept.get((index, bucket))
-        if kept is not None:
-            return Image.fromarray(kept)
+        example = self.examples[index]
+        if (example.name, bucket) in self.kept:
+            return Image.fromarray(self.kept[example.name, bucket])
         if image is None:
-            image = decode_image(self.examples[index].read())
-        width, height = self.buckets[bucket]
-        scale = max(width / image.width, height / image.height)
-        size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+            image = decode_image(example.read())
+        size = cover_size(image.size, self.buckets[bucket])
         image = image if image.size == size else image.resize(size, self.resample)
         array = np.asarray(image)
         if array.nbytes <= self.left:
             self.left -= array.nbytes
-            self.kept[index, bucket] = array
+            self.kept[example.name, bucket] = array
         return image
 
 
@@ -1364,19 +1314,14 @@ class BatchPlan:
                 full.append(waiting.pop(self.buckets[index]))
         groups = full + list(waiting.values())
         rng.shuffle(groups)
-        classes = [
-            i
-            for _ in range(-(-len(order) // max(1, self.class_images)))
-            for i in rng.sample(range(self.class_images), self.class_images)
-        ]
-        batches = []
-        for group in groups:
-            batch = [Slot(i, self.buckets[i], epoch, r, 1 / len(group)) for i, r in group]
-            if self.class_images:
-                weight = self.prior_loss_weight / len(group)
-                for _ in group:
+        batches = [[Slot(i, self.buckets[i], epoch, r, 1 / len(group)) for i, r in group] for group in groups]
+        if self.class_images:
+            rounds, numbers = -(-len(order) // self.class_images), range(self.class_images)
+            classes = [i for _ in range(rounds) for i in rng.sample(numbers, len(numbers))]
+            for batch in batches:
+                weight = self.prior_loss_weight / len(batch)
+                for _ in range(len(batch)):
                     batch.append(Slot(classes.pop(), batch[0].bucket, epoch, len(classes), weight, True))
-            batches.append(batch)
         self.cached = (epoch, batches)
         return batches
 
@@ -1386,13 +1331,9 @@ class BatchPlan:
         out = []
         for kind in (False, True):
             slots = [s for s in batch if s.is_class == kind]
-            if not slots:
-                continue
-            total = self.size if self.fixed_shapes else -(-len(slots) // self.processes) * self.processes
-            filler = [
-                Slot(s.index, s.bucket, s.epoch, s.repeat, 0.0, kind) for s in (slots * total)[: total - len(slots)]
-            ]
-            each = total // self.processes
+            each = -(-(self.size if self.fixed_shapes else len(slots)) // self.processes)
+            spare = (slots * self.size)[: each * self.processes - len(slots)]
+            filler = [Slot(s.index, s.bucket, s.epoch, s.repeat, 0.0, kind) for s in spare]
             out += (slots + filler)[process * each : (process + 1) * each]
         return out
 
@@ -1419,15 +1360,12 @@ class Crop:
     flip: bool
 
 
-def draw_crop(
-    cover_size: tuple[int, int], target: tuple[int, int], rng: random.Random, args: argparse.Namespace
-) -> Crop:
-    """Where the image is cropped (anywhere, or in the middle) and whether it is mirrored."""
-    spare = cover_size[0] - target[0], cover_size[1] - target[1]
+def draw_crop(cover: tuple[int, int], target: tuple[int, int], rng: random.Random, args: argparse.Namespace) -> Crop:
+    """Where an image of size `cover` is cropped (anywhere, or in the middle) and whether it is mirrored."""
     u, v, flip = rng.random(), rng.random(), args.random_flip and rng.random() < 0.5
     if args.center_crop:
         u = v = 0.5
-    return Crop(round(spare[0] * u), round(spare[1] * v), flip)
+    return Crop(round((cover[0] - target[0]) * u), round((cover[1] - target[1]) * v), flip)
 
 
 def cropped(cover, target: tuple[int, int], crop: Crop, rng: random.Random, args: argparse.Namespace):
@@ -1447,12 +1385,9 @@ def cropped(cover, target: tuple[int, int], crop: Crop, rng: random.Random, args
         image = ImageOps.mirror(image)
     if args.color_jitter is not None:
         brightness, contrast, saturation, hue = args.color_jitter
-        for enhancer, strength in (
-            (ImageEnhance.Brightness, brightness),
-            (ImageEnhance.Contrast, contrast),
-            (ImageEnhance.Color, saturation),
-        ):
-            image = enhancer(image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+        for kind, strength in (("Brightness", brightness), ("Contrast", contrast), ("Color", saturation)):
+            factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
+            image = getattr(ImageEnhance, kind)(image).enhance(factor)
         if hue:
             hsv = np.array(image.convert("HSV"))
             hsv[..., 0] += np.uint8(round(rng.uniform(-hue, hue) * 255) % 256)
@@ -1468,30 +1403,33 @@ def to_pixels(image):
 class TrainingData:
     """Turns a `Slot` into tensors. Everything random in it is drawn from (seed, epoch, image, repeat)."""
 
-    def __init__(self, examples, store, class_store, args, vae_config: dict, scheduler) -> None:
-        self.examples, self.store, self.class_store, self.args = examples, store, class_store, args
+    def __init__(self, store: ImageStore, class_store: ImageStore | None, args, vae_config: dict, scheduler) -> None:
+        self.stores = (store, class_store)  # by Slot.is_class
+        self.examples, self.buckets, self.args = store.examples, store.buckets, args
         self.vae_config, self.scheduler = vae_config, scheduler
         self.moments: dict[tuple, object] = {}  # (is_class, index, bucket, flip) -> (2C, H, W), if cached
 
-    def crop_of(self, slot: Slot, rng: random.Random) -> tuple[Crop, tuple[int, int]]:
-        """The slot's crop and the size of the covering image. With cached latents only the flip is drawn anew."""
-        example = (self.class_store if slot.is_class else self.store).examples[slot.index]
-        target = self.store.buckets[slot.bucket]
-        scale = max(target[0] / example.size[0], target[1] / example.size[1])
-        size = max(target[0], round(example.size[0] * scale)), max(target[1], round(example.size[1] * scale))
+    def crop_of(self, slot: Slot, rng: random.Random) -> Crop:
+        """The slot's crop. With cached latents only the flip is drawn anew."""
+        example, target = self.stores[slot.is_class].examples[slot.index], self.buckets[slot.bucket]
+        size = cover_size(example.size, target)
         crop = draw_crop(size, target, rng, self.args)
         if self.args.cache_latents:
             fixed = random.Random(stable_seed(self.args.seed, "crop", slot.is_class, example.name))
             still = draw_crop(size, target, fixed, self.args)
             crop = Crop(still.left, still.top, crop.flip)
-        return crop, size
+        return crop
+
+    def view(self, slot: Slot, crop: Crop, rng: random.Random):
+        """The slot's pixels (3, H, W) in [-1, 1]."""
+        cover = self.stores[slot.is_class].cover(slot.index, slot.bucket)
+        return to_pixels(cropped(cover, self.buckets[slot.bucket], crop, rng, self.args))
 
     def __getitem__(self, slot: Slot) -> dict:
-        store = self.class_store if slot.is_class else self.store
-        example, target = store.examples[slot.index], store.buckets[slot.bucket]
+        example, target = self.stores[slot.is_class].examples[slot.index], self.buckets[slot.bucket]
         place = (self.args.seed, slot.epoch, slot.is_class, example.name, slot.repeat)
         rng = random.Random(stable_seed("image", *place))
-        crop, _ = self.crop_of(slot, rng)
+        crop = self.crop_of(slot, rng)
         item = {
             "weight": torch.tensor(slot.weight),
             "original_size": torch.tensor((example.size[1], example.size[0])),
@@ -1502,16 +1440,13 @@ class TrainingData:
         if key in self.moments:
             item["moments"] = self.moments[key]
         else:
-            item["pixels"] = to_pixels(cropped(store.cover(slot.index, slot.bucket), target, crop, rng, self.args))
+            item["pixels"] = self.view(slot, crop, rng)
         text_rng = random.Random(stable_seed("caption", *place))
         item["caption"] = example.captions[0] if slot.is_class else draw_caption(example.captions, text_rng, self.args)
         generator = torch.Generator().manual_seed(stable_seed("noise", *place))
         shape = latent_shape(target, self.vae_config)
         item["posterior_noise"] = torch.randn(shape, generator=generator)
         return item | draw_noise(generator, shape, self.scheduler, self.args)
-
-    def __len__(self) -> int:
-        return len(self.examples)
 
 
 def collate(items: list[dict]) -> dict:
@@ -1539,31 +1474,27 @@ def cache_latents(data: TrainingData, plan: BatchPlan, components: Components, a
     """
     disk = DiskCache(args.cache_folder, "latents")
     identity = (FAMILY, components.identity("vae"), components.dtype, VAE_FLOAT32, args.image_interpolation_mode)
-    flips = (False, True) if args.random_flip else (False,)
+    stores = [store for store in data.stores if store]
     slots = [Slot(i, e.bucket, 0, 0, 1.0) for i, e in enumerate(data.examples)]
-    if data.class_store:
+    for store in stores[1:]:
         used = sorted(set(plan.buckets.values()))
-        slots += [Slot(i, b, 0, 0, 1.0, True) for i in range(len(data.class_store.examples)) for b in used]
+        slots += [Slot(i, b, 0, 0, 1.0, True) for i in range(len(store.examples)) for b in used]
     for slot in slots:
-        store = data.class_store if slot.is_class else data.store
-        example, target = store.examples[slot.index], store.buckets[slot.bucket]
-        crop, _ = data.crop_of(slot, random.Random(0))
-        for flip in flips:
+        example, crop = stores[slot.is_class].examples[slot.index], data.crop_of(slot, random.Random(0))
+        for flip in (False, True)[: 1 + args.random_flip]:
             crop.flip = flip
-            key = (*identity, example.digest, target, crop.left, crop.top, flip)
+            key = (*identity, example.digest, data.buckets[slot.bucket], crop.left, crop.top, flip)
             found = disk.load(*key)
             if found is None:
-                image = cropped(store.cover(slot.index, slot.bucket), target, crop, random.Random(0), args)
-                found = {"moments": encode_image(to_pixels(image)[None], components.vae())[0].cpu()}
+                pixels = data.view(slot, crop, random.Random(0))
+                found = {"moments": encode_image(pixels[None], components.vae())[0].cpu()}
                 if not torch.isfinite(found["moments"]).all():
-                    raise UserError(
-                        f"{example.name}: the VAE gives values that are not finite in {components.dtype}; use --mixed_precision"
-                        " bf16, or a VAE made for half precision with --pretrained_vae_model_name_or_path"
-                    )
+                    advice = "use --mixed_precision bf16, or another --pretrained_vae_model_name_or_path"
+                    raise UserError(f"{example.name}: the VAE's values aren't finite in {components.dtype}; {advice}")
                 disk.store(found, *key)
             data.moments[slot.is_class, slot.index, slot.bucket, flip] = found["moments"]
     components.free("vae")
-    for store in filter(None, (data.store, data.class_store)):
+    for store in stores:
         store.kept.clear()
 
 
@@ -1572,8 +1503,6 @@ class DiskCache:
 
     def __init__(self, folder: str | None, kind: str) -> None:
         self.folder = Path(folder) / kind if folder else None
-        if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, *place: object) -> dict | None:
         """The tensors stored under this key, or None; a damaged file counts as missing."""
@@ -1588,6 +1517,7 @@ class DiskCache:
     def store(self, tensors: dict, *place: object) -> None:
         """Writes tensors under this key, so that a reader never sees half a file."""
         if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
             part = self.file(place).with_suffix(f".{os.getpid()}.part")
             save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part)
             part.rename(self.file(place))
@@ -1615,7 +1545,8 @@ class Prompts:
         }
         self.trained: set[str] = set()  # keys of the encoders whose embeddings change from step to step
         self.altered: set[str] = set()  # keys of those that are no longer the base's: not for the disk
-        self.identity: dict[str, tuple] = {}
+        on_disk = self.tokenizers if self.disk.folder else ()
+        self.identity = {key: [components.identity(part) for part in TEXT_ENCODERS[key]] for key in on_disk}
 
     def text_encoder(self, key: str):
         """One encoder, loaded; on the CPU if it isn't trained and the GPU's free memory doesn't hold it."""
@@ -1634,8 +1565,6 @@ class Prompts:
 
     def key(self, key: str, prompt: str) -> tuple:
         """What an embedding depends on."""
-        if key not in self.identity:
-            self.identity[key] = tuple(self.components.identity(part) for part in TEXT_ENCODERS[key])
         settings = [vars(self.args).get(name) for name in ("clip_skip", "max_sequence_length")]
         return (FAMILY, key, prompt, *self.identity[key], self.components.dtype, *settings)
 
@@ -1645,9 +1574,8 @@ class Prompts:
 
     def kept(self, key: str, prompt: str) -> dict:
         """What one encoder gives for a prompt: from memory, from disk, or computed; no gradient."""
-        found = self.known.get((key, prompt))
-        if found is not None:
-            return found
+        if (key, prompt) in self.known:
+            return self.known[key, prompt]
         on_disk = self.disk.folder is not None and key not in self.altered
         found = self.disk.load(*self.key(key, prompt)) if on_disk else None
         if found is None:
@@ -1660,16 +1588,12 @@ class Prompts:
             self.known[key, prompt] = found
         return found
 
-    def lookup(self, prompts: list[str]) -> dict:
-        """Prompts -> embeddings (B, ...), each computed once; no gradient."""
-        return self.joined(prompts, set())
-
     def encode(self, prompts: list[str]) -> dict:
         """Prompts -> embeddings (B, ...), differentiable in the encoders that are trained."""
-        return self.joined(prompts, self.trained)
+        return self.lookup(prompts, live=self.trained)
 
-    def joined(self, prompts: list[str], live: set[str]) -> dict:
-        """The embeddings of prompts, those of the `live` encoders computed now."""
+    def lookup(self, prompts: list[str], live: set[str] | tuple = ()) -> dict:
+        """Prompts -> embeddings (B, ...), each computed once; no gradient but through the `live` encoders, computed now."""
         encoded = {}
         for key in self.tokenizers:
             if key in live:
@@ -1716,7 +1640,7 @@ def settle_text(run: Run) -> None:
     for name, module in run.lora_modules.items():
         if name != DENOISER:
             module.eval()  # no dropout in embeddings that stay
-    if not any(part in run.lora_modules for part in (pair[1] for pair in TEXT_ENCODERS.values())):
+    if not run.args.train_text_encoder:
         fill_text_cache(run)
 
 
@@ -1727,9 +1651,8 @@ def add_text_lora(run: Run) -> None:
     for key in TEXT_LORA_ENCODERS:
         encoder = prompts.text_encoder(key)
         idle = idle_layers(key, encoder.config, args)
-        names = [
-            n for n, m in encoder.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(TEXT_LORA_TARGETS)
-        ]
+        names = [n for n, m in encoder.named_modules() if isinstance(m, torch.nn.Linear)]
+        names = [n for n in names if n.endswith(TEXT_LORA_TARGETS)]
         add_lora(encoder, [n for n in names if not n.removeprefix("text_model.").startswith(idle)], args)
         prompts.altered.add(key)
         run.lora_modules[TEXT_ENCODERS[key][1]] = encoder
@@ -1764,7 +1687,7 @@ def add_tokens(run: Run) -> None:
     texts = [c for e in run.data.examples for c in e.captions] + [args.trigger_word or ""]
     if not any(word in text for text in texts for word in run.abstractions):
         raise UserError(
-            f"--token_abstraction {args.token_abstraction}: no caption contains it, so nothing would be learned"
+            f"--token_abstraction {args.token_abstraction}: no caption contains it: nothing would be learned"
         )
     keys = [k for k in prompts.tokenizers if k in TI_ENCODERS or (vars(args).get("enable_t5_ti") and k == "t5")]
     tokens = [t for group in run.abstractions.values() for t in group]
@@ -1776,9 +1699,8 @@ def add_tokens(run: Run) -> None:
             width = len(TokenRows.concept_ids(tokenizer, args.initializer_concept))
             each = len(tokens) // len(run.abstractions)
             if width != each:  # another tokenizer splits the text otherwise: take as many of its pieces as fit
-                say(
-                    f"note: {key} splits {args.initializer_concept!r} into {width} tokens, not {each}: cut or repeated to fit"
-                )
+                what = f"splits {args.initializer_concept!r} into {width} tokens, not {each}"
+                say(f"note: {key} {what}: cut or repeated to fit")
         run.rows[key] = TokenRows(tokenizer, prompts.text_encoder(key), tokens, args.initializer_concept, args.seed)
         prompts.altered.add(key)
 
@@ -2175,7 +2097,7 @@ def save_checkpoint(run: Run, step: int) -> None:
             write_weights(run, part, torch.float32)
         torch.save(training_state(run, step), part / "training_state.pt")
         hashes = {f.name: file_hash(f) for f in sorted(part.iterdir())}
-        manifest = {"step": step, "seed": run.args.seed, "settings": run.settings, "files": hashes}
+        manifest = {"step": step, "seed": run.args.seed, "settings": resume_settings(run), "files": hashes}
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for file in part.iterdir():
             flush(file)
@@ -2185,9 +2107,8 @@ def save_checkpoint(run: Run, step: int) -> None:
         flush(output)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own, for a full disk
         shutil.rmtree(part, ignore_errors=True)
-        kept = checkpoints_in(output)
-        saved = f"the last one is {kept[0].name}" if kept else "there is none yet"
-        raise UserError(f"checkpoint-{step} could not be written to {output} ({error}); {saved}") from None
+        kept = next((f"the last one is {folder.name}" for folder in checkpoints_in(output)), "there is none yet")
+        raise UserError(f"checkpoint-{step} could not be written to {output} ({error}); {kept}") from None
     if run.args.checkpoints_total_limit:
         for stale in checkpoints_in(output)[run.args.checkpoints_total_limit :]:
             shutil.rmtree(stale)
@@ -2205,17 +2126,15 @@ def training_state(run: Run, step: int) -> dict:
 
 def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
     """Restores a checkpoint; returns the number of steps done. Errors: UserError if it fits other settings."""
-    before = manifest["settings"]
+    before, now = manifest["settings"], resume_settings(run)
     for name in (*RESUME_FLAGS, "targets", "tokens", "layout"):
-        if before.get(name) != run.settings[name]:
+        if before.get(name) != now[name]:
             raise UserError(
-                f"{folder.name} was trained with other settings: {name} {before.get(name)}, now {run.settings[name]}"
+                f"{folder.name} was trained with other settings: {name} {before.get(name)}, now {now[name]}"
             )
-    changed = [n for n in run.settings if before.get(n) != run.settings[n]]
+    changed = ", ".join(name for name in now if before.get(name) != now[name])
     if changed:
-        say(
-            f"note: {', '.join(changed)} changed since {folder.name}: the rest of the run is not what it would have been"
-        )
+        say(f"note: {changed} changed since {folder.name}: the rest of the run is not what it would have been")
     state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
     run.guard.load_state_dict(state["guard"])
     for part in run.parts:
@@ -2254,26 +2173,21 @@ def resume_settings(run: Run) -> dict:
 
 def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict] | None:
     """The checkpoint to go on from and its manifest; a damaged one is named and the one before it taken."""
-    wanted = args.resume_from_checkpoint
+    wanted, output = args.resume_from_checkpoint, Path(args.output_dir)
     if wanted is None:
         return None
+    named = [folder for folder in (Path(wanted), output / wanted) if folder.is_dir()][:1]
+    for folder in checkpoints_in(output) if wanted == "latest" else named:
+        try:
+            return folder, check_checkpoint(folder)
+        except ValueError as error:
+            problem = f"{folder.name} is passed over: {error}"
+            say(f"warning: {problem}")
     if wanted != "latest":
-        folder = next((p for p in (Path(wanted), Path(args.output_dir) / wanted) if p.is_dir()), None)
-        if folder is None:
-            raise UserError(f"--resume_from_checkpoint {wanted}: no such folder")
-        try:
-            return folder, check_checkpoint(folder)
-        except ValueError as error:
-            raise UserError(f"--resume_from_checkpoint {wanted}: {error}") from None
-    there = checkpoints_in(Path(args.output_dir))
-    for folder in there:
-        try:
-            return folder, check_checkpoint(folder)
-        except ValueError as error:
-            say(f"warning: {folder.name} is passed over: {error}")
-    if there:
-        raise UserError(f"--resume_from_checkpoint latest: every checkpoint in {args.output_dir} is damaged")
-    say(f"no checkpoint in {args.output_dir}: starting from step 0")
+        raise UserError(f"--resume_from_checkpoint {wanted}: {problem if named else 'no such folder'}")
+    if checkpoints_in(output):
+        raise UserError(f"--resume_from_checkpoint latest: every checkpoint in {output} is damaged")
+    say(f"no checkpoint in {output}: starting from step 0")
     return None
 
 
@@ -2339,31 +2253,23 @@ def draw_samples(run: Run, step: int) -> list[Path]:
     return files
 
 
-def log_samples(run: Run, step: int) -> list[Path]:
+def log_samples(run: Run, step: int) -> None:
     """Draws samples and sends them to TensorBoard or W&B."""
     files = draw_samples(run, step)
-    if not run.accelerator.is_main_process:
-        return files
-    captions = [run.sample_prompts[int(f.name[:2])] for f in files]
-    for tracker in run.accelerator.trackers:
+    for tracker in run.accelerator.trackers if run.accelerator.is_main_process else []:
         if tracker.name == "tensorboard":
             pictures = np.stack([np.asarray(Image.open(f)) for f in files])
             tracker.writer.add_images("validation", pictures, step, dataformats="NHWC")
         elif tracker.name == "wandb":
             import wandb
 
-            tracker.log(
-                {"validation": [wandb.Image(str(f), caption=c) for f, c in zip(files, captions, strict=True)]},
-                step=step,
-            )
-    return files
+            pictures = [wandb.Image(str(f), caption=run.sample_prompts[int(f.name[:2])]) for f in files]
+            tracker.log({"validation": pictures}, step=step)
 
 
-def sample_images(
-    pipeline, components: Components, embeds: dict, seeds: list[int], size: tuple[int, int], args, context
-) -> list:
-    """Draws one image per seed with one prompt's embeddings. `context` (autocast) holds for the denoiser alone: the VAE
-    decodes in its own precision, so that a float32 one stays float32.
+def sample_images(pipeline, components: Components, embeds: dict, seeds: list[int], size, args, context) -> list:
+    """Draws one image of a size (width, height) per seed, with one prompt's embeddings. `context` (autocast) holds for the
+    denoiser alone: the VAE decodes in its own precision, so that a float32 one stays float32.
     """
     latents = sampled_latents(pipeline, embeds, seeds, size, args, context)
     config, vae = components.config("vae"), components.vae()
@@ -2419,26 +2325,18 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
     """
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    there = len(class_files(folder))
+    there = len(load_class_examples(args))
     missing = [i for i in range(args.num_class_images) if not (folder / f"class_{i:05d}.png").exists()]
-    missing = missing[: max(0, args.num_class_images - there)]
+    missing = missing[: args.num_class_images - there]
     accelerator.wait_for_everyone()
     if not missing:
         return
     say(f"{there} of {args.num_class_images} class images in {folder}: drawing {len(missing)} of {args.class_prompt!r}")
     precision = args.prior_generation_precision
-    dtype = {
-        None: components.dtype,
-        "no": torch.float32,
-        "fp32": torch.float32,
-        "fp16": torch.float16,
-        "bf16": torch.bfloat16,
-    }[precision]
+    dtype = torch_dtype(precision) if precision else components.dtype
     embeds = {k: v.to(accelerator.device, dtype) for k, v in prompts.for_pipeline(args.class_prompt).items()}
     prompts.release()  # never on the GPU together with the denoiser
-    denoiser = components.get(DENOISER, dtype)
-    pipeline = components.pipeline(denoiser)
-    size = tuple((args.resolution * 2)[:2])
+    pipeline, size = components.pipeline(components.get(DENOISER, dtype)), (args.resolution * 2)[:2]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     for begin in range(0, len(mine), args.sample_batch_size):
         numbers = mine[begin : begin + args.sample_batch_size]
@@ -2447,50 +2345,40 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
         for number, image in zip(numbers, images, strict=True):
             image.save(folder / f".class_{number:05d}.png")
             (folder / f".class_{number:05d}.png").rename(folder / f"class_{number:05d}.png")
-    del pipeline, denoiser
+    del pipeline
     components.free(DENOISER)
     accelerator.wait_for_everyone()
 
 
-def class_files(folder: Path) -> list[Path]:
-    """The class images that are there, in order."""
-    return sorted(f for f in folder.glob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-
-
 def load_class_examples(args: argparse.Namespace) -> list[Example]:
-    """The class images as examples; exactly --num_class_images of them."""
-    files = class_files(Path(args.class_data_dir))[: args.num_class_images]
-    return [Example(f.name, [args.class_prompt], f.read_bytes) for f in files]
+    """The class images that are there as examples, --num_class_images of them at most."""
+    files = sorted(f for f in Path(args.class_data_dir).iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+    return [Example(f.name, [args.class_prompt], f.read_bytes) for f in files[: args.num_class_images]]
 
 
 def comparison_sheet(before: list[Path], after: list[Path], prompts: list[str], per_prompt: int, what: str):
     """A picture: for each prompt, its images before training above the same seeds after it."""
     from PIL import ImageDraw, ImageFont
 
-    shown = min(per_prompt, 4)
+    shown, margin, label, head = min(per_prompt, 4), 12, 120, 34
     with Image.open(after[0]) as first:
-        scale = max(1, round(224 / max(first.size))) if max(first.size) < 224 else min(1.0, 384 / max(first.size))
-        tile = round(first.width * scale), round(first.height * scale)
+        tile = ImageOps.contain(first, (384, 384)).size
     font, small = ImageFont.load_default(20), ImageFont.load_default(16)
-    margin, label, head = 12, 120, 34
-    rows = prompts[:6]
-    width = label + shown * (tile[0] + margin) + margin
     block = head + 2 * (tile[1] + margin) + margin
-    sheet = Image.new("RGB", (max(width, 420), block * len(rows) + margin), "white")
+    width = max(420, label + shown * (tile[0] + margin) + margin)
+    sheet = Image.new("RGB", (width, block * len(prompts[:6]) + margin), "white")
     pen = ImageDraw.Draw(sheet)
-    for p, prompt in enumerate(rows):
+    for p, prompt in enumerate(prompts[:6]):
         top = margin + p * block
-        text = prompt
-        while pen.textlength(text, font=font) > sheet.width - 2 * margin:
-            text = text[:-4].rstrip() + "…" if not text.endswith("…") else text[:-4].rstrip("… ") + "…"
+        fitting = int(len(prompt) * (width - 2 * margin) / max(1, pen.textlength(prompt, font=font)))
+        text = prompt if fitting >= len(prompt) else prompt[: fitting - 2].rstrip() + "…"
         pen.text((margin, top), text, fill="black", font=font)
         for row, (files, name) in enumerate(((before, "before"), (after, f"with the\n{what}"))):
             y = top + head + row * (tile[1] + margin)
             pen.text((margin, y + tile[1] // 2 - 16), name, fill="#444", font=small)
             for k in range(shown):
                 with Image.open(files[p * per_prompt + k]) as image:
-                    resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-                    sheet.paste(image.resize(tile, resample), (label + k * (tile[0] + margin), y))
+                    sheet.paste(image.resize(tile), (label + k * (tile[0] + margin), y))
     return sheet
 
 
@@ -2524,8 +2412,8 @@ class Probe:
         """A batch of one image with fixed noise at a quantile of the noise levels, and its caption."""
         run, example = self.run, self.run.data.examples[index]
         generator = torch.Generator().manual_seed(stable_seed(run.args.seed, "held-out", example.name, quantile))
-        shape = latent_shape(run.data.store.buckets[example.bucket], run.components.config("vae"))
         item = run.data[Slot(index, example.bucket, 0, 0, 1.0)]
+        shape = tuple(item["posterior_noise"].shape)
         item |= draw_noise(generator, shape, run.scheduler, run.args, quantile=quantile)
         return collate([item]), insert_tokens(
             with_trigger(example.captions[0], run.args.trigger_word), run.abstractions
@@ -2674,23 +2562,16 @@ def save_results(run: Run) -> None:
             sheet = comparison_sheet(before, after, run.sample_prompts, args.num_validation_images, what)
             sheet.save(part / "comparison.png")
         (part / "README.md").write_text(model_card(run, compared), encoding="utf-8")
-        publish(part, output)
+        for file in sorted(part.iterdir()):  # each in one step, so that no half-written one is ever seen
+            flush(file)
+            os.replace(file, output / file.name)
     except (OSError, SafetensorError) as error:
-        kept = checkpoints_in(output)
-        saved = f"; the training itself is safe in {kept[0].name}" if kept else ""
+        saved = "".join(f"; the training itself is safe in {folder.name}" for folder in checkpoints_in(output)[:1])
         raise UserError(f"the results could not be written to {output} ({error}){saved}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     if args.merge_lora:
         save_merged(run, output / "merged")
-
-
-def publish(source: Path, target: Path) -> None:
-    """Moves the files of one folder into another, each in one step, so that no half-written one is ever seen."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        flush(file)
-        os.replace(file, target / file.name)
 
 
 def write_weights(run: Run, folder: Path, dtype) -> None:
@@ -2774,11 +2655,9 @@ def kohya_state(states: dict[str, dict], alpha: float, config: dict) -> dict:
     out = {}
     for part, state in states.items():
         modules: dict[str, dict] = {}
-        for key, value in state.items():
+        for key, value in (state if part == DENOISER else text_encoder_keys(state)).items():
             suffix = next(k for k in kinds if key.endswith(k))
             name = key[: -len(suffix) - 1]
-            if part != DENOISER and not name.startswith("text_model."):
-                name = "text_model." + name  # CLIP has lost this level in transformers 5; the file format has not
             if suffix == "lora_magnitude_vector":
                 value = value.reshape(-1, 1)  # a column, as ComfyUI multiplies it
             modules.setdefault(name, {"alpha": torch.tensor(float(alpha))})[kinds[suffix]] = value
@@ -2819,7 +2698,8 @@ def kohya_metadata(args: argparse.Namespace, tensors: dict, alpha: float, rank: 
     for key in sorted(tensors):
         digest.update(key.encode() + tensors[key].float().numpy().tobytes())
     width, height = (args.resolution * 2)[:2]
-    out = {
+    trigger = {"modelspec.trigger_phrase": args.trigger_word} if args.trigger_word else {}
+    return trigger | {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(alpha),
@@ -2834,9 +2714,6 @@ def kohya_metadata(args: argparse.Namespace, tensors: dict, alpha: float, rank: 
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.hash_sha256": f"0x{digest.hexdigest()}",
     }
-    if args.trigger_word:
-        out["modelspec.trigger_phrase"] = args.trigger_word
-    return out
 
 
 def save_merged(run: Run, folder: Path) -> None:
@@ -2855,8 +2732,8 @@ def model_card(run: Run, pictures: bool) -> str:
     from huggingface_hub import ModelCardData
 
     args, name = run.args, Path(run.args.output_dir).resolve().name
-    words = [args.trigger_word] if args.trigger_word else []
-    words += ["".join(tokens) for tokens in run.abstractions.values()]
+    words = [args.trigger_word, *("".join(tokens) for tokens in run.abstractions.values())]
+    words = ", ".join(f"`{word}`" for word in words if word)
     use = ["import torch", f"from diffusers import {PIPELINE_CLASS}"]
     use += ["from safetensors.torch import load_file"] if run.rows else []
     use.append(f"pipeline = {PIPELINE_CLASS}.from_pretrained({args.pretrained_model_name_or_path!r})")
@@ -2877,9 +2754,9 @@ def model_card(run: Run, pictures: bool) -> str:
         f"# {args.run_name or name}",
         f"{'LoRA' if run.lora_modules else 'Token embeddings'} for {FAMILY_TITLE}, base `{args.pretrained_model_name_or_path}`.",
         "![before and after](comparison.png)" if pictures else "",
-        f"Words that call it: {', '.join(f'`{w}`' for w in words)}" if words else "",
+        f"Words that call it: {words}" if words else "",
         "\n".join(["```python", *use, "```"]),
-        f"Trained on {sum(not e.held_out for e in run.data.examples)} images for {run.max_steps} steps, batch"
+        f"Trained on {len(run.plan.buckets)} images for {run.max_steps} steps, batch"
         f" {args.train_batch_size} x {run.accelerator.num_processes} x {args.gradient_accumulation_steps}, {args.optimizer},"
         f" learning rate {args.learning_rate:g}, rank {args.rank}, alpha {args.lora_alpha:g}, seed {args.seed}.",
     ]
@@ -2909,9 +2786,7 @@ def push_to_hub(args: argparse.Namespace) -> None:
         skipped = ["checkpoint-*", "class_images/*", f"{args.logging_dir}/*", ".*", "merged/*"]
         upload_folder(repo_id=repo, folder_path=args.output_dir, ignore_patterns=skipped, token=args.hub_token)
     except Exception as error:  # whatever the hub's client raises, the results are already on the disk
-        raise UserError(
-            f"--push_to_hub failed ({' '.join(str(error).split())[:200]}); the results are in {args.output_dir}"
-        ) from None
+        raise UserError(f"--push_to_hub failed ({brief(error)}); the results are in {args.output_dir}") from None
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -3017,13 +2892,13 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--huber_c", type=amount, default=0.1, help="where huber turns from square to linear (0.1)")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--optimizer", type=lower, default="adamw", choices=["adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree"], help="(adamw)")
+    add("--optimizer", type=str.lower, default="adamw", choices=["adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree"], help="(adamw)")
     add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
     add("--use_prodigy", action="store_true", help="the same as --optimizer prodigy")
     add("--learning_rate", type=amount, default=1e-4, help="(1e-4; for prodigy use 1)")
     add("--scale_lr", action="store_true", help="multiply it by processes, batch size and accumulation steps")
     add("--lr_scheduler", default="constant", choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"], help="(constant)")
-    add("--lr_warmup_steps", type=int, default=0, help="steps until the full learning rate (0)")
+    add("--lr_warmup_steps", type=natural, default=0, help="steps until the full learning rate (0)")
     add("--lr_num_cycles", type=count, default=1, help="restarts of cosine_with_restarts (1)")
     add("--lr_power", type=amount, default=1.0, help="of polynomial (1)")
     add("--adam_beta1", type=share, default=0.9, help="(0.9)")
@@ -3046,7 +2921,7 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--max_train_steps", type=count, help="optimizer steps; wins over epochs (1000 when neither is given)")
     add("--gradient_accumulation_steps", type=count, default=1, help="batches per optimizer step (1)")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the frozen base (default: as accelerate is configured)")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that prepare images (0: none)")
+    add("--dataloader_num_workers", type=natural, default=0, help="processes that prepare images (0: none)")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
 
     add = parser.add_argument_group("memory and speed").add_argument
@@ -3066,7 +2941,7 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("validation").add_argument
     add("--validation_prompt", "--eval_prompt", nargs="+", metavar="PROMPT", help="prompts drawn during training")
-    add("--num_validation_images", type=int, default=4, help="per prompt (4; 0: none)")
+    add("--num_validation_images", type=natural, default=4, help="per prompt (4; 0: none)")
     add("--validation_epochs", type=count, help="draw every so many epochs")
     add("--validation_steps", type=count, help="draw every so many steps (with neither: about five times)")
     add("--validation_inference_steps", type=count, default=DEFAULT_INFERENCE_STEPS, help=f"({DEFAULT_INFERENCE_STEPS})")
@@ -3096,6 +2971,12 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvc
 RULES = (
     ("", lambda a: not a.pretrained_model_name_or_path, "--pretrained_model_name_or_path is missing: a hub id, a diffusers folder or a checkpoint file"),
     # data
+    ("train_data_dir", lambda a: not Path(a.train_data_dir).is_dir(), "{flag} {a.train_data_dir}: no such folder"),
+    ("instance_data_dir", lambda a: not Path(a.instance_data_dir).is_dir(), "{flag} {a.instance_data_dir}: no such folder"),
+    ("", lambda a: not (a.train_data_dir or a.dataset_name or a.instance_data_dir), "no data: give --train_data_dir, --dataset_name, or --instance_data_dir with --instance_prompt"),
+    ("instance_data_dir", lambda a: a.train_data_dir, "--train_data_dir and {flag} exclude each other: give one"),
+    ("instance_data_dir", lambda a: a.dataset_name, "--dataset_name and {flag} exclude each other: give one"),
+    ("train_data_dir", lambda a: a.dataset_name and not a.dataset_name.endswith(".py"), "{flag} and --dataset_name exclude each other: give one"),
     ("dataset_config_name dataset_split image_column", lambda a: not a.dataset_name, "without --dataset_name"),
     ("instance_data_dir", lambda a: not a.instance_prompt and not a.default_caption, '{flag} needs --instance_prompt, such as "a photo of sks dog"'),
     ("default_caption", lambda a: a.instance_prompt, "--instance_prompt and --default_caption say the same thing: give one"),
@@ -3105,9 +2986,7 @@ RULES = (
     (PRIOR, lambda a: not a.with_prior_preservation, "without --with_prior_preservation"),
     ("with_prior_preservation", lambda a: not a.class_prompt, '{flag} needs --class_prompt, such as "a photo of a dog"'),
     ("cache_latents", lambda a: a.color_jitter is not None or a.random_rotation, "{flag} can't be combined with --color_jitter or --random_rotation: they change each image each time"),
-    ("cache_text_embeddings", lambda a: a.train_text_encoder, "{flag} can't be combined with --train_text_encoder: the embeddings change"),
-    ("cache_text_embeddings", lambda a: a.train_text_encoder_ti, "{flag} can't be combined with --train_text_encoder_ti: the embeddings change"),
-    ("cache_text_embeddings", lambda a: a.shuffle_tags, "{flag} can't be combined with --shuffle_tags: the embeddings change"),
+    ("train_text_encoder train_text_encoder_ti shuffle_tags", lambda a: a.cache_text_embeddings, "--cache_text_embeddings can't be combined with {flag}: the embeddings change"),
     ("cache_folder", lambda a: not a.cache_latents and (trains_text(a) or a.shuffle_tags), "without --cache_latents or captions whose embeddings can't change"),
     # LoRA and text encoders
     ("train_text_encoder", lambda a: a.train_text_encoder_ti, "--train_text_encoder and --train_text_encoder_ti exclude each other: give one"),
@@ -3118,13 +2997,13 @@ RULES = (
     ("num_new_tokens_per_abstraction", lambda a: a.initializer_concept, "with --initializer_concept: its tokens decide how many"),
     ("", lambda a: a.train_transformer_frac == 0 and not a.train_text_encoder_ti, "--train_transformer_frac 0 trains no LoRA: it needs --train_text_encoder_ti"),
     (NO_LORA, lambda a: a.train_transformer_frac == 0, "with --train_transformer_frac 0, which adds no LoRA"),
-    ("", lambda a: 0 < a.train_transformer_frac < 1 and not text_trained_to_the_end(a), "--train_transformer_frac below 1 leaves steps in which nothing is trained; raise it or a text fraction to 1"),
+    ("", lambda a: 0 < a.train_transformer_frac < 1 and text_frac(a) < 1, "--train_transformer_frac below 1 leaves steps in which nothing is trained; raise it or a text fraction to 1"),
     ("", lambda a: a.lora_alpha == 0, "--lora_alpha 0 scales the update to nothing"),
     ("quantize_base", lambda a: a.merge_lora or a.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq")), "{flag} can't be combined with --merge_lora or an initialisation that changes the base's weights"),
     # loss and optimizer
     ("huber_c", lambda a: a.loss_type != "huber", "without --loss_type huber"),
-    ("use_8bit_adam", lambda a: a.optimizer not in ("adamw", "adamw8bit"), "{flag} and --optimizer {a.optimizer} contradict each other"),
-    ("use_prodigy", lambda a: a.use_8bit_adam or a.optimizer not in ("adamw", "prodigy"), "{flag} and --optimizer {a.optimizer} contradict each other"),
+    ("use_8bit_adam use_prodigy", lambda a: a.use_8bit_adam and a.use_prodigy, "--use_8bit_adam and --use_prodigy contradict each other"),
+    ("use_8bit_adam use_prodigy", lambda a: a.optimizer not in ("adamw", optimizer_of(a)), "{flag} and --optimizer {a.optimizer} contradict each other"),
     ("prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup", lambda a: optimizer_of(a) != "prodigy", "without --optimizer prodigy"),
     ("", lambda a: optimizer_of(a) == "schedulefree" and (a.lr_scheduler != "constant" or a.use_ema), "--optimizer schedulefree averages by itself: use --lr_scheduler constant and no --use_ema"),
     ("adam_beta2 adam_epsilon", lambda a: a.optimizer == "adafactor", "with --optimizer adafactor"),
@@ -3134,15 +3013,13 @@ RULES = (
     ("", lambda a: a.learning_rate == 0, "--learning_rate 0 trains nothing"),
     # sizes
     ("color_jitter", lambda a: len(a.color_jitter) not in (0, 4), "{flag} takes four numbers (brightness contrast saturation hue) or none"),
-    ("", lambda a: a.lr_warmup_steps < 0, "--lr_warmup_steps must not be negative"),
-    ("", lambda a: a.dataloader_num_workers < 0, "--dataloader_num_workers must not be negative"),
-    ("", lambda a: a.num_validation_images < 0, "--num_validation_images must not be negative"),
+
     # validation and logging
     ("validation_epochs", lambda a: a.validation_steps, "--validation_epochs and --validation_steps exclude each other: give one"),
     ("validation_epochs validation_steps", lambda a: a.num_validation_images == a.validation_split == 0, "{flag} has no effect: there are no validation images and no held-out images"),
     ("hub_model_id hub_token", lambda a: not a.push_to_hub, "without --push_to_hub"),
     ("hub_token", lambda a: {"wandb", "all"} & set(a.report_to.split(",")), "{flag} is refused with wandb, which stores command lines: log in with `hf auth login` instead"),
-    ("enable_xformers_memory_efficient_attention", lambda a: not is_installed("xformers"), "{flag}: xformers isn't installed; torch's own attention needs no flag"),
+    ("enable_xformers_memory_efficient_attention", lambda a: importlib.util.find_spec("xformers") is None, "{flag}: xformers isn't installed; torch's own attention needs no flag"),
 )
 # fmt: on
 
@@ -3152,10 +3029,6 @@ def check_args(args: argparse.Namespace, given: set[str], parser: argparse.Argum
 
     given: names of the flags on the command line or in the --config file. Errors: UserError that names the flag and the way out.
     """
-    for name in ("train_data_dir", "instance_data_dir"):
-        if getattr(args, name) is not None and not Path(getattr(args, name)).is_dir():
-            raise UserError(f"--{name} {getattr(args, name)}: no such folder")
-    check_sources(args)
     for flags, wrong, why in (*RULES, *FAMILY_RULES):
         names = [n for n in flags.split() if n in given and not is_off(n, getattr(args, n), parser.get_default(n))]
         if (names or not flags) and wrong(args):
@@ -3179,10 +3052,10 @@ def trains_text(args: argparse.Namespace) -> bool:
     return args.train_text_encoder or args.train_text_encoder_ti
 
 
-def text_trained_to_the_end(args: argparse.Namespace) -> bool:
-    """Whether a text part is trained in the last step too."""
-    tokens = args.train_text_encoder_ti and args.train_text_encoder_ti_frac == 1
-    return tokens or (args.train_text_encoder and args.train_text_encoder_frac == 1)
+def text_frac(args: argparse.Namespace) -> float:
+    """The share of the steps in which a text encoder or new tokens are trained."""
+    tokens = args.train_text_encoder_ti and args.train_text_encoder_ti_frac
+    return max(tokens, args.train_text_encoder and args.train_text_encoder_frac)
 
 
 def optimizer_of(args: argparse.Namespace) -> str:
@@ -3190,30 +3063,13 @@ def optimizer_of(args: argparse.Namespace) -> str:
     return "adamw8bit" if args.use_8bit_adam else "prodigy" if args.use_prodigy else args.optimizer
 
 
-def is_installed(package: str) -> bool:
-    """Whether a package can be imported."""
-    return importlib.util.find_spec(package) is not None
-
-
-def check_sources(args: argparse.Namespace) -> None:
-    """The data must come from one place; a Python file with a builder may be given a folder."""
-    sources = [n for n in ("train_data_dir", "dataset_name", "instance_data_dir") if getattr(args, n)]
-    if not sources:
-        raise UserError("no data: give --train_data_dir, --dataset_name, or --instance_data_dir with --instance_prompt")
-    builder = (args.dataset_name or "").endswith(".py") and not args.instance_data_dir
-    if len(sources) > 1 and not builder:
-        raise UserError(f"{' and '.join(f'--{s}' for s in sources)} exclude each other: give one")
-
-
 def check_trackers(report_to: str) -> None:
     """The trackers of --report_to must be known, and their packages installed."""
     for tracker in [] if report_to in ("none", "all") else report_to.split(","):
         if tracker not in TRACKERS:
             raise UserError(f"--report_to {tracker}: unknown; use one of {', '.join(sorted(TRACKERS))}, all, none")
-        if not is_installed(tracker):
-            raise UserError(
-                f"--report_to {tracker}: the package isn't installed; `pip install {tracker}` or --report_to none"
-            )
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"--report_to {tracker}: not installed; `pip install {tracker}`, or --report_to none")
 
 
 def fill_defaults(args: argparse.Namespace) -> None:
@@ -3243,13 +3099,9 @@ def use_prepared_buckets(args: argparse.Namespace) -> None:
         side, buckets = int(prepared["resolution"]), str(prepared["aspect_ratio_buckets"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: has no resolution and aspect_ratio_buckets; prepare the folder again") from None
-    if args.resolution is not None:
-        width, height = (args.resolution * 2)[:2]
-        if not 3 / 4 <= width * height / side**2 <= 4 / 3:
-            raise UserError(
-                f"--resolution {' '.join(map(str, args.resolution))}: the pictures are prepared for {side}"
-                f" ({file}); prepare them again, or scale them with --aspect_ratio_buckets auto"
-            )
+    if args.resolution is not None and not 3 / 4 <= math.prod((args.resolution * 2)[:2]) / side**2 <= 4 / 3:
+        asked, way_out = " ".join(map(str, args.resolution)), "prepare again, or use --aspect_ratio_buckets auto"
+        raise UserError(f"--resolution {asked}: the pictures are prepared for {side} ({file}); {way_out}")
     args.resolution, args.aspect_ratio_buckets = [side], buckets
     say(f"buckets as prepared: {file}")
 
@@ -3261,15 +3113,11 @@ def check_sizes(args: argparse.Namespace) -> None:
     for side in args.resolution:
         if side % PIXEL_DIVISOR:
             raise UserError(f"--resolution {side} is not divisible by {PIXEL_DIVISOR}")
-    if args.aspect_ratio_buckets not in (None, "auto"):
-        for pair in args.aspect_ratio_buckets.split(";"):
-            sides = pair.split(",")
-            if len(sides) != 2 or not all(
-                s.strip().isdigit() and int(s) and int(s) % PIXEL_DIVISOR == 0 for s in sides
-            ):
-                raise UserError(
-                    f'--aspect_ratio_buckets: {pair!r} is no "height,width" of multiples of {PIXEL_DIVISOR}; or use "auto"'
-                )
+    for pair in [] if args.aspect_ratio_buckets in (None, "auto") else args.aspect_ratio_buckets.split(";"):
+        sides = [int(side) if side.strip().isdigit() else 0 for side in pair.split(",")]
+        if len(sides) != 2 or not all(side and side % PIXEL_DIVISOR == 0 for side in sides):
+            what = f'{pair!r} is no "height,width" of multiples of {PIXEL_DIVISOR}'
+            raise UserError(f'--aspect_ratio_buckets: {what}; or use "auto"')
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -3284,33 +3132,23 @@ class OneLineParser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
+def number(name: str, kind: type, least: float, most: float, complaint: str):
+    """A type for argparse, which names it in its errors: a number from `least` to `most`."""
+
+    def convert(text: str):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} {complaint}")
+        return value
+
+    convert.__name__ = name
+    return convert
 
 
-def count(text: str) -> int:
-    """A whole number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
-
-
-def amount(text: str) -> float:
-    """A finite number from 0 on."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
-    return value
-
-
-def lower(text: str) -> str:
-    """Lower case, so that `--optimizer AdamW` works."""
-    return text.lower()
+count = number("count", int, 1, math.inf, "is below 1")
+natural = number("whole number", int, 0, math.inf, "must not be negative")
+share = number("share", float, 0, 1, "is not between 0 and 1")
+amount = number("amount", float, 0, sys.float_info.max, "is not a finite number from 0 on")
 
 
 def yes_or_no(text: str) -> bool:
@@ -3376,9 +3214,10 @@ class Components:
         self.index |= dict.fromkeys(n for flag, names in DROPPED_PARTS.items() if vars(args)[flag] for n in names)
         self.loaded: dict[str, object] = {}
         self.configs: dict[str, dict] = {}
-        self.vae_folder = folder / "vae"
-        if args.pretrained_vae_model_name_or_path:
-            self.vae_folder = self.resolve_vae(args.pretrained_vae_model_name_or_path)
+        self.own_vae = not args.pretrained_vae_model_name_or_path
+        self.vae_folder = folder / "vae" if self.own_vae else self.resolve_vae(args.pretrained_vae_model_name_or_path)
+        if not self.own_vae and not self.has("vae"):
+            self.index["vae"] = ["diffusers", "AutoencoderKL"]
 
     def resolve_vae(self, name: str) -> Path:
         """The folder of --pretrained_vae_model_name_or_path."""
@@ -3393,53 +3232,42 @@ class Components:
         """Whether the base has the part at all: SD3 comes without its T5, too."""
         return self.index.get(name) not in (None, [None, None])
 
+    def folder_of(self, name: str) -> Path:
+        """Where a part's files are."""
+        return self.vae_folder if name == "vae" else self.folder / name
+
     def config(self, name: str) -> dict:
         """A part's configuration, without loading its weights."""
-        if name in self.configs:
-            return self.configs[name]
-        file = {"scheduler": "scheduler_config.json"}.get(name, "config.json")
-        path = (self.vae_folder if name == "vae" else self.folder / name) / file
-        self.configs[name] = json.loads(path.read_text(encoding="utf-8"))
+        if name not in self.configs:
+            file = self.folder_of(name) / ("scheduler_config.json" if name == "scheduler" else "config.json")
+            self.configs[name] = json.loads(file.read_text(encoding="utf-8"))
         return self.configs[name]
 
     def identity(self, name: str) -> str:
         """A hash of a part's weights and configuration, for cache keys."""
-        folder = self.vae_folder if name == "vae" else self.folder / name
-        return fingerprint(
-            sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".txt", ".model"))
-        )
+        suffixes = (".safetensors", ".json", ".txt", ".model")
+        return fingerprint(sorted(f for f in self.folder_of(name).iterdir() if f.suffix in suffixes))
 
     def get(self, name: str, dtype=None, device=None):
         """The part `name`, loaded in `dtype` (default: the base's) onto the device (default: the run's)."""
         if name in self.loaded:
             return self.loaded[name]
-        import diffusers
-        import transformers
-
-        if self.index.get(name) is None and not (name == "vae" and self.args.pretrained_vae_model_name_or_path):
-            return None
-        library, class_name = self.index[name] if self.index.get(name) else ("diffusers", "AutoencoderKL")
-        kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
-        place = {"pretrained_model_name_or_path": self.vae_folder if name == "vae" else self.folder / name}
+        kind, folder = library_class(*self.index[name]), self.folder_of(name)
         if "tokenizer" in name or name == "scheduler":
-            self.loaded[name] = kind.from_pretrained(**place)
+            part = kind.from_pretrained(folder)
             if name == "scheduler" and vars(self.args).get("prediction_type"):
-                self.loaded[name].register_to_config(prediction_type=self.args.prediction_type)
-            return self.loaded[name]
-        if self.args.variant and any(
-            self.args.variant in f.name for f in place["pretrained_model_name_or_path"].iterdir()
-        ):
-            place["variant"] = self.args.variant
-        try:
-            part = kind.from_pretrained(**place, dtype=dtype or self.dtype)
-        except OSError as error:
-            raise UserError(
-                f"--pretrained_model_name_or_path: {name} can't be loaded: {' '.join(str(error).split())[:200]}"
-            ) from None
-        part.requires_grad_(False)
-        part.eval()
-        self.loaded[name] = part.to(device or self.device)
-        return self.loaded[name]
+                part.register_to_config(prediction_type=self.args.prediction_type)
+        else:
+            variant = self.args.variant
+            if variant and not any(variant in f.name for f in folder.iterdir()):
+                variant = None  # a part that comes in one precision only
+            try:
+                part = kind.from_pretrained(folder, variant=variant, dtype=dtype or self.dtype)
+            except OSError as error:
+                raise UserError(f"--pretrained_model_name_or_path: {name} can't be loaded: {brief(error)}") from None
+            part = part.requires_grad_(False).eval().to(device or self.device)
+        self.loaded[name] = part
+        return part
 
     def free(self, *names: str) -> None:
         """Drops parts and gives their memory back."""
@@ -3451,8 +3279,7 @@ class Components:
 
     def vae(self):
         """The VAE, in float32 where the base's own overflows in half precision."""
-        own = not self.args.pretrained_vae_model_name_or_path
-        vae = self.get("vae", torch.float32 if VAE_FLOAT32 and own else None)
+        vae = self.get("vae", torch.float32 if VAE_FLOAT32 and self.own_vae else None)
         vae.enable_slicing()
         return vae
 
@@ -3494,7 +3321,7 @@ def resolve_base(args: argparse.Namespace) -> Path:
         if not (path / "model_index.json").is_file():
             raise UserError(f"--pretrained_model_name_or_path {name}: no model_index.json in this folder")
         index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-        if any(folder not in index for folder in folders):
+        if not index.keys() >= set(folders):
             kind = index.get("_class_name")
             raise UserError(f"--pretrained_model_name_or_path {name} is a {kind}, not {FAMILY_TITLE}")
         return path
@@ -3516,8 +3343,7 @@ def download(name: str, flag: str, wanted: list[str], args: argparse.Namespace) 
     try:
         return Path(snapshot_download(name, revision=revision, cache_dir=args.cache_dir, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises a dozen kinds; all mean that it is not to be had
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{flag} {name}: neither a local path nor to be had from the hub ({reason})") from None
+        raise UserError(f"{flag} {name}: neither a local path nor to be had from the hub ({brief(error)})") from None
 
 
 def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
@@ -3539,11 +3365,9 @@ def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
         given = parts_with_weights(path.parent) if surrounded else {}
         pipeline = getattr(diffusers, PIPELINE_CLASS).from_single_file(str(path), **options, **given)
     except Exception as error:  # conversion fails in many ways, all of them the file's or the layout's
-        reason = " ".join(str(error).split())[:200]
         advice = "; without network, scripts/bases/unpack_checkpoint.py makes a diffusers folder of it"
-        raise UserError(
-            f"--pretrained_model_name_or_path {path}: can't be read as {FAMILY_TITLE} ({reason}){'' if surrounded else advice}"
-        ) from None
+        problem = f"can't be read as {FAMILY_TITLE} ({brief(error)}){'' if surrounded else advice}"
+        raise UserError(f"--pretrained_model_name_or_path {path}: {problem}") from None
     part = cache.with_name(cache.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     pipeline.save_pretrained(part)
@@ -3553,15 +3377,14 @@ def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
 
 def parts_with_weights(folder: Path) -> dict[str, object]:
     """The parts but the denoiser whose weights a diffusers folder has, on the CPU in their own precision."""
-    import diffusers
-    import transformers
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    names = [name for name in index if name != DENOISER and any((folder / name).glob("*.safetensors"))]
+    return {name: library_class(*index[name]).from_pretrained(folder / name) for name in names}
 
-    libraries, out = {"diffusers": diffusers, "transformers": transformers}, {}
-    for name, pair in json.loads((folder / "model_index.json").read_text(encoding="utf-8")).items():
-        known = isinstance(pair, list) and pair[0] in libraries and name != DENOISER
-        if known and any((folder / name).glob("*.safetensors")):
-            out[name] = getattr(libraries[pair[0]], pair[1]).from_pretrained(folder / name)
-    return out
+
+def library_class(library: str, name: str):
+    """A class that a model_index.json names, of diffusers or transformers."""
+    return getattr(importlib.import_module(library), name)
 
 
 def fingerprint(files: list[Path]) -> str:
@@ -3571,11 +3394,9 @@ def fingerprint(files: list[Path]) -> str:
         size = file.stat().st_size
         digest.update(f"{size}|".encode())
         with file.open("rb") as stream:
-            for k in range(64):
+            for k in range(64 if size > 65536 else 1):
                 stream.seek(max(0, (size - 65536) * k // 63))
                 digest.update(stream.read(65536))
-                if size <= 65536:
-                    break
     return digest.hexdigest()
 
 
@@ -3637,6 +3458,16 @@ def say(text: str) -> None:
     """Prints a line, on the first process of this machine's group only."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(text, flush=True)
+
+
+def brief(error: Exception) -> str:
+    """The beginning of an error's message, as one line."""
+    return " ".join(str(error).split())[:300]
+
+
+def torch_dtype(precision: str | None):
+    """fp16 and bf16 as torch's types; anything else is float32."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
 
 
 def stable_seed(*place: object) -> int:
