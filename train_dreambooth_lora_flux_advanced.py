@@ -281,11 +281,11 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out | {name: fuse_projections(parts, mlp[: len(parts)]) for name, parts in waiting.items()}
 
 
-# By line: 293 the run: what happens, in which order · 551 the loop, and one step of it · 714 what is logged, and the
-# guard against learning nothing · 849 data: images and captions · 1141 images: decoding, buckets, crops, batches ·
-# 1549 text: embeddings and new tokens · 1770 LoRA and optimizer · 2089 checkpoints and signals · 2247 pictures:
-# validation, class images, comparison · 2405 probes: what was learned, what was forgotten · 2566 files that a run
-# leaves · 2812 command line · 3222 base model: loading, quantising, splitting · 3466 errors, lines, seeds, libraries
+# By line: 293 the run: what happens, in which order · 544 the loop, and one step of it · 707 what is logged, and the
+# guard against learning nothing · 842 data: images and captions · 1133 images: decoding, buckets, crops, batches ·
+# 1539 text: embeddings and new tokens · 1757 LoRA and optimizer · 2076 checkpoints and signals · 2231 pictures:
+# validation, class images, comparison · 2389 probes: what was learned, what was forgotten · 2550 files that a run
+# leaves · 2794 command line · 3204 base model: loading, quantising, splitting · 3438 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -310,14 +310,10 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        print(f"{program}: error: out of GPU memory; try, in this order, {MEMORY_ADVICE}", file=sys.stderr)
+        advice = "--gradient_checkpointing, --cache_latents, --mixed_precision bf16, --optimizer adamw8bit,"
+        advice += " --quantize_base nf4, a lower --train_batch_size or --resolution"
+        print(f"{program}: error: out of GPU memory; try, in this order, {advice}", file=sys.stderr)
         return 1
-
-
-MEMORY_ADVICE = (
-    "--gradient_checkpointing, --cache_latents, --mixed_precision bf16, --optimizer adamw8bit, --quantize_base nf4,"
-    " a lower --train_batch_size or --resolution"
-)
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -401,11 +397,8 @@ class Run:
 
 def start_accelerator(args: argparse.Namespace):
     """accelerate's view of the machine: device, precision, processes, trackers."""
-    import logging
-
     import accelerate
 
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
     logs = str(Path(args.output_dir) / args.logging_dir)
     project = accelerate.utils.ProjectConfiguration(project_dir=args.output_dir, logging_dir=logs)
     trackers = None if args.report_to == "none" else args.report_to.split(",")
@@ -477,7 +470,7 @@ def load_data(run: Run) -> None:
     run.max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
     run.validation_steps = validation_schedule(args, run.max_steps, steps_per_epoch)
     run.plan_size = buckets[Counter(e.bucket for e in examples).most_common(1)[0][0]]
-    run.scheduler = components.training_scheduler()
+    run.scheduler = library_class("diffusers", TRAINING_SCHEDULER).from_config(components.get("scheduler").config)
     run.data = TrainingData(store, class_store, args, components.config("vae"), run.scheduler)
     if args.cache_latents:
         cache_latents(run.data, run.plan, components, args)
@@ -1092,9 +1085,8 @@ def report_findings(examples: list[Example], buckets: list[tuple[int, int]], tok
     findings = examine(examples, buckets)
     if not args.instance_prompt and not args.default_caption:
         findings += unvaried_captions(examples)
-    findings += truncated_captions(
-        [with_trigger(c, args.trigger_word) for e in examples for c in e.captions], tokenizers
-    )
+    captions = [with_trigger(c, args.trigger_word) for e in examples for c in e.captions]
+    findings += truncated_captions(captions, tokenizers)
     sizes = ["{} x {}".format(*size) for size in sorted((e.size for e in examples), key=math.prod)]
     say(f"{len(examples)} images from {sizes[0]} to {sizes[-1]} pixels")
     for finding in findings:
@@ -1267,9 +1259,7 @@ def look_at(example: Example, buckets: list[tuple[int, int]]):
 class ImageStore:
     """Decoded images scaled to cover a bucket, as uint8 arrays; as many as fit into the budget stay in memory."""
 
-    def __init__(
-        self, examples: list[Example], buckets: list[tuple[int, int]], interpolation: str, budget: int
-    ) -> None:
+    def __init__(self, examples: list[Example], buckets: list[tuple], interpolation: str, budget: int) -> None:
         self.examples, self.buckets = examples, buckets
         self.resample = getattr(Image.Resampling, interpolation.upper())
         self.left, self.kept = budget, {}  # bytes; by name and bucket
@@ -1560,9 +1550,8 @@ class Prompts:
         self.args, self.components = args, components
         self.known: dict[tuple[str, str], dict] = {}  # by encoder key and prompt
         self.disk = DiskCache(args.cache_folder, "text")
-        self.tokenizers = {
-            key: components.get(pair[0]) for key, pair in TEXT_ENCODERS.items() if components.has(pair[0])
-        }
+        names = {key: tokenizer for key, (tokenizer, _) in TEXT_ENCODERS.items() if components.has(tokenizer)}
+        self.tokenizers = {key: components.get(name) for key, name in names.items()}
         self.trained: set[str] = set()  # keys of the encoders whose embeddings change from step to step
         self.altered: set[str] = set()  # keys of those that are no longer the base's: not for the disk
         on_disk = self.tokenizers if self.disk.folder else ()
@@ -1706,9 +1695,7 @@ def add_tokens(run: Run) -> None:
     args, prompts = run.args, run.prompts
     texts = [c for e in run.data.examples for c in e.captions] + [args.trigger_word or ""]
     if not any(word in text for text in texts for word in run.abstractions):
-        raise UserError(
-            f"--token_abstraction {args.token_abstraction}: no caption contains it: nothing would be learned"
-        )
+        raise UserError(f"--token_abstraction {args.token_abstraction}: no caption contains it to learn from")
     keys = [k for k in prompts.tokenizers if k in TI_ENCODERS or (vars(args).get("enable_t5_ti") and k == "t5")]
     tokens = [t for group in run.abstractions.values() for t in group]
     prompts.trained |= set(keys)
@@ -2139,8 +2126,8 @@ def training_state(run: Run, step: int) -> dict:
     parts = {}
     for part in run.parts:
         stateful = {"optimizer": part.optimizer, "schedule": part.schedule, "ema": part.ema}
-        parts[part.name] = {"weights": part.weights.detach().cpu(), "initial": part.initial}
-        parts[part.name] |= {name: thing.state_dict() if thing else None for name, thing in stateful.items()}
+        states = {name: thing.state_dict() if thing else None for name, thing in stateful.items()}
+        parts[part.name] = {"weights": part.weights.detach().cpu(), "initial": part.initial, **states}
     return {"step": step, "guard": run.guard.state_dict(), "parts": parts}
 
 
@@ -2149,9 +2136,8 @@ def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
     before, now = manifest["settings"], resume_settings(run)
     for name in (*RESUME_FLAGS, "targets", "tokens", "layout"):
         if before.get(name) != now[name]:
-            raise UserError(
-                f"{folder.name} was trained with other settings: {name} {before.get(name)}, now {now[name]}"
-            )
+            settings = f"{name} {before.get(name)}, now {now[name]}"
+            raise UserError(f"{folder.name} was trained with other settings: {settings}")
     changed = ", ".join(name for name in now if before.get(name) != now[name])
     if changed:
         say(f"note: {changed} changed since {folder.name}: the rest of the run is not what it would have been")
@@ -2175,20 +2161,18 @@ def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
 
 def resume_settings(run: Run) -> dict:
     """What a checkpoint must agree with to be gone on from: the flags of RESUME_FLAGS and what follows from data and base."""
-    named = {name: vars(run.args)[name] for name in (*RESUME_FLAGS, *RESUME_NOTES) if name in vars(run.args)}
+    named = {name: vars(run.args)[name] for name in (*RESUME_FLAGS, *RESUME_NOTES)}
     layers = "|".join(n for p in run.parts for n in p.parameters)
     data = "|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in run.data.examples)
-    return (
-        named
-        | {
-            "targets": hashlib.sha256(layers.encode()).hexdigest()[:16],
-            "tokens": [t for tokens in run.abstractions.values() for t in tokens],
-            "layout": "flat",  # of the weights in training_state.pt
-            "global_batch_size": run.plan.size,
-            "steps": run.max_steps,
-            "data": hashlib.sha256(data.encode()).hexdigest()[:16],
-        }
-    )
+    own = {
+        "targets": hashlib.sha256(layers.encode()).hexdigest()[:16],
+        "tokens": [t for tokens in run.abstractions.values() for t in tokens],
+        "layout": "flat",  # of the weights in training_state.pt
+        "global_batch_size": run.plan.size,
+        "steps": run.max_steps,
+        "data": hashlib.sha256(data.encode()).hexdigest()[:16],
+    }
+    return named | own
 
 
 def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict] | None:
@@ -2617,7 +2601,6 @@ def write_weights(run: Run, folder: Path, dtype) -> None:
 
 def write_diffusers_file(run: Run, folder: Path, states: dict, alpha: float, rank: int) -> None:
     """pytorch_lora_weights.safetensors, as the family's pipeline writes it, with alpha and rank in its metadata."""
-    import diffusers
     from diffusers.training_utils import _collate_lora_metadata
 
     arguments = _collate_lora_metadata(run.lora_modules)  # without it alpha is lost
@@ -2626,7 +2609,7 @@ def write_diffusers_file(run: Run, folder: Path, states: dict, alpha: float, ran
         metadata = arguments[f"{part}_lora_adapter_metadata"]
         metadata |= {"lora_alpha": alpha, "r": rank, "init_lora_weights": True}
         metadata |= {key: sorted(value) for key, value in metadata.items() if isinstance(value, set)}
-    getattr(diffusers, PIPELINE_CLASS).save_lora_weights(folder, **arguments)
+    library_class("diffusers", PIPELINE_CLASS).save_lora_weights(folder, **arguments)
 
 
 def to_diffusers_keys(state: dict) -> dict:
@@ -2738,9 +2721,8 @@ def kohya_metadata(args: argparse.Namespace, tensors: dict, alpha: float, rank: 
 
 def save_merged(run: Run, folder: Path) -> None:
     """Writes the base with the LoRA merged in, as a diffusers folder."""
-    import diffusers
-
-    pipeline = getattr(diffusers, PIPELINE_CLASS).from_pretrained(run.components.folder, dtype=run.components.dtype)
+    components, kind = run.components, library_class("diffusers", PIPELINE_CLASS)
+    pipeline = kind.from_pretrained(components.folder, dtype=components.dtype)
     pipeline.load_lora_weights(run.args.output_dir, weight_name="pytorch_lora_weights.safetensors")
     pipeline.fuse_lora(components=list(run.lora_modules), safe_fusing=True)
     pipeline.unload_lora_weights()
@@ -3303,19 +3285,11 @@ class Components:
         vae.enable_slicing()
         return vae
 
-    def training_scheduler(self):
-        """The schedule of noise levels that training draws from, with the base's settings."""
-        import diffusers
-
-        return getattr(diffusers, TRAINING_SCHEDULER).from_config(self.get("scheduler").config)
-
     def pipeline(self, denoiser):
         """A pipeline for prompt embeddings that are already there: no text encoder in it."""
-        import diffusers
-
         texts = dict.fromkeys(name for pair in TEXT_ENCODERS.values() for name in pair)
         parts = {DENOISER: denoiser, "vae": self.vae(), "scheduler": self.get("scheduler")}
-        pipeline = getattr(diffusers, PIPELINE_CLASS)(**parts, **texts, **PIPELINE_OPTIONS)
+        pipeline = library_class("diffusers", PIPELINE_CLASS)(**parts, **texts, **PIPELINE_OPTIONS)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -3372,8 +3346,6 @@ def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
     What the checkpoint lacks (configurations, tokenizers, and whole parts, such as FLUX.1's text encoders) comes from a
     diffusers folder in which the file lies, else from the hub.
     """
-    import diffusers
-
     cache = Path(args.cache_dir or Path.home() / ".cache" / "lora_training") / f"{path.stem}-{fingerprint([path])[:16]}"
     if (cache / "model_index.json").is_file():
         return cache
@@ -3383,7 +3355,7 @@ def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
         options["dtype"] = torch.bfloat16
     try:
         given = parts_with_weights(path.parent) if surrounded else {}
-        pipeline = getattr(diffusers, PIPELINE_CLASS).from_single_file(str(path), **options, **given)
+        pipeline = library_class("diffusers", PIPELINE_CLASS).from_single_file(str(path), **options, **given)
     except Exception as error:  # conversion fails in many ways, all of them the file's or the layout's
         advice = "; without network, scripts/bases/unpack_checkpoint.py makes a diffusers folder of it"
         problem = f"can't be read as {FAMILY_TITLE} ({brief(error)}){'' if surrounded else advice}"
@@ -3521,15 +3493,14 @@ def import_logging_quietly() -> None:
     """Imports the model libraries with progress bars and advice below the level of a warning turned off."""
     import logging
 
-    logging.getLogger("diffusers.quantizers.bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("accelerate", "bitsandbytes", "diffusers.quantizers.bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":
