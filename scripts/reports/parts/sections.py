@@ -55,11 +55,12 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px
   white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.45 ui-monospace, monospace; }
 @media (max-width: 800px) { .beside > div:first-child { position: static; } .beside { grid-template-columns: minmax(0, 1fr); } .taught { grid-template-columns: repeat(4, 1fr); } }
 @media (max-width: 600px) { td, th { padding: 4px 9px; } .verdict { font-size: 16px; } .taught figcaption { display: none; } }
-@media print { body { max-width: none; padding: 0; } nav, .slide { display: none; } figure, tr, .finding { break-inside: avoid; }
+@media print { :root { --back: #fff; --card: #fff; --ink: #1c1c1a; --dim: #6b6b66; --line: #dcdcd6; color-scheme: light; }
+  body { max-width: none; padding: 0; } nav, .slide { display: none; } figure, tr, .finding { break-inside: avoid; }
   h2, h3 { break-after: avoid; } .scroll { overflow: visible; } .pairs { grid-template-columns: repeat(3, 1fr); }
   .plots { grid-template-columns: repeat(2, 1fr); } .reel { grid-template-columns: minmax(0, 1fr); }
   .film > div { display: grid; grid-template-columns: repeat(8, 1fr); gap: 3px; } .shot, .film .shot small { display: block; }
-  .beside > div:first-child { position: static; } }
+  .beside > div:first-child { position: static; } .taught { grid-template-columns: repeat(8, 1fr); } }
 """
 )
 
@@ -73,7 +74,7 @@ for (const films of document.querySelectorAll('.films')) {
     for (const shot of shots) shot.classList.toggle('on', shot.dataset.i === slider.value); });
   films.querySelector('[type=checkbox]').addEventListener('change', e => films.classList.toggle('all', e.target.checked));
 }
-addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => d.open = true));
+addEventListener('beforeprint', () => document.querySelectorAll('details:not(.extra)').forEach(d => d.open = true));
 """
 )
 
@@ -83,6 +84,12 @@ def section(name: str, title: str, under: str, *parts: str) -> str:
     body = "".join(parts)
     below = f'<p class="under">{under}</p>' if under else ""
     return f'<section id="{name}"><h2>{escape(title)}</h2>{below}\n{body}</section>\n' if body else ""
+
+
+def folded(title: str, body: str, kind: str = "") -> str:
+    """What opens on demand; empty if the body is. `kind`: "open" from the start, or "extra": stays folded on paper."""
+    attribute = {"open": " open", "extra": ' class="extra"'}.get(kind, "")
+    return f"<details{attribute}><summary>{escape(title)}</summary>{body}</details>\n" if body else ""
 
 
 class Number(str):
@@ -318,7 +325,7 @@ def before_and_after(run: Run, shown: Shown, pictures: Pictures) -> str:
     if sheet.is_file():
         image = pictures.img(sheet, "the run's comparison sheet: before and after", 1300, 500_000)
         image = f'<figure class="sheet">{image}</figure>\n'
-        drawn += f"<details><summary>comparison.png, the run's own sheet</summary>{image}</details>" if drawn else image
+        drawn += folded("comparison.png, the run's own sheet", image, "extra") if drawn else image
     if taught and drawn:
         body = f'<div class="beside"><div><h3 class="prompt">Trained on</h3><div class="taught">{taught}</div></div><div>{drawn}</div></div>'
     else:
@@ -346,8 +353,7 @@ def controls(run: Run, shown: Shown, pictures: Pictures) -> str:
         " style shows up here (it bleeds): fewer steps, a lower rate or rank, or prior preservation."
     )
     moving = films(shown, pictures, True)
-    moving = f"<details><summary>over the steps</summary>{moving}</details>" if moving else ""
-    return section("control", "Control prompts", under, pairs(shown, pictures, True), moving)
+    return section("control", "Control prompts", under, pairs(shown, pictures, True), folded("over the steps", moving))
 
 
 # ---- curves ------------------------------------------------------------------------------------------------------------
@@ -466,9 +472,7 @@ def data_summary(run: Run) -> str:
     more = f'<p class="dim">{len(captions) - MOST_CAPTIONS} more.</p>' if len(captions) > MOST_CAPTIONS else ""
     if rows:
         listed = table(["picture", "caption", "size", "bucket"], rows) + more
-        out.append(
-            f"<details{' open' if len(rows) <= 12 else ''}><summary>{len(captions)} captions</summary>{listed}</details>"
-        )
+        out.append(folded(f"{len(captions)} captions", listed, "open" if len(rows) <= 12 else ""))
     return section("data", "Data", "What was trained on, as the run read it.", *out)
 
 
@@ -511,13 +515,10 @@ def settings_tables(run: Run) -> str:
         rows = [[escape(k), escape(show(v)), escape(show(run.defaults.get(k, "–")))] for k, v in changed]
         out.append(table(["setting", "here", "default"], rows) or "<p>All settings are the defaults.</p>")
     if every:
-        out.append(
-            f"<details><summary>All {len(every)} settings</summary>{table(['setting', 'value'], every)}</details>"
-        )
+        out.append(folded(f"All {len(every)} settings", table(["setting", "value"], every), "extra"))
     if run.config_text.strip():
-        out.append(
-            f"<details open><summary>config.yaml, which can't be read as YAML</summary><pre>{escape(run.config_text)}</pre></details>"
-        )
+        text = f"<pre>{escape(run.config_text)}</pre>"
+        out.append(folded("config.yaml, which can't be read as YAML", text, "open"))
     return section("settings", "Settings", under, *out)
 
 
