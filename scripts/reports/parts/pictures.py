@@ -12,7 +12,7 @@ from PIL import Image
 from scripts.reports.parts.run_folder import BROKEN_PICTURE
 
 BUDGET = 4_500_000  # bytes of all pictures of a page before base64, which adds a third
-EDGES = (512, 448, 384, 320, 256, 192, 128, 96, 64)
+SMALLEST = 64  # edge
 LOSSLESS = 128  # pictures up to this edge stay as they are: the toys'
 
 
@@ -28,13 +28,14 @@ def encoded(file: Path, limit: int, largest: int) -> tuple[str, bytes, tuple[int
         data = saved(image, "PNG", optimize=True)
         if len(data) <= limit:
             return "png", data, image.size
-    edges = [e for e in EDGES if e < min(largest, max(image.size))]
-    for edge in [min(largest, max(image.size)), *edges]:
+    edge = min(largest, max(image.size))
+    while True:
         small = image.copy()
         small.thumbnail((edge, edge), Image.Resampling.LANCZOS)
         data = saved(small, "JPEG", quality=85, optimize=True)
-        if len(data) <= limit:
+        if len(data) <= limit or edge <= SMALLEST:
             break
+        image, edge = small, max(SMALLEST, int(edge * min(0.9, (limit / len(data)) ** 0.5)))
     return "jpeg", data, small.size
 
 

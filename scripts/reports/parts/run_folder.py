@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import yaml
 from PIL import Image
 
 BROKEN_PICTURE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on half a file
+HUGE = 1e100  # no number of a training run; what is larger is taken as infinite
 RUN_SIGNS = (
     "metrics.jsonl",
     "config.yaml",
@@ -89,7 +91,7 @@ class Run:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= HUGE
 
 
 def read_run(folder: Path) -> Run:
@@ -117,7 +119,7 @@ def read_run(folder: Path) -> Run:
         data=read_json(folder / "data.json"),
         training_pictures=[(file, caption_of(file)) for file in pictures_in(folder / "training_pictures")][:8],
         checkpoints=read_checkpoints(folder),
-        files=[(f, f.stat().st_size) for f in sorted(folder.iterdir()) if f.is_file() and not f.name.startswith(".")],
+        files=[(f, size_of(f)) for f in sorted(folder.iterdir()) if f.is_file() and not f.name.startswith(".")],
     )
 
 
@@ -159,10 +161,9 @@ def as_float(value: object) -> float | None:
     """A number of metrics.jsonl, which spells what isn't finite as a word."""
     if isinstance(value, str):
         return float(value) if value in ("nan", "inf", "-inf") else None
-    try:
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-    except OverflowError:
-        return math.inf
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value) if abs(value) <= HUGE or value != value else math.inf if value > 0 else -math.inf
 
 
 def read_settings(folder: Path) -> tuple[dict, dict | None, str, str, str]:
@@ -254,13 +255,21 @@ def caption_of(file: Path) -> str:
     return next((text[key] for key in ("caption", "prompt", "text") if key in text), "")
 
 
+def size_of(file: Path) -> int:
+    """Bytes; none of a file that a run at work has just removed."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
 def read_checkpoints(folder: Path) -> list[tuple[int, Path, int, bool]]:
     """(step, folder, bytes, whether its manifest is there) of each checkpoint, by step."""
     found = []
     for place in folder.glob("checkpoint-*"):
         step = place.name.removeprefix("checkpoint-")
         if step.isdecimal() and place.is_dir():
-            size = sum(f.stat().st_size for f in place.rglob("*") if f.is_file())
+            size = sum(size_of(Path(root, file)) for root, _, files in os.walk(place) for file in files)
             found.append((int(step), place, size, (place / "manifest.json").is_file()))
     return sorted(found)
 
