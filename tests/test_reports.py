@@ -489,3 +489,11 @@ def test_it_starts_without_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_pictures_of_one_step_are_not_called_before_and_after(tmp_path):
+    save_picture(tmp_path / "samples/step-000000/00_00.png", (0, 0, 0))
+    assert "Pictures before training" in page_of(tmp_path)[1].text
+    save_picture(tmp_path / "samples/step-000010/00_00.png", (0, 0, 0))
+    html, page = page_of(tmp_path)
+    assert "Before and after" in page.text and 'type="range"' not in html  # two steps need no slider

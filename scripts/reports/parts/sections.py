@@ -39,6 +39,7 @@ h3.prompt { font-size: 15px; font-weight: 600; margin: 20px 0 8px; overflow-wrap
 .taught { display: grid; grid-template-columns: repeat(2, 1fr); gap: 8px; font-size: 12px; }
 .taught figcaption { padding: 4px 6px 6px; color: var(--dim); line-height: 1.3; max-height: 5.6em; overflow: hidden; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 14px; align-items: start; }
+.pairs.single { grid-template-columns: repeat(auto-fill, minmax(min(46%, 180px), 1fr)); }
 .pair { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 3px; align-items: start; }
 .pair small, .shot small { display: block; padding: 4px 8px 0; color: var(--dim); }
 .pairs figcaption, .reel figcaption { padding: 0 8px 6px; } .reel figcaption:empty { padding: 3px; }
@@ -158,7 +159,7 @@ def cards(run: Run) -> str:
     for name in ("learned", "forgotten"):
         values = dict(run.series.get(name, []))
         at = run.advised if run.advised in values else max(values, default=0)
-        if math.isfinite(values.get(at, math.nan)):
+        if at and math.isfinite(values.get(at, math.nan)):
             out.append((f"{100 * values[at]:.0f}%", f"{name} at step {at:,}"))
     loss = smoothed(run.series.get("loss", []))
     out += [(plain(float(f"{loss[-1][1]:.3g}")), "loss, smoothed")] if loss else []
@@ -187,14 +188,13 @@ def verdict(run: Run) -> str:
         return Number(("" if value is None else escape(str(value))) if number is None else unit(number))
 
     held_out = any("held_out_loss" in r for r in rows)
+    marks = [run.advised is not None and r.get("step") == run.advised for r in rows]
     cells = []
-    for r in rows:
-        step, taken = r.get("step"), run.advised is not None and r.get("step") == run.advised
-        first = escape(str(step)) + (ADVISED if taken else "")
+    for r, taken in zip(rows, marks, strict=True):
+        first = escape(str(r.get("step"))) + (ADVISED if taken else "")
         more = [cell(r.get("held_out_loss"), plain)] if held_out else []
         cells.append([first, cell(r.get("learned"), whole_percent), cell(r.get("forgotten"), whole_percent), *more])
     head = ["step", "learned", "forgotten", *(["held-out loss"] if held_out else [])]
-    marks = [run.advised is not None and r.get("step") == run.advised for r in rows]
     if rows:
         out.append(
             '<p class="under below">Learned: how much better than the base alone the training pictures are predicted. Forgotten:'
@@ -216,7 +216,7 @@ class Shown:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.subjects = [list(g)[:1][0].subject for _, g in groupby(run.samples, key=lambda s: s.subject)]
+        self.subjects = list(dict.fromkeys(s.subject for s in run.samples))
         self.at: dict[tuple, dict[int, Sample]] = {subject: {} for subject in self.subjects}
         for sample in run.samples:
             self.at[sample.subject][sample.step] = sample
@@ -263,8 +263,9 @@ def by_prompt(subjects: list[tuple]) -> list[tuple[str, list[tuple]]]:
 def pairs(shown: Shown, pictures: Pictures, control: bool) -> str:
     """Each prompt's pictures before and after, from the same seed."""
     out = []
+    single = " single" if len(shown.steps(control)) == 1 else ""
     for prompt, subjects in by_prompt(shown.kinds[control]):
-        out.append(f'<h3 class="prompt">{escape(prompt)}</h3><div class="pairs">\n')
+        out.append(f'<h3 class="prompt">{escape(prompt)}</h3><div class="pairs{single}">\n')
         for subject in subjects:
             ends = shown.ends(subject)
             tiles = []
@@ -329,14 +330,22 @@ def before_and_after(run: Run, shown: Shown, pictures: Pictures) -> str:
     if taught and drawn:
         body = f'<div class="beside"><div><h3 class="prompt">Trained on</h3><div class="taught">{taught}</div></div><div>{drawn}</div></div>'
     else:
-        body = drawn or (f'<h3 class="prompt">Trained on</h3><div class="pairs">{taught}</div>' if taught else "")
+        body = drawn or (
+            f'<h3 class="prompt">Trained on</h3><div class="pairs single">{taught}</div>' if taught else ""
+        )
     under = (
         "The same prompt and seed without and with what was trained. Good: it looks like the training pictures, and still follows"
         " the prompt. Bad: no difference (too little training), or a copy of a training picture whatever the prompt says (too much)."
     )
     if shown.left_out:
         under += f" {shown.left_out} more are in samples/."
-    return section("before-after", "Before and after", under, body)
+    title, steps = "Before and after", shown.steps(False)
+    if len(steps) == 1 and not sheet.is_file():
+        title, under = (
+            "Pictures before training" if steps == [0] else f"Pictures of step {steps[0]:,}",
+            "There are none of another step yet to compare them with.",
+        )
+    return section("before-after", title, under, body)
 
 
 def over_steps(run: Run, shown: Shown, pictures: Pictures) -> str:
