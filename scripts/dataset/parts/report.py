@@ -4,48 +4,20 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
+from collections.abc import Iterator
 from html import escape
 
 from scripts.dataset.parts import image_steps
+from scripts.parts import page
 
 MOST_CARDS = 2000  # thumbnails in the file, about 8 KB each
 
 STYLE = """
-:root { color-scheme: light dark; --back: #f6f6f4; --card: #fff; --ink: #1c1c1a; --dim: #6b6b66; --line: #dcdcd6;
-  --mark: #2f6f4f; --bad: #b3402a; }
-@media (prefers-color-scheme: dark) { :root { --back: #171716; --card: #232321; --ink: #ecece6; --dim: #a0a098;
-  --line: #3a3a36; --mark: #7cc49c; --bad: #ef8a72; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1400px; padding: 28px 24px 60px; background: var(--back); color: var(--ink);
-  font: 15px/1.45 system-ui, sans-serif; }
-h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 12px; }
-.dim, figcaption small { color: var(--dim); }
-.numbers { display: flex; flex-wrap: wrap; gap: 12px; margin: 18px 0; }
-.numbers div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 18px; }
-.numbers b { display: block; font-size: 24px; font-weight: 600; }
-.finding { border-left: 4px solid var(--bad); background: var(--card); padding: 8px 14px; margin: 8px 0; }
-.finding p { margin: 2px 0 0; color: var(--dim); overflow-wrap: anywhere; }
-table { border-collapse: collapse; background: var(--card); }
-td, th { padding: 5px 14px; border: 1px solid var(--line); text-align: left; font-weight: normal; }
-th { color: var(--dim); } td.n { text-align: right; font-variant-numeric: tabular-nums; }
-.buckets { display: flex; flex-wrap: wrap; gap: 18px; align-items: flex-end; }
-.bucket { text-align: center; font-size: 13px; }
-.bucket i { display: flex; margin: 0 auto 6px; border: 2px solid var(--mark); border-radius: 3px; font-size: 18px;
-  font-style: normal; align-items: center; justify-content: center; }
-.tools { display: flex; flex-wrap: wrap; gap: 10px; margin: 0 0 14px; }
-.tools input, .tools select { font: inherit; padding: 6px 10px; border: 1px solid var(--line); border-radius: 6px;
-  background: var(--card); color: var(--ink); }
 .tools input { flex: 1 1 260px; max-width: 420px; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 14px; align-items: start; }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
 .frame { background: var(--line); display: flex; align-items: center; justify-content: center; height: 224px; }
 .frame span { position: relative; overflow: hidden; line-height: 0; }
 .frame em { position: absolute; outline: 2px solid #fff; box-shadow: 0 0 0 400px rgba(0, 0, 0, .55); }
 .frame q { color: var(--dim); quotes: none; line-height: 1.4; }
-figcaption { padding: 10px 12px 12px; overflow-wrap: anywhere; }
-figcaption p { margin: 6px 0; }
-.tag { display: inline-block; font-size: 12px; padding: 0 8px; border-radius: 9px; border: 1px solid var(--line); color: var(--dim); }
-.none, .why { color: var(--bad); }
 """
 
 SCRIPT = """
@@ -107,13 +79,9 @@ def bucket_name(size: tuple[int, int]) -> str:
 
 def bucket_shapes(run) -> str:
     """Each bucket drawn in its shape with its number of images."""
-    counts, largest = Counter(p.bucket for p in run.kept), max(max(b) for b in run.buckets)
-    shapes = []
-    for i, (width, height) in enumerate(run.buckets):
-        if counts[i]:
-            side = f"width:{110 * width / largest:.0f}px;height:{110 * height / largest:.0f}px"
-            shapes.append(f'<div class="bucket"><i style="{side}">{counts[i]}</i>{width} × {height}</div>')
-    return f'<h2>Buckets</h2><div class="buckets">{"".join(shapes)}</div>'
+    counts = Counter(p.bucket for p in run.kept)
+    shapes = [(*size, counts[i], "") for i, size in enumerate(run.buckets) if counts[i]]
+    return f"<h2>Buckets</h2>{page.bucket_shapes(shapes)}"
 
 
 def choices(name: str, title: str, values: list[str]) -> str:
@@ -124,46 +92,36 @@ def choices(name: str, title: str, values: list[str]) -> str:
 
 def write_report(run, findings: list) -> None:
     """Writes report.html into the output folder, card by card."""
+    page.write_page(run.out / "report.html", parts_of_report(run, findings))
+
+
+def parts_of_report(run, findings: list) -> Iterator[str]:
+    """The report from top to bottom."""
     kept, left_out = sorted(run.kept, key=lambda p: p.file), [p for p in run.pictures if p.problem]
     captioned = sum(bool(p.final) for p in kept)
     numbers = [(len(kept), "images"), (len(left_out), "left out"), (captioned, "with a caption")]
     if run.buckets:
         numbers.append((len({p.bucket for p in kept}), "buckets in use"))
-    title = escape(run.out.resolve().name)
-    head = [
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-        f"<title>{title}: training set</title><style>{STYLE}</style><h1>{title}</h1>",
-        f'<div class="dim">from {escape(run.settings.data_dir or run.settings.dataset_name)}</div>',
-        '<div class="numbers">',
-        *(f"<div><b>{n}</b>{what}</div>" for n, what in numbers),
-        "</div>",
-        *(f'<div class="finding">{escape(f.what)}<p>{escape(f.advice)}</p></div>' for f in findings),
-        bucket_shapes(run) if run.buckets else "",
-        "<h2>Steps</h2><table><tr><th>step<th>images<th>done now<th>from before<th>note</tr>",
-        *(
-            f'<tr><td>{name}<td class="n">{images}<td class="n">{now}<td class="n">{before}<td>{escape(note)}</tr>'
-            for name, images, now, before, note in run.rows
-        ),
-        "</table><h2>The training set</h2>",
-        '<div class="tools"><input id="words" placeholder="search names and captions">',
-        choices(
-            "bucket",
-            "all buckets",
-            [bucket_name(run.buckets[i]) for i in sorted({p.bucket for p in kept})] if run.buckets else [],
-        ),
-        choices("source", "all captions", sorted({p.caption_source for p in kept if p.caption_source})),
-        '<span class="dim" id="count"></span></div><div class="grid" id="set">\n',
-    ]
-    partial = run.out / ".report.html.partial"
-    with open(partial, "w", encoding="utf-8") as out:
-        out.write("\n".join(head))
-        out.writelines(card(run, p) for p in kept[:MOST_CARDS])
-        out.write("</div>\n")
-        if len(kept) > MOST_CARDS:
-            out.write(f'<p class="dim">{len(kept) - MOST_CARDS} more are in metadata.jsonl.</p>\n')
-        if left_out:
-            out.write('<h2>Left out</h2><div class="grid">\n')
-            out.writelines(card(run, p) for p in left_out[:MOST_CARDS])
-            out.write("</div>\n")
-        out.write(f"<script>{SCRIPT}</script>\n")
-    partial.replace(run.out / "report.html")
+    title = run.out.resolve().name
+    yield page.head(f"{title}: training set", STYLE)
+    yield f'<h1>{escape(title)}</h1><div class="dim">from {escape(run.settings.data_dir or run.settings.dataset_name)}</div>\n'
+    yield page.numbers(numbers)
+    yield from (page.finding(f.what, f.advice) for f in findings)
+    yield bucket_shapes(run) if run.buckets else ""
+    yield "<h2>Steps</h2><table><tr><th>step<th>images<th>done now<th>from before<th>note</tr>\n"
+    for name, images, now, before, note in run.rows:
+        yield f'<tr><td>{name}<td class="n">{images}<td class="n">{now}<td class="n">{before}<td>{escape(note)}</tr>\n'
+    yield '</table><h2>The training set</h2><div class="tools"><input id="words" placeholder="search names and captions">'
+    sizes = [bucket_name(run.buckets[i]) for i in sorted({p.bucket for p in kept})] if run.buckets else []
+    yield choices("bucket", "all buckets", sizes)
+    yield choices("source", "all captions", sorted({p.caption_source for p in kept if p.caption_source}))
+    yield '<span class="dim" id="count"></span></div><div class="grid" id="set">\n'
+    yield from (card(run, p) for p in kept[:MOST_CARDS])
+    yield "</div>\n"
+    if len(kept) > MOST_CARDS:
+        yield f'<p class="dim">{len(kept) - MOST_CARDS} more are in metadata.jsonl.</p>\n'
+    if left_out:
+        yield '<h2>Left out</h2><div class="grid">\n'
+        yield from (card(run, p) for p in left_out[:MOST_CARDS])
+        yield "</div>\n"
+    yield f"<script>{SCRIPT}</script>\n"
