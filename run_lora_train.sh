@@ -77,4 +77,4 @@ elif [ -n "$model" ] && command -v nvidia-smi >/dev/null && nvidia-smi >/dev/nul
 elif [ -n "$model" ]; then
   launcher=(-m accelerate.commands.launch --config_file config/accelerate_config_cpu.yaml)
 fi
-exec "$PYTHON" ${launcher[@]+"${launcher[@]}"} "$script" ${recipe[@]+"${recipe[@]}"} ${settings[@]+"${settings[@]}"} "$@"
+exec "$PYTHON" ${launcher[@]+"${launcher[@]}"} "$script" --report ${recipe[@]+"${recipe[@]}"} ${settings[@]+"${settings[@]}"} "$@"

@@ -49,6 +49,8 @@ import json
 import math
 import os
 import random
+import runpy
+import shlex
 import shutil
 import signal
 import sys
@@ -281,11 +283,11 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out | {name: fuse_projections(parts, mlp[: len(parts)]) for name, parts in waiting.items()}
 
 
-# By line: 293 the run: what happens, in which order · 544 the loop, and one step of it · 707 what is logged, and the
-# guard against learning nothing · 842 data: images and captions · 1133 images: decoding, buckets, crops, batches ·
-# 1539 text: embeddings and new tokens · 1757 LoRA and optimizer · 2076 checkpoints and signals · 2231 pictures:
-# validation, class images, comparison · 2389 probes: what was learned, what was forgotten · 2550 files that a run
-# leaves · 2794 command line · 3204 base model: loading, quantising, splitting · 3438 errors, lines, seeds, libraries
+# By line: 295 the run: what happens, in which order · 581 the loop, and one step of it · 747 what is logged, and the
+# guard against learning nothing · 882 data: images and captions · 1175 images: decoding, buckets, crops, batches ·
+# 1581 text: embeddings and new tokens · 1799 LoRA and optimizer · 2118 checkpoints and signals · 2273 pictures:
+# validation, class images, comparison · 2470 probes: what was learned, what was forgotten · 2650 files that a run
+# leaves · 2957 command line · 3372 base model: loading, quantising, splitting · 3606 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -298,6 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     program = Path(sys.argv[0]).name
     try:
         args = parse_args(argv)
+        say(f"{FAMILY_TITLE}: importing torch and diffusers")
         import_libraries()
         with temporary_output(args) if args.dry_run else contextlib.nullcontext():
             execute(args)
@@ -323,7 +326,7 @@ def execute(args: argparse.Namespace) -> None:
     run, resume = prepare_run(args)
     first_step = load_checkpoint(run, *resume) if resume else 0
     if run.control_prompts:
-        run.probe = Probe(run)
+        run.probe = Probe(run, first_step)
     active_parts(run, first_step)
     start_trackers(run)
     batch = f"{args.train_batch_size} x {run.accelerator.num_processes} processes x {args.gradient_accumulation_steps}"
@@ -339,8 +342,11 @@ def execute(args: argparse.Namespace) -> None:
         else:
             train(run, first_step)
     check_results(run)
+    on_main(run, draw_control, run, run.max_steps)
     on_main(run, save_results, run)
+    on_main(run, write_report, run)
     run.accelerator.end_training()
+    summarise(run)
     if args.push_to_hub and run.accelerator.is_main_process:
         push_to_hub(args)
 
@@ -356,7 +362,18 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
     load_data(run)
     load_text(run)
     add_trained_parts(run)
+    on_main(run, write_run_files, run)
     return run, resume
+
+
+REPORT = Path(__file__).resolve().parent / "scripts" / "reports" / "report.py"
+RESULTS = {  # what a finished run has to show, in the order in which a person wants it
+    "LoRA": "pytorch_lora_weights.safetensors",
+    "for others": "{name}.safetensors",
+    "new tokens": "{name}_emb.safetensors",
+    "pictures": "comparison.png",
+    "report": "report.html",
+}
 
 
 @dataclass
@@ -367,6 +384,7 @@ class Run:
     accelerator: object
     stop: StopSignal
     components: Components = None
+    findings: list[str] = field(default_factory=list)  # what will hurt in the data
     data: TrainingData = None
     plan: BatchPlan = None
     max_steps: int = 0
@@ -448,6 +466,9 @@ def open_base(run: Run) -> Components:
         raise UserError("--quantize_base and --compile don't work with FSDP: use a configuration for several GPUs")
     components = Components(resolve_base(args), args, dtype, accelerator.device, sharded)
     check_base(components)
+    size = sum(file.stat().st_size for file in components.folder_of(DENOISER).glob("*.safetensors"))
+    if accelerator.device.type == "cpu" and size < 100 << 20 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # for small matrices threads wait for each other, and for ever beside other work
     return components
 
 
@@ -460,7 +481,7 @@ def load_data(run: Run) -> None:
     hold_out(examples, args)
     print_buckets(examples, buckets)
     run.prompts = Prompts(args, components)
-    report_findings(examples, buckets, run.prompts.tokenizers, args)
+    run.findings = report_findings(examples, buckets, run.prompts.tokenizers, args)
     class_store = None
     if args.with_prior_preservation:
         generate_class_images(args, components, run.prompts, run.accelerator)
@@ -495,10 +516,26 @@ def start_trackers(run: Run) -> None:
     args = run.args
     if not run.accelerator.log_with:
         return
-    public = {k: v for k, v in vars(args).items() if k != "hub_token"}
+    public = {k: v for k, v in vars(args).items() if k not in ("hub_token", "settings", "defaults")}
     config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public.items()}
     own = {"wandb": {"name": args.run_name or Path(args.output_dir).resolve().name, "dir": args.output_dir}}
     run.accelerator.init_trackers(f"lora-{FAMILY}", config=config, init_kwargs=own)
+
+
+def summarise(run: Run) -> None:
+    """The last lines: which step to take, where the files are, and what draws with them."""
+    output, name = Path(run.args.output_dir), Path(run.args.output_dir).resolve().name
+    if run.args.dry_run:
+        return
+    if (file := output / "verdict.json").is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        say("\n".join(f"advice: {line}" for line in (found["text"], *found["warnings"])))
+    for what, pattern in RESULTS.items():
+        if files := sorted(output.glob(pattern.format(name=name))):
+            say(f"{what:12}{files[0]}")
+    say(
+        f"{'draw':12}bash run_lora_infer.sh {shlex.quote(str(output))} --prompt {shlex.quote((run.sample_prompts or ['…'])[0])}"
+    )
 
 
 def check_results(run: Run) -> None:
@@ -563,11 +600,13 @@ def train(run: Run, first_step: int) -> None:
             if done % args.logging_steps == 0 or done == run.max_steps:
                 meter.log(done, norm, active, bar)
             stopping = stop_requested(run, done)
-            if done % args.checkpointing_steps == 0 or stopping:
+            probed = run.probe and done in run.validation_steps  # so that the step that is advised can be taken
+            if done % args.checkpointing_steps == 0 or stopping or probed:
                 meter.write_pending()
                 on_main(run, save_checkpoint, run, done)
             if stopping:
                 say(f"stopped by signal {stopping} after step {done}; checkpoint-{done} is written")
+                say("the same command with --resume_from_checkpoint latest goes on")
                 raise Interrupted(128 + stopping)
             if done in run.validation_steps:
                 meter.write_pending()
@@ -668,6 +707,7 @@ def validate(run: Run, step: int, meter: Meter) -> None:
     draws = run.compares if step == run.max_steps else run.args.validation_prompt
     if draws and run.sample_prompts:
         on_main(run, log_samples, run, step)
+    on_main(run, write_report, run)
     meter.pause()
 
 
@@ -1080,8 +1120,8 @@ def listed(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def report_findings(examples: list[Example], buckets: list[tuple[int, int]], tokenizers: dict, args) -> None:
-    """Says what will hurt in the data, as far as it costs nothing to see; the doctor looks closer."""
+def report_findings(examples: list[Example], buckets: list[tuple[int, int]], tokenizers: dict, args) -> list[str]:
+    """Says, and returns, what will hurt in the data, as far as it costs nothing to see; the doctor looks closer."""
     findings = examine(examples, buckets)
     if not args.instance_prompt and not args.default_caption:
         findings += unvaried_captions(examples)
@@ -1089,10 +1129,12 @@ def report_findings(examples: list[Example], buckets: list[tuple[int, int]], tok
     findings += truncated_captions(captions, tokenizers)
     sizes = ["{} x {}".format(*size) for size in sorted((e.size for e in examples), key=math.prod)]
     say(f"{len(examples)} images from {sizes[0]} to {sizes[-1]} pixels")
-    for finding in findings:
-        say(f"warning: {finding.what}; {finding.advice}")
+    lines = [f"{finding.what}; {finding.advice}" for finding in findings]
+    for line in lines:
+        say(f"warning: {line}")
     if findings:
         say("prepare_dataset.py --doctor looks closer: copies, blur, lonely buckets")
+    return lines
 
 
 def examine(examples: list[Example], buckets: list[tuple[int, int]]) -> list[Finding]:
@@ -2232,16 +2274,14 @@ def flush(path: Path) -> None:
 
 
 def draw_samples(run: Run, step: int) -> list[Path]:
-    """Draws the validation prompts with what is trained so far; files samples/step-N/PROMPT_IMAGE.png.
+    """Draws the validation prompts with what is trained so far; files samples/step-N/PROMPT_IMAGE_words.png.
 
     Image k of prompt p has a seed of its own that is the same at every step.
     """
     args = run.args
-    folder = Path(args.output_dir) / "samples" / f"step-{step:06d}"
-    folder.mkdir(parents=True, exist_ok=True)
     together = max(1, 2**17 // (run.plan_size[0] * run.plan_size[1]))  # large pictures singly, for their memory
-    files = []
-    with averaged(run.parts), evaluating(run), torch.no_grad():
+    files, total = [], len(run.sample_prompts) * args.num_validation_images
+    with averaged(run.parts), evaluating(run), torch.no_grad(), waiting(f"pictures at step {step}", total) as bar:
         pipeline = run.components.pipeline(run.denoiser)
         for p, prompt in enumerate(run.sample_prompts):
             embeds = {k: v.to(run.components.dtype) for k, v in run.prompts.for_pipeline(prompt).items()}
@@ -2250,11 +2290,25 @@ def draw_samples(run: Run, step: int) -> list[Path]:
                 seeds = [sample_seed(args.seed, p, k) for k in numbers]
                 context = run.accelerator.autocast()
                 images = sample_images(pipeline, run.components, embeds, seeds, run.plan_size, args, context)
-                for k, image in zip(numbers, images, strict=True):
-                    files.append(folder / f"{p:02d}_{k:02d}.png")
+                bar.update(len(images))
+                for k, seed, image in zip(numbers, seeds, images, strict=True):
                     if run.accelerator.is_main_process:
-                        image.save(files[-1])
+                        files.append(save_sample(run, step, f"{p:02d}_{k:02d}", prompt, seed, image))
     return files
+
+
+def save_sample(run: Run, step: int, number: str, prompt: str, seed: int, image) -> Path:
+    """Writes samples/step-N/NUMBER_words.png, with prompt, seed and step in its text."""
+    folder = Path(run.args.output_dir) / "samples" / f"step-{step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    words = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:48]
+    text = PngImagePlugin.PngInfo()
+    kind = "control" if number.startswith("control") else "validation"
+    for key, value in {"prompt": prompt, "seed": seed, "step": step, "kind": kind}.items():
+        text.add_itxt(key, str(value))
+    file = folder / f"{number}_{words}.png"
+    image.save(file, pnginfo=text)
+    return file
 
 
 def log_samples(run: Run, step: int) -> None:
@@ -2275,7 +2329,11 @@ def sample_images(pipeline, components: Components, embeds: dict, seeds: list[in
     """Draws one image of a size (width, height) per seed, with one prompt's embeddings. `context` (autocast) holds for the
     denoiser alone: the VAE decodes in its own precision, so that a float32 one stays float32.
     """
-    latents = sampled_latents(pipeline, embeds, seeds, size, args, context)
+    return decoded(pipeline, components, sampled_latents(pipeline, embeds, seeds, size, args, context))
+
+
+def decoded(pipeline, components: Components, latents) -> list:
+    """Latents (B, C, H, W) as the denoiser works on them -> images."""
     config, vae = components.config("vae"), components.vae()
     latents = latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
     with torch.no_grad():
@@ -2360,29 +2418,52 @@ def load_class_examples(args: argparse.Namespace) -> list[Example]:
     return [Example(f.name, [args.class_prompt], f.read_bytes) for f in files[: args.num_class_images]]
 
 
-def comparison_sheet(before: list[Path], after: list[Path], prompts: list[str], per_prompt: int, what: str):
-    """A picture: for each prompt, its images before training above the same seeds after it."""
+def comparison_sheet(run: Run):
+    """The picture to look at: training images, each prompt before and after with the same seeds, and control prompts.
+
+    None if the run has not drawn all of them.
+    """
     from PIL import ImageDraw, ImageFont
 
-    shown, margin, label, head = min(per_prompt, 4), 12, 120, 34
-    with Image.open(after[0]) as first:
-        tile = ImageOps.contain(first, (384, 384)).size
+    samples, shown = Path(run.args.output_dir) / "samples", min(run.args.num_validation_images, 4)
+    before, after = (samples / f"step-{step:06d}" for step in (0, run.max_steps))
+    what = "with the\nLoRA" if run.lora_modules else "with the\nnew tokens"
+    blocks = [("trained on", [("", sorted((samples.parent / "training_pictures").glob("*.png")))])]
+    groups = [(prompt, f"{p:02d}_*") for p, prompt in enumerate(run.sample_prompts[:6])]
+    for heading, pattern in (*groups, (f"should not change: {', '.join(run.control_prompts)}", "control_*")):
+        blocks.append((heading, [(name, sorted(f.glob(pattern))) for name, f in (("before", before), (what, after))]))
+    if not run.compares or any(len(files) < shown for _, rows in blocks[1:] for _, files in rows):
+        return None
+    with Image.open(blocks[1][1][0][1][0]) as first:
+        larger = max(1, 224 // max(first.size))  # toys draw 64 pixels
+        tile = (
+            ImageOps.contain(first, (384, 384)).size if larger == 1 else (first.width * larger, first.height * larger)
+        )
     font, small = ImageFont.load_default(20), ImageFont.load_default(16)
-    block = head + 2 * (tile[1] + margin) + margin
-    width = max(420, label + shown * (tile[0] + margin) + margin)
-    sheet = Image.new("RGB", (width, block * len(prompts[:6]) + margin), "white")
-    pen = ImageDraw.Draw(sheet)
-    for p, prompt in enumerate(prompts[:6]):
-        top = margin + p * block
-        fitting = int(len(prompt) * (width - 2 * margin) / max(1, pen.textlength(prompt, font=font)))
-        text = prompt if fitting >= len(prompt) else prompt[: fitting - 2].rstrip() + "…"
-        pen.text((margin, top), text, fill="black", font=font)
-        for row, (files, name) in enumerate(((before, "before"), (after, f"with the\n{what}"))):
-            y = top + head + row * (tile[1] + margin)
+    margin, label, head, columns = 12, 120, 34, max(4, shown)
+    width = label + columns * (tile[0] + margin) + margin
+    sheet = Image.new(
+        "RGB", (width, sum(head + margin + (tile[1] + margin) * len(rows) for _, rows in blocks)), "white"
+    )
+    pen, y = ImageDraw.Draw(sheet), margin
+    for heading, rows in blocks:
+        fitting = int(len(heading) * (width - 2 * margin) / max(1, pen.textlength(heading, font=font)))
+        text = heading if fitting >= len(heading) else heading[: fitting - 2].rstrip() + "…"
+        pen.text((margin, y), text, fill="black", font=font)
+        y += head
+        for name, files in rows:
             pen.text((margin, y + tile[1] // 2 - 16), name, fill="#444", font=small)
-            for k in range(shown):
-                with Image.open(files[p * per_prompt + k]) as image:
-                    sheet.paste(image.resize(tile), (label + k * (tile[0] + margin), y))
+            for k, file in enumerate(files[:columns]):
+                with Image.open(file) as image:
+                    fitted = ImageOps.pad(image.convert("RGB"), tile, Image.Resampling.LANCZOS, color="white")
+                    drawn = (
+                        image.resize(tile, Image.Resampling.NEAREST)
+                        if larger > 1 and image.width == first.width
+                        else fitted
+                    )
+                    sheet.paste(drawn, (label + k * (tile[0] + margin), y))
+            y += tile[1] + margin
+        y += margin
     return sheet
 
 
@@ -2400,16 +2481,13 @@ class Probe:
     relative to how far that for the trained captions has moved (root mean squares).
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        examples, seed = run.data.examples, run.args.seed
-        trained = [i for i, e in enumerate(examples) if not e.held_out]
-        chosen = random.Random(stable_seed(seed, "probe")).sample(trained, min(8, len(trained)))
+    def __init__(self, run: Run, first_step: int) -> None:
+        self.run, examples, chosen = run, run.data.examples, probed_images(run)
         pairs = [(chosen[k % len(chosen)], QUANTILES[(k + k // len(chosen)) % 4]) for k in range(8)]
         held_out = [(i, q) for i, e in enumerate(examples) if e.held_out for q in QUANTILES]
         self.rows = {"trained": [self.row(*pair) for pair in pairs], "held_out": [self.row(*pair) for pair in held_out]}
         with base_alone(run), evaluating(run), torch.no_grad():
-            self.rows["control"] = self.control_rows()
+            self.rows["control"] = self.control_rows(draw_control(run, 0, keep=first_step == 0))
             self.base = {kind: [self.look(*row) for row in rows] for kind, rows in self.rows.items()}
 
     def row(self, index: int, quantile: float) -> tuple[dict, str]:
@@ -2423,27 +2501,25 @@ class Probe:
             with_trigger(example.captions[0], run.args.trigger_word), run.abstractions
         )
 
-    def control_rows(self) -> list[tuple[dict, str]]:
-        """Four batches of one latent each that the base draws for the control prompts."""
+    def control_rows(self, drawn: list) -> list[tuple[dict, str]]:
+        """A batch of each latent (1, C, H, W) that the base has drawn for a control prompt, each at another noise level."""
         run, config, out = self.run, self.run.components.config("vae"), []
-        pipeline, prompts = run.components.pipeline(run.denoiser), run.control_prompts
-        height_width = torch.tensor([(run.plan_size[1], run.plan_size[0])])
-        for k, quantile in enumerate(QUANTILES):
-            prompt, seed = prompts[k % len(prompts)], sample_seed(run.args.seed, -1, k)
-            embeds = {name: v.to(run.components.dtype) for name, v in run.prompts.for_pipeline(prompt).items()}
-            context = run.accelerator.autocast()
-            latents = sampled_latents(pipeline, embeds, [seed], run.plan_size, run.args, context)
+        size = torch.tensor([run.plan_size[::-1]])
+        for k, (quantile, latents) in enumerate(zip(QUANTILES, drawn, strict=True)):
             mean = latents.float().cpu() / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
-            noise = draw_noise(
-                torch.Generator().manual_seed(seed), tuple(mean.shape[1:]), run.scheduler, run.args, quantile=quantile
-            )
+            generator = torch.Generator().manual_seed(sample_seed(run.args.seed, -2, k))
+            noise = draw_noise(generator, tuple(mean.shape[1:]), run.scheduler, run.args, quantile=quantile)
             batch = {
                 "moments": torch.cat([mean, torch.zeros_like(mean)], dim=1),
                 "posterior_noise": torch.zeros_like(mean),
             }
-            batch |= {"original_size": height_width, "target_size": height_width, "captions": [prompt]}
-            batch |= {"crop_top_left": torch.zeros_like(height_width)} | {name: v[None] for name, v in noise.items()}
-            out.append((batch, prompt))
+            batch |= {"original_size": size, "target_size": size, "crop_top_left": torch.zeros_like(size)}
+            out.append(
+                (
+                    batch | {name: v[None] for name, v in noise.items()},
+                    run.control_prompts[k % len(run.control_prompts)],
+                )
+            )
         return out
 
     def look(self, batch: dict, caption: str) -> tuple[float, object]:
@@ -2473,6 +2549,29 @@ class Probe:
         return out
 
 
+def probed_images(run: Run) -> list[int]:
+    """Up to eight training images, drawn by the seed."""
+    trained = [i for i, e in enumerate(run.data.examples) if not e.held_out]
+    return random.Random(stable_seed(run.args.seed, "probe")).sample(trained, min(8, len(trained)))
+
+
+def draw_control(run: Run, step: int, keep: bool = True) -> list:
+    """Draws a picture of a control prompt at each of the probe's noise levels, if there are any, and returns the latents.
+
+    keep: save them too, where the run compares before and after.
+    """
+    drawn = []
+    with averaged(run.parts), evaluating(run), torch.no_grad():
+        pipeline = run.components.pipeline(run.denoiser)
+        for k in range(len(QUANTILES) if run.control_prompts else 0):
+            prompt, seed = run.control_prompts[k % len(run.control_prompts)], sample_seed(run.args.seed, -1, k)
+            embeds = {name: v.to(run.components.dtype) for name, v in run.prompts.for_pipeline(prompt).items()}
+            drawn.append(sampled_latents(pipeline, embeds, [seed], run.plan_size, run.args, run.accelerator.autocast()))
+            if keep and run.compares and run.accelerator.is_main_process:
+                save_sample(run, step, f"control_{k}", prompt, seed, decoded(pipeline, run.components, drawn[-1])[0])
+    return drawn
+
+
 def control_prompts(args: argparse.Namespace, examples: list[Example], abstractions: dict[str, list[str]]) -> list[str]:
     """Prompts whose pictures should not change: --control_prompt, else the class prompt, else the captions without trigger
     word and tokens, else two neutral ones.
@@ -2494,11 +2593,12 @@ def verdict(run: Run) -> dict:
     what was learned at most, times the square of what it has kept, 1 - forgotten. docs/probes.md shows that this agrees
     with a judge of the pictures.
     """
-    rows = [row for row in read_metrics(run.args.output_dir) if row["step"] and "learned" in row]
+    rows = [row for row in read_metrics(run.args.output_dir) if "learned" in row]
     seen = "learned_held_out" if "learned_held_out" in rows[-1] else "learned"
     most = max(row[seen] for row in rows)
-    best = max(rows, key=lambda row: row[seen] / most * (1 - min(1.0, row["forgotten"])) ** 2) if most > 0 else rows[-1]
+    worth = [max(0.0, row[seen]) / max(most, 1e-9) * (1 - min(1.0, row["forgotten"])) ** 2 for row in rows]
     last = rows[-1]
+    best = last if worth[-1] >= 0.95 * max(worth) else rows[worth.index(max(worth))]
     text = f"take step {best['step']}, the last: nothing speaks for an earlier one"
     if best is not last:
         share, less = best[seen] / most, 1 - best["forgotten"] / last["forgotten"]
@@ -2516,7 +2616,7 @@ def verdict(run: Run) -> dict:
             warnings.append(
                 f"the loss on held-out images has risen since step {low['step']}: from there on, pictures are memorised"
             )
-    if best["forgotten"] > 0.5:
+    if best["forgotten"] > 0.5 and most > 0.02:
         warnings.append(
             f"control prompts have changed half as much as trained ones ({', '.join(run.control_prompts[:2])}): the LoRA bleeds;"
             " a lower --learning_rate, prior preservation, or captions that say more"
@@ -2551,21 +2651,26 @@ def base_alone(run: Run):
 
 
 def save_results(run: Run) -> None:
-    """Writes the final files: weights, embeddings, comparison sheet, model card, merged base."""
+    """Writes the final files: weights, embeddings, verdict, comparison sheet, model card, merged base."""
     args, output = run.args, Path(run.args.output_dir)
-    part = output / ".saving"
-    before, after = (sorted((output / "samples" / f"step-{s:06d}").glob("*.png")) for s in (0, run.max_steps))
-    compared = 0 < len(run.sample_prompts) * args.num_validation_images == len(before) == len(after)
+    part, advice = output / ".saving", verdict(run) if run.probe else None
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         with averaged(run.parts):
             write_weights(run, part, torch.float32 if args.upcast_before_saving else run.components.dtype)
-        if compared:
-            what = "LoRA" if run.lora_modules else "new tokens"
-            sheet = comparison_sheet(before, after, run.sample_prompts, args.num_validation_images, what)
+        best = output / f"checkpoint-{advice['step']}" if advice else output
+        if args.keep_best and advice["step"] != run.max_steps:
+            for file in best.glob("*.safetensors"):
+                shutil.copy(file, part / file.name)
+            say(
+                f"the result is that of step {advice['step']}, in float32; the last step's is in checkpoint-{run.max_steps}"
+            )
+        if sheet := comparison_sheet(run):
             sheet.save(part / "comparison.png")
-        (part / "README.md").write_text(model_card(run, compared), encoding="utf-8")
+        if advice:
+            (part / "verdict.json").write_text(json.dumps(advice, indent=1), encoding="utf-8")
+        (part / "README.md").write_text(model_card(run, sheet is not None, advice), encoding="utf-8")
         for file in sorted(part.iterdir()):  # each in one step, so that no half-written one is ever seen
             flush(file)
             os.replace(file, output / file.name)
@@ -2576,6 +2681,47 @@ def save_results(run: Run) -> None:
         shutil.rmtree(part, ignore_errors=True)
     if args.merge_lora:
         save_merged(run, output / "merged")
+
+
+def write_run_files(run: Run) -> None:
+    """What the report reads, and a run that is to be repeated: config.yaml, data.json, thumbnails of training images."""
+    import yaml
+
+    args, output = run.args, Path(run.args.output_dir)
+    examples, buckets = run.data.examples, run.data.buckets
+    secret = {"hub_token", "config", "dry_run", "resume_from_checkpoint", "local_rank", "overwrite"}
+    settings = {k: v for k, v in args.settings.items() if v is not None and k not in secret} | {"seed": args.seed}
+    from importlib.metadata import version
+
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "accelerate")}
+    command = "" if args.hub_token else shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).replace("\n", " ")
+    head = [f"# command: {command}", f"# versions: {json.dumps(versions)}", f"# defaults: {json.dumps(args.defaults)}"]
+    body = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    (output / "config.yaml").write_text("\n".join([*head, body]), encoding="utf-8")
+    sizes = ["{} x {}".format(*bucket) for bucket in buckets]
+    rows = [[e.name, e.captions[0], "{} x {}".format(*e.size), sizes[e.bucket]] for e in examples[:500]]
+    inside = Counter(e.bucket for e in examples)
+    used = [
+        [sizes[b], n, sum(lost_to_crop(e.size, buckets[b]) for e in examples if e.bucket == b) / n]
+        for b, n in inside.items()
+    ]
+    summary = {
+        "images": len(examples),
+        "held_out": sum(e.held_out for e in examples),
+        "captions": rows,
+        "buckets": used,
+    }
+    summary["findings"] = run.findings
+    (output / "data.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
+    folder = output / "training_pictures"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for k, index in enumerate(probed_images(run)):
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("prompt", with_trigger(examples[index].captions[0], args.trigger_word))
+        image = decode_image(examples[index].read())
+        image.thumbnail((384, 384))
+        image.save(folder / f"{k:02d}.png", pnginfo=text)
 
 
 def write_weights(run: Run, folder: Path, dtype) -> None:
@@ -2729,7 +2875,7 @@ def save_merged(run: Run, folder: Path) -> None:
     pipeline.save_pretrained(folder)
 
 
-def model_card(run: Run, pictures: bool) -> str:
+def model_card(run: Run, pictures: bool, advice: dict | None) -> str:
     """README.md of the output folder: what was trained, on what, how to use it."""
     from huggingface_hub import ModelCardData
 
@@ -2756,6 +2902,7 @@ def model_card(run: Run, pictures: bool) -> str:
         f"# {args.run_name or name}",
         f"{'LoRA' if run.lora_modules else 'Token embeddings'} for {FAMILY_TITLE}, base `{args.pretrained_model_name_or_path}`.",
         "![before and after](comparison.png)" if pictures else "",
+        "\n".join(f"- {line}" for line in (advice["text"], *advice["warnings"])) if advice else "",
         f"Words that call it: {words}" if words else "",
         "\n".join(["```python", *use, "```"]),
         f"Trained on {len(run.plan.buckets)} images for {run.max_steps} steps, batch"
@@ -2778,15 +2925,31 @@ def embedding_lines(key: str, tokens: list[str], rows: str) -> list[str]:
     ]
 
 
+def write_report(run: Run) -> None:
+    """--report: makes report.html of what is in the output folder so far. A fault there never ends a training."""
+    if run.args.report:
+        try:
+            runpy.run_path(str(REPORT))["write_report"](Path(run.args.output_dir))
+        except Exception as error:
+            say(f"warning: report.html could not be written: {brief(error)}")
+
+
 def push_to_hub(args: argparse.Namespace) -> None:
-    """Uploads the output folder without checkpoints, caches and logs."""
+    """Uploads what others need of the output folder: weights, model card and drawn pictures."""
     from huggingface_hub import create_repo, upload_folder
 
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
         repo = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
-        skipped = ["checkpoint-*", "class_images/*", f"{args.logging_dir}/*", ".*", "merged/*"]
-        upload_folder(repo_id=repo, folder_path=args.output_dir, ignore_patterns=skipped, token=args.hub_token)
+        public = ["*.safetensors", "README.md", "comparison.png", "samples/*"]
+        hidden = ["checkpoint-*", "merged/*", "class_images/*"]
+        upload_folder(
+            repo_id=repo,
+            folder_path=args.output_dir,
+            allow_patterns=public,
+            ignore_patterns=hidden,
+            token=args.hub_token,
+        )
     except Exception as error:  # whatever the hub's client raises, the results are already on the disk
         raise UserError(f"--push_to_hub failed ({brief(error)}); the results are in {args.output_dir}") from None
 
@@ -2804,10 +2967,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     finder.add_argument("--config")
     file = finder.parse_known_args(words)[0].config
     words = (config_words(parser, file) if file else []) + words
-    args = parser.parse_args(words)
-    unset = object()
+    args, unset = parser.parse_args(words), object()
     marked = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    settings, defaults = dict(vars(args)), {name: parser.get_default(name) for name in vars(args)}
     check_args(args, {name for name, value in vars(marked).items() if value is not unset}, parser)
+    args.settings, args.defaults = settings, defaults  # for config.yaml: before anything was filled in
     return args
 
 
@@ -2949,12 +3113,14 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--validation_inference_steps", type=count, default=DEFAULT_INFERENCE_STEPS, help=f"({DEFAULT_INFERENCE_STEPS})")
     add("--validation_guidance_scale", type=amount, default=DEFAULT_INFERENCE_GUIDANCE, help=f"({DEFAULT_INFERENCE_GUIDANCE})")
     add("--control_prompt", nargs="+", metavar="PROMPT", help="prompts whose pictures should stay as they are: what is forgotten is measured on them")
+    add("--keep_best", action="store_true", help="the step that the run advises becomes the result (default: the last one)")
     add("--skip_final_inference", action="store_true", help="no pictures before and after: no comparison.png")
 
     add = parser.add_argument_group("logging").add_argument
     add("--report_to", default="tensorboard", help="tensorboard, wandb, another tracker of accelerate, all, none (tensorboard)")
     add("--logging_dir", default="logs", help="inside the output folder (logs)")
     add("--logging_steps", type=count, default=1, help="steps between log lines (1)")
+    add("--report", action="store_true", help="write report.html after each validation, with this project's scripts/reports/")
     add("--run_name", help="name in trackers (default: the output folder's)")
     add("--push_to_hub", action="store_true", help="upload the results at the end")
     add("--hub_model_id", help="repository on the hub (default: the output folder's name)")
@@ -3019,6 +3185,8 @@ RULES = (
     # validation and logging
     ("validation_epochs", lambda a: a.validation_steps, "--validation_epochs and --validation_steps exclude each other: give one"),
     ("validation_epochs validation_steps", lambda a: a.num_validation_images == a.validation_split == 0, "{flag} has no effect: there are no validation images and no held-out images"),
+    ("keep_best", lambda a: a.num_validation_images == a.validation_split == 0, "without pictures or held-out images, at which steps are compared"),
+    ("report", lambda a: not REPORT.is_file(), "{flag} needs scripts/reports/report.py of this project beside the script; it also works later, on the output folder"),
     ("hub_model_id hub_token", lambda a: not a.push_to_hub, "without --push_to_hub"),
     ("hub_token", lambda a: {"wandb", "all"} & set(a.report_to.split(",")), "{flag} is refused with wandb, which stores command lines: log in with `hf auth login` instead"),
     ("enable_xformers_memory_efficient_attention", lambda a: importlib.util.find_spec("xformers") is None, "{flag}: xformers isn't installed; torch's own attention needs no flag"),
@@ -3452,6 +3620,15 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def waiting(what: str, total: int):
+    """A bar on the first process for what takes more than two seconds."""
+    from tqdm.auto import tqdm
+
+    seconds = 0.5 if sys.stderr.isatty() else 15  # between two prints of the bar
+    quiet = int(os.environ.get("RANK", "0")) > 0
+    return tqdm(desc=what, total=total, delay=2, leave=False, mininterval=seconds, disable=quiet)
+
+
 def brief(error: Exception) -> str:
     """The beginning of an error's message, as one line."""
     return " ".join(str(error).split())[:300]
@@ -3472,7 +3649,6 @@ def import_libraries() -> None:
     """Imports what is slow to import (5 to 10 s) into this module, once the arguments are known to be right."""
     global torch, F, load_file, save_file, SafetensorError
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import_image_libraries()
     import torch
     import torch.nn.functional as F
@@ -3484,9 +3660,9 @@ def import_libraries() -> None:
 
 def import_image_libraries() -> None:
     """The part of `import_libraries` that reading pictures and captions needs (0.2 s)."""
-    global np, Image, ImageCms, ImageEnhance, ImageOps
+    global np, Image, ImageCms, ImageEnhance, ImageOps, PngImagePlugin
     import numpy as np
-    from PIL import Image, ImageCms, ImageEnhance, ImageOps
+    from PIL import Image, ImageCms, ImageEnhance, ImageOps, PngImagePlugin
 
 
 def import_logging_quietly() -> None:

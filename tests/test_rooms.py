@@ -13,7 +13,7 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.run
 SCRIPTS = ROOT / "scripts"
-ROOMS = ("bases", "dataset", "lora", "measuring", "toys")
+ROOMS = ("bases", "dataset", "lora", "measuring", "reports", "toys")
 COMMANDS = sorted(f.relative_to(SCRIPTS).as_posix() for room in ROOMS for f in (SCRIPTS / room).glob("*.py"))
 MOVED = {f"{name}.py": f"lora/{name}.py" for name in ("convert_lora", "merge_lora", "inspect_lora")}
 MOVED |= {
