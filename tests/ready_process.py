@@ -5,6 +5,7 @@ Only imported by name: by the fork server, and by tests that start such processe
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ LAZY = (  # modules that these packages import when they are asked for by name
     *(getattr(diffusers, f"{name}Pipeline") for name in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux")),
     *(transformers.CLIPTextModelWithProjection, transformers.T5EncoderModel, transformers.AutoTokenizer),
 )  # fmt: skip
+gc.freeze()  # runs collect garbage: there is none in the libraries
 
 
 def run(script: str, argv: list[str], environment: dict[str, str], log: str, file_limit: int | None) -> None:
