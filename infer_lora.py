@@ -1,4 +1,12 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "peft==0.21.2",
+#   "accelerate==1.15.0", "bitsandbytes==0.50.2", "safetensors==0.8.0", "pillow==13.0.0",
+#   "pydantic==2.14.3", "pyyaml==6.0.3",
+# ]
+# ///
 """Draws images with a trained LoRA, as a YAML file says.
 
     python infer_lora.py                                       # config/lora_infer.yaml
@@ -8,6 +16,9 @@ Every key of the YAML can be given on the command line, nested ones with a dot; 
 `--prompt '["a", "b"]'` is a list. The keys are explained in config/lora_infer.yaml. Token embeddings (`*_emb.safetensors`)
 that lie beside the LoRA are loaded by themselves. Each run writes its images, with the settings in the PNG text, and the
 configuration used into a folder of its own in `paths.infer_path`.
+
+This file runs alone (`uv run infer_lora.py …` on a copy of it brings its packages). It needs the rest of the project only to
+read a base that is a single checkpoint file, and other tools' LoRA files for SD3 and FLUX.1; it says so where that is missing.
 """
 
 from __future__ import annotations
@@ -288,17 +299,19 @@ def quantization(kind: str, dtype):
     )
 
 
-def add_scripts_to_path() -> None:
-    """Lets the modules of scripts/ be imported."""
-    if str(ROOT / "scripts") not in sys.path:
-        sys.path.insert(0, str(ROOT / "scripts"))
+def add_scripts_to_path(what: str) -> None:
+    """Lets the modules of scripts/ be imported. Errors: UserError if this file was copied without them."""
+    if not (ROOT / "scripts").is_dir():
+        raise UserError(f"{what} needs scripts/ of this project beside infer_lora.py; a diffusers folder needs nothing")
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
 
 
 def unpacked(base: str) -> Path:
     """The diffusers folder that the training script of its family makes of a .safetensors or .ckpt checkpoint, once."""
-    add_scripts_to_path()
-    from detect_family import detect
-    from released_models import load_script
+    add_scripts_to_path(f"paths.base_model_path: {base}: a single file")
+    from scripts.parts.base_family import detect
+    from scripts.parts.training_scripts import load_script
 
     try:
         family = detect(base)
@@ -350,7 +363,7 @@ def add_adapters(pipeline, settings) -> dict[str, float]:
             if name not in loaded:  # diffusers only warns when no key fits
                 raise UserError(
                     f"paths.lora_weights_path: {lora}: none of its keys fits {type(pipeline).__name__};"
-                    " scripts/inspect_lora.py says what it is for"
+                    " scripts/lora/inspect_lora.py says what it is for"
                 )
             weights[name] = weight
     return weights
@@ -370,8 +383,8 @@ def load_lora(pipeline, file: Path, name: str, base: str) -> None:
         return
     import tempfile
 
-    add_scripts_to_path()
-    from lora_files import FileError, read_lora, write_diffusers
+    add_scripts_to_path(f"paths.lora_weights_path: {file}: another tool's file for this family")
+    from scripts.lora.parts.lora_files import FileError, read_lora, write_diffusers
 
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -58,7 +58,7 @@ elif [ "$family" = auto ]; then
   if [ -z "$model" ]; then
     echo "run_lora_train.sh: with --config, name the family first: sd15, sdxl, sd3 or flux" >&2 && exit 2
   fi
-  family=$("$PYTHON" scripts/detect_family.py "$model")
+  family=$("$PYTHON" scripts/bases/detect_family.py "$model")
 fi
 if [ -n "$model" ] && [ "$own_config" = no ]; then recipe=(--config "config/recipe_$family.yaml"); fi
 if [ "$family" = flux ]; then script=train_dreambooth_lora_flux_advanced.py; else script=train_lora_$family.py; fi

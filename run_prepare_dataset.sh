@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/setup_env.sh requirements.txt
-exec "$PYTHON" scripts/prepare_dataset.py "$@"
+exec "$PYTHON" scripts/dataset/prepare_dataset.py "$@"

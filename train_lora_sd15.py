@@ -184,11 +184,11 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line: 196 the run: what happens, in which order · 460 the loop, and one step of it · 611 what is logged, and the
-# guard against learning nothing · 735 data: images and captions · 1065 images: decoding, buckets, crops, batches ·
-# 1493 text: embeddings and new tokens · 1722 LoRA and optimizer · 2033 checkpoints and signals · 2199 pictures:
-# validation, class images, comparison · 2397 files that a run leaves · 2656 command line · 3102 base model: loading,
-# quantising, splitting · 3363 errors, lines, seeds, libraries
+# By line: 196 the run: what happens, in which order · 460 the loop, and one step of it · 623 what is logged, and the
+# guard against learning nothing · 758 data: images and captions · 1088 images: decoding, buckets, crops, batches ·
+# 1516 text: embeddings and new tokens · 1745 LoRA and optimizer · 2064 checkpoints and signals · 2230 pictures:
+# validation, class images, comparison · 2428 files that a run leaves · 2687 command line · 3133 base model: loading,
+# quantising, splitting · 3394 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -461,34 +461,32 @@ def rehearse(run: Run) -> None:
 
 
 def train(run: Run, first_step: int) -> None:
-    """The loop: batches, loss, backward, step, log, save, validate."""
-    args, accelerator = run.args, run.accelerator
-    batches, meter, witness = (
-        iter(make_loader(run, first_step)),
-        Meter(run, first_step),
-        GradientWitness(run, first_step),
-    )
+    """The loop: batches, loss, backward, step, log, save, validate. Between two logs it never waits for the GPU."""
+    args, meter, witness = run.args, Meter(run, first_step), GradientWitness(run, first_step)
     run.stop.in_loop = True
-    with progress_bar(run, first_step) as bar:
+    with progress_bar(run, first_step) as bar, batches_ahead(run, first_step) as batches:
         for step in range(first_step, run.max_steps):
             active = active_parts(run, step)
             for micro in range(args.gradient_accumulation_steps):
                 meter.add(backward(run, next(batches), step, micro))
-            norm = run.guard.apply(active, accelerator, args.max_grad_norm)
+            norm = run.guard.apply(active, run.accelerator, args.max_grad_norm)
             witness.look(step, active)
-            for part in active:
-                part.step()
+            if run.guard.allows_step():
+                for part in active:
+                    part.step()
             done = step + 1
             bar.update()
             if done % args.logging_steps == 0 or done == run.max_steps:
-                bar.set_postfix(meter.log(done, norm, active), refresh=False)
-            stopping = stop_requested(run)
+                meter.log(done, norm, active, bar)
+            stopping = stop_requested(run, done)
             if done % args.checkpointing_steps == 0 or stopping:
+                meter.write_pending()
                 on_main(run, save_checkpoint, run, done)
             if stopping:
                 say(f"stopped by signal {stopping} after step {done}; checkpoint-{done} is written")
                 raise Interrupted(128 + stopping)
             if done in run.validation_steps:
+                meter.write_pending()
                 validate(run, done, meter)
     run.stop.in_loop = False
     meter.close()
@@ -496,7 +494,6 @@ def train(run: Run, first_step: int) -> None:
 
 def backward(run: Run, batch: dict, step: int, micro: int):
     """Loss of one batch, its gradients added to the parts' buffers; returns the loss, a tensor."""
-    batch = to_device(batch, run.accelerator.device)
     captions = [insert_tokens(c, run.abstractions) for c in batch["captions"]]
     torch.manual_seed(stable_seed(run.args.seed, "dropout", step, micro, run.accelerator.process_index))
     with run.accelerator.autocast():
@@ -545,18 +542,31 @@ def active_parts(run: Run, step: int) -> list[Part]:
     return [p for p in run.parts if step < p.last_step]
 
 
-def make_loader(run: Run, first_step: int):
-    """Batches from step `first_step` on; its generator of its own keeps the global one untouched."""
+@contextlib.contextmanager
+def batches_ahead(run: Run, first_step: int):
+    """Batches from step `first_step` on, on the device; a thread prepares the next one while this one is trained on."""
     accumulation = run.args.gradient_accumulation_steps
     start, stop = first_step * accumulation, run.max_steps * accumulation
-    return torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         run.data,
         batch_sampler=BatchStream(run.plan, run.accelerator.process_index, start, stop),
         collate_fn=collate,
         num_workers=run.args.dataloader_num_workers,
         pin_memory=run.accelerator.device.type == "cuda",
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # one of its own keeps the global one untouched
     )
+    batches, device = iter(loader), run.accelerator.device
+
+    def upcoming(pool):
+        waiting = pool.submit(lambda: to_device(next(batches), device))
+        for number in range(start, stop):
+            batch = waiting.result()
+            if number + 1 < stop:
+                waiting = pool.submit(lambda: to_device(next(batches), device))
+            yield batch
+
+    with ThreadPoolExecutor(1) as pool:
+        yield upcoming(pool)
 
 
 def to_device(batch: dict, device) -> dict:
@@ -593,10 +603,12 @@ def default_prompts(args: argparse.Namespace, examples: list[Example]) -> list[s
     return list(args.validation_prompt or dict.fromkeys(captions))[: None if args.validation_prompt else 2]
 
 
-def stop_requested(run: Run) -> int:
-    """The number of the signal that any process has received, or 0; agreed between processes."""
+def stop_requested(run: Run, step: int) -> int:
+    """The number of the signal that any process has received, or 0; agreed between processes, every ten steps."""
     if run.accelerator.num_processes == 1:
         return run.stop.number
+    if step % 10:
+        return 0
     numbers = run.accelerator.gather(torch.tensor([run.stop.number], device=run.accelerator.device))
     return int(numbers.max())
 
@@ -612,10 +624,11 @@ def on_main(run: Run, work, *arguments) -> None:
 
 
 class Meter:
-    """Collects losses on the device and writes metrics.jsonl and trackers on steps that log."""
+    """Collects losses on the device, and writes metrics.jsonl and trackers: a step late, so that the GPU is never waited for."""
 
     def __init__(self, run: Run, first_step: int) -> None:
         self.run, self.loss, self.since, self.began = run, None, first_step, time.perf_counter()
+        self.pending: tuple | None = None  # (row without its numbers, steps, numbers on their way, event, bar)
         self.seconds: list[float] = []
         self.file = Path(run.args.output_dir) / "metrics.jsonl"
         if run.accelerator.is_main_process:
@@ -627,34 +640,43 @@ class Meter:
         """Takes one batch's share of the loss, without waiting for it."""
         self.loss = loss if self.loss is None else self.loss + loss
 
-    def log(self, step: int, norm, active: list[Part]) -> dict:
-        """Writes the mean loss since the last log; returns what the progress bar shows."""
+    def log(self, step: int, norm, active: list[Part], bar) -> None:
+        """Writes the row of the log before, and sends the mean loss since then on its way to the host."""
         run, steps = self.run, step - self.since
-        numbers = torch.stack([self.loss, norm, run.guard.bad_run, run.guard.bad_total])
+        numbers = torch.stack([self.loss / steps, norm, run.guard.bad_run, run.guard.bad_total])
         if run.accelerator.num_processes > 1:
             numbers[0] = run.accelerator.reduce(numbers[0], reduction="sum")
-        loss, norm, bad_run, bad_total = numbers.tolist()
+        arriving = torch.empty(numbers.shape, pin_memory=numbers.is_cuda)
+        arriving.copy_(numbers, non_blocking=True)
+        event = torch.cuda.Event() if numbers.is_cuda else None
+        if event:
+            event.record()
+        row = {"step": step, "epoch": step * run.args.gradient_accumulation_steps / run.plan.per_epoch}
+        rates = {f"lr_{p.name}": p.effective_rate() for p in active}
+        self.write_pending()
         self.seconds.append((time.perf_counter() - self.began) / steps)
-        row = {
-            "step": step,
-            "epoch": step * run.args.gradient_accumulation_steps / run.plan.per_epoch,
-            "loss": loss / steps,
-            "grad_norm": norm,
-        }
-        row |= {f"lr_{p.name}": p.effective_rate() for p in active} | {"seconds_per_step": self.seconds[-1]}
-        if bad_total:
-            row["skipped_steps"] = int(bad_total)
-        self.write(row)
+        self.pending = row, rates | {"seconds_per_step": self.seconds[-1]}, arriving, event, bar
+        self.loss, self.since, self.began = None, step, time.perf_counter()
+
+    def write_pending(self) -> None:
+        """Writes the row that is still on its way, if there is one. Errors: UserError after ten losses that aren't finite."""
+        if self.pending is None:
+            return
+        (row, rest, arriving, event, bar), self.pending = self.pending, None
+        if event:
+            event.synchronize()  # the GPU is at a later step already
+        loss, norm, bad_run, bad_total = arriving.tolist()
+        skipped = {"skipped_steps": int(bad_total)} if bad_total else {}
+        self.write(row | {"loss": loss, "grad_norm": norm} | rest | skipped)
+        bar.set_postfix({"loss": f"{loss:.4f}"}, refresh=False)
         if bad_run:
-            say(f"warning: step {step}: the loss is {loss / steps}; the step is left out")
+            say(f"warning: step {row['step']}: the loss is {loss}; the step is left out")
         if bad_run >= 10:
-            kept = checkpoints_in(Path(run.args.output_dir))
+            kept = checkpoints_in(Path(self.run.args.output_dir))
             saved = f"the last checkpoint is {kept[0].name}" if kept else "there is no checkpoint yet"
             raise UserError(
                 f"the loss has not been finite for {int(bad_run)} steps: try --mixed_precision bf16 or a lower --learning_rate; {saved}"
             )
-        self.loss, self.since, self.began = None, step, time.perf_counter()
-        return {"loss": f"{row['loss']:.4f}"}
 
     def write(self, row: dict) -> None:
         """Appends a row to metrics.jsonl and sends it to the trackers."""
@@ -673,7 +695,8 @@ class Meter:
         self.began = time.perf_counter()
 
     def close(self) -> None:
-        """Prints the median step time."""
+        """Writes what is pending, and prints the median step time."""
+        self.write_pending()
         if self.seconds:
             say(f"median {sorted(self.seconds)[len(self.seconds) // 2]:.3f} s per step")
 
@@ -1993,8 +2016,9 @@ class StepGuard:
     def __init__(self, device, half: bool) -> None:
         self.half = half
         self.scale = torch.tensor(2.0**14 if half else 1.0, device=device)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)  # the last step's gradients
         self.good = torch.zeros((), device=device)  # steps since the scale last changed
-        self.bad_run = torch.zeros((), device=device)  # non-finite steps in a row
+        self.bad_run = torch.zeros((), device=device)  # non-finite steps in a row that no lower scale would mend
         self.bad_total = torch.zeros((), device=device)
 
     def apply(self, parts: list[Part], accelerator, max_norm: float):
@@ -2016,9 +2040,16 @@ class StepGuard:
             grow = self.good >= 1000
             self.scale = torch.where(finite, torch.where(grow, self.scale * 2, self.scale), self.scale / 2)
             self.good = torch.where(finite & ~grow, self.good + 1, 0.0)
-        self.bad_run = torch.where(finite, 0.0, self.bad_run + 1)
+        self.finite, counts = finite, ~finite & (self.scale < 1) if self.half else ~finite
+        self.bad_run = torch.where(finite, 0.0, self.bad_run + counts)
         self.bad_total = self.bad_total + (~finite)
         return norm
+
+    def allows_step(self) -> bool:
+        """Whether this step is taken. On a GPU only fp16, which overflows now and then, is worth waiting for the answer;
+        elsewhere a gradient that isn't finite has become zero.
+        """
+        return bool(self.finite) if self.half or not self.scale.is_cuda else True
 
     def state_dict(self) -> dict:
         """Its counts and scale, for a checkpoint."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -189,7 +189,7 @@ def same_weights(a: Path, b: Path) -> bool:
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     """A folder with seven captioned pictures of different sizes."""
-    from toy_world import describe, draw, random_scene
+    from scripts.toys.parts.toy_world import describe, draw, random_scene
 
     folder, rng = tmp_path / "pictures", random.Random(1)
     folder.mkdir()
@@ -209,7 +209,8 @@ class Studio:
 
     def __init__(self, family: Family) -> None:
         import diffusers
-        from toy_judge import load_judge
+
+        from scripts.toys.parts.toy_judge import load_judge
 
         self.family, self.judge = family, load_judge()
         self.kind = getattr(diffusers, family.pipeline)
@@ -261,7 +262,7 @@ class Studio:
 
     def score(self, pipeline, prompts: list[str], wanted: list[tuple]) -> float:
         """The share of images that show (class, colour, background); None in `wanted` matches anything."""
-        from toy_judge import verdicts
+        from scripts.toys.parts.toy_judge import verdicts
 
         known, key = getattr(pipeline, "scores_of_base", {}), (self.family.name, *prompts, *wanted)
         if key in known:
@@ -275,7 +276,7 @@ class Studio:
 
     def concept_score(self, pipeline, thing: str, wanted: tuple[str, str | None], avoid: tuple[str, ...]) -> float:
         """64 images of "a {thing} on a … background"."""
-        from toy_world import COLOR_NAMES
+        from scripts.toys.parts.toy_world import COLOR_NAMES
 
         backgrounds = [c for c in COLOR_NAMES if c not in avoid]
         chosen = [backgrounds[i % len(backgrounds)] for i in range(64)]
@@ -283,7 +284,7 @@ class Studio:
 
     def world_score(self, pipeline, shape: str | None = None) -> float:
         """64 images of the world's own prompts, of one shape or of any."""
-        from toy_world import describe, random_scene
+        from scripts.toys.parts.toy_world import describe, random_scene
 
         rng = random.Random(11)
         scenes = [random_scene(rng) for _ in range(64)]

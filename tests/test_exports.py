@@ -4,17 +4,16 @@ import json
 import pickle
 import shutil
 
-import convert_lora
-import inspect_lora
-import merge_lora
 import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, SAMPLE, load_script, run_here
-from lora_files import FileError, read_lora, to_kohya
-from original_layout import single_file
-from released_models import denoiser_config, meta_denoiser
 from safetensors.torch import load_file, save_file
+
+from scripts.lora import convert_lora, inspect_lora, merge_lora
+from scripts.lora.parts.lora_files import FileError, read_lora, to_kohya
+from scripts.lora.parts.original_layout import single_file
+from scripts.parts.released_models import denoiser_config, meta_denoiser
 
 pytestmark = pytest.mark.run
 

@@ -185,7 +185,7 @@ def test_shipped_configuration_is_valid(monkeypatch, tmp_path):
 def test_family_is_found_out(family, tmp_path):
     from safetensors.torch import save_file
 
-    detect = load_script("scripts/detect_family.py").detect
+    detect = load_script("scripts/bases/detect_family.py").detect
     assert detect(family.base) == family.name
     import torch
 
@@ -203,7 +203,7 @@ def test_family_is_found_out(family, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model_index.json").write_text(json.dumps({"_class_name": "Other"}))
     result = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "detect_family.py"), str(tmp_path / "other")],
+        [sys.executable, str(ROOT / "scripts" / "bases" / "detect_family.py"), str(tmp_path / "other")],
         capture_output=True,
         text=True,
     )

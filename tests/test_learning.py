@@ -2,7 +2,8 @@
 
 import pytest
 from conftest import FAMILIES, SAMPLE, run_here
-from toy_world import write_concept
+
+from scripts.toys.parts.toy_world import write_concept
 
 SMILEY = ("sks circle", ("smiley", None), ("yellow", "black"))
 

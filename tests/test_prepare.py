@@ -10,15 +10,16 @@ import struct
 from pathlib import Path
 from types import SimpleNamespace
 
-import caption_models
-import image_steps
 import numpy as np
-import prepare_dataset
 import pytest
 import tiny_models
 from conftest import FAMILIES, ROOT, load_script, run_here
 from PIL import Image, ImageCms, ImageFilter
 from tiny_models import COLOURS
+
+from scripts.dataset import prepare_dataset
+from scripts.dataset.parts import caption_models, image_steps, settings
+from scripts.dataset.parts.looks import look_of, near_duplicates
 
 pytestmark = [pytest.mark.run, pytest.mark.xdist_group("prepare")]
 SCRIPT = load_script("train_lora_sd15.py")
@@ -177,9 +178,7 @@ def test_the_buckets_are_those_that_training_makes(tmp_path):
 
 def prepare_dataset_schema() -> dict:
     """{step name: its pydantic model}."""
-    import prepare_settings
-
-    steps = prepare_settings.build_schema()[1]
+    steps = settings.build_schema()[1]
     return {name: field.annotation.__args__[0] for name, field in steps.model_fields.items()}
 
 
@@ -300,16 +299,16 @@ def test_filtering_alone_copies_files_as_they_are(phone, tmp_path):
 
 
 def test_of_copies_the_largest_stays():
-    looks = {seed: SCRIPT.look_of(photo(400, 300, seed)) for seed in range(12)}
-    assert SCRIPT.near_duplicates(list(looks.values())) == []
+    looks = {seed: look_of(photo(400, 300, seed)) for seed in range(12)}
+    assert near_duplicates(list(looks.values())) == []
     step = prepare_dataset_schema()["image_filtering"](remove_duplicates=True, min_size=1)
     sources = {"large": photo(400, 300, 1), "small": photo(200, 150, 1), "other": photo(400, 300, 2)}
     sources["captioned"] = sources["large"]
     pictures = [
-        image_steps.Picture(name, None, ["a"] if name == "captioned" else [], size=i.size, look=SCRIPT.look_of(i))
+        image_steps.Picture(name, None, ["a"] if name == "captioned" else [], size=i.size, look=look_of(i))
         for name, i in sources.items()
     ]
-    image_steps.leave_out(pictures, step, SCRIPT)
+    image_steps.leave_out(pictures, step)
     assert {p.name: p.problem for p in pictures} == {
         "large": "duplicate of captioned",
         "small": "duplicate of captioned",
@@ -324,7 +323,7 @@ def test_copies_look_the_same(change):
     image = photo(400, 300, 3)
     if change == "one colour":
         image = copy = Image.new("RGB", (300, 300), "red")
-        assert not SCRIPT.near_duplicates([SCRIPT.look_of(image), SCRIPT.look_of(Image.new("RGB", (300, 300), "blue"))])
+        assert not near_duplicates([look_of(image), look_of(Image.new("RGB", (300, 300), "blue"))])
     elif change == "scaled":
         copy = image.resize((133, 100))
     elif change == "brighter":
@@ -333,7 +332,7 @@ def test_copies_look_the_same(change):
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=35)
         copy = Image.open(buffer)
-    assert SCRIPT.near_duplicates([SCRIPT.look_of(image), SCRIPT.look_of(copy)]) == [(0, 1)]
+    assert near_duplicates([look_of(image), look_of(copy)]) == [(0, 1)]
 
 
 @pytest.mark.unit
@@ -856,7 +855,7 @@ def test_training_says_what_the_doctor_would(healthy, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "9 images from 200 x 200 to 600 x 600 pixels" in said
     assert "warning: images enlarged to fill their bucket: 1 of 9 (0.jpg: 200 x 200, 1.3 times); " in said
-    assert "warning: pairs of images that look the same: 1 (1.jpg = again.png); " in said
+    assert "prepare_dataset.py --doctor looks closer" in said and "look the same" not in said
 
 
 def test_a_caption_edited_beside_the_metadata_is_trained(healthy):

@@ -572,6 +572,26 @@ def test_a_reader_finds_the_parts_within_a_minute(name):
         assert lines[int(number) - 1].startswith(f"# ---- {title} -")
 
 
+@pytest.mark.parametrize("name", [*(f.script for f in FAMILIES.values()), "infer_lora.py"])
+def test_a_copied_file_brings_its_packages_as_pinned(name):
+    """The PEP 723 header names the pins of requirements.txt, all that the file imports, and nothing else."""
+    import tomllib
+
+    text = (ROOT / name).read_text()
+    header = text.split("# /// script\n")[1].split("# ///\n")[0]
+    pins = tomllib.loads("".join(line.removeprefix("# ").removeprefix("#") for line in header.splitlines(True)))
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    known = {line.split("==")[0]: line for line in lines if line and not line.startswith("#")}
+    chosen = {pin.split("==")[0]: pin for pin in pins["dependencies"]}
+    assert chosen.items() <= known.items()
+    nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import | ast.ImportFrom)]
+    imported = {(n.module or "") if isinstance(n, ast.ImportFrom) else a.name for n in nodes for a in n.names}
+    renamed = {"PIL": "pillow", "yaml": "pyyaml"}
+    imported = {renamed.get(m.split(".")[0], m.split(".")[0]) for m in imported}
+    assert imported & set(known) <= set(chosen)
+    assert set(chosen) - imported <= {"torch", "accelerate", "peft", "bitsandbytes", "tensorboard", "schedulefree"}
+
+
 def seamed(upper, lower):
     return f"{upper}\n# By line: \n\n# ==== From here on, the same ====\n\n# ---- one ----\n{lower}\n"
 

@@ -12,9 +12,11 @@ import json
 from pathlib import Path
 
 import torch
-from lora_files import FileError, Place, original_places
-from released_models import load_script, meta_denoiser
 from safetensors.torch import load_file
+
+from scripts.lora.parts.lora_files import FileError, Place, original_places
+from scripts.parts.released_models import meta_denoiser
+from scripts.parts.training_scripts import load_script
 
 DENOISER_PREFIX = "model.diffusion_model."
 VAE_PREFIXES = {"sd15": "first_stage_model.", "sdxl": "first_stage_model.", "sd3": "first_stage_model.", "flux": "vae."}

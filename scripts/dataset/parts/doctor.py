@@ -11,10 +11,12 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-import image_steps
-from caption_models import ModelError, local_folder
-from image_steps import in_parallel
-from prepare_settings import source_args
+from scripts.dataset.parts import image_steps
+from scripts.dataset.parts.caption_models import ModelError, local_folder
+from scripts.dataset.parts.image_steps import in_parallel
+from scripts.dataset.parts.looks import look_of, picture_findings
+from scripts.dataset.parts.settings import source_args
+from scripts.parts.clip_vocabulary import clip_tokenizer
 
 FEW = 5  # images
 
@@ -41,7 +43,7 @@ def clip_tokenizers(base: str | None, script) -> dict:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"--pretrained_model_name_or_path {base}: no tokenizer there ({reason})") from None
-    tokenizer = script.clip_tokenizer()
+    tokenizer = clip_tokenizer()
     if tokenizer is None:
         with contextlib.suppress(OSError, ValueError):
             tokenizer = AutoTokenizer.from_pretrained("openai/clip-vit-large-patch14", local_files_only=True)
@@ -64,7 +66,7 @@ def file_findings(folder: Path, script) -> list:
     stems = Counter(f.with_suffix("") for f in images)
     name = {f: str(f.relative_to(folder)) for f in files}
     phone = [name[f] for f in files if f.suffix.lower() in (".heic", ".heif")]
-    advice = "scripts/prepare_dataset.py converts them"
+    advice = "scripts/dataset/prepare_dataset.py converts them"
     advice += "" if image_steps.PHONE_SUFFIXES else " (pip install pillow-heif)"
     findings = script.found("HEIC files, which are not read in training", phone, None, advice)
     orphans = [name[f] for f in files if f.suffix.lower() in (".txt", ".caption") and f.with_suffix("") not in stems]
@@ -126,11 +128,11 @@ def diagnose(settings, args, script) -> int:
     findings += [
         script.Finding(line.removeprefix("warning: "), "", hurts=False) for line in said.getvalue().splitlines()
     ]
-    facts = {}
+    facts, looks = {}, {}
 
     def look(example) -> str | None:
         try:
-            script.look_at(example, buckets)
+            looks[example.name] = look_of(script.look_at(example, buckets))
             facts[example.name] = image_steps.header_facts(example.read())
         except (ValueError, OSError) as error:
             return str(error)
@@ -155,7 +157,7 @@ def diagnose(settings, args, script) -> int:
     if total < FEW:
         advice = "10 to 50 that differ in light, place and angle are usual"
         findings.append(script.Finding(f"only {total} image{'s' if total > 1 else ''}", advice, hurts=False))
-    findings += script.examine(examples, buckets, args.train_batch_size or 1)
+    findings += picture_findings(examples, buckets, looks, args.train_batch_size or 1, script)
     if training.validation_split and args.seed is None and any("look the same" in f.what for f in findings):
         findings.append(
             script.Finding(
@@ -163,7 +165,7 @@ def diagnose(settings, args, script) -> int:
             )
         )
     disguised = [n for n, f in facts.items() if f["format"] == "HEIF"]
-    advice = "scripts/prepare_dataset.py converts them"
+    advice = "scripts/dataset/prepare_dataset.py converts them"
     findings += script.found("HEIC files under another suffix, which are not read in training", disguised, None, advice)
     turned, located = ([n for n, f in facts.items() if f[key]] for key in ("turned", "gps"))
     advice = "training puts them upright; other tools may not (image_resizing writes them upright)"

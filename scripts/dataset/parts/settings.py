@@ -7,7 +7,8 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from released_models import SCRIPTS
+from scripts.dataset.parts.looks import SAME_LOOK
+from scripts.parts.training_scripts import SCRIPTS
 
 RESOLUTIONS = {"sd15": 512, "sdxl": 1024, "sd3": 1024, "flux": 1024}
 STATE = ".prepare"  # folder in the output with what is known from earlier runs
@@ -60,7 +61,7 @@ def build_schema():
         max_aspect_ratio: float = Field(2.0, gt=0, description="width / height, at most")
         remove_duplicates: bool = Field(False, description="keep one of pictures that look the same, the largest")
         duplicate_distance: int = Field(
-            6, ge=0, le=32, description="bits of 64 in which their perceptual hashes may differ"
+            SAME_LOOK, ge=0, le=32, description="bits of 64 in which their perceptual hashes may differ"
         )
         blur_threshold: Annotated[float | None, Optional] = Field(
             None, description="least variance of the Laplacian; 100 is usual, the report shows each picture's (off)"
@@ -84,7 +85,7 @@ def build_schema():
 
         @model_validator(mode="after")
         def name_the_model(self):
-            from caption_models import CAPTION_MODELS, OWN_CODE_FLORENCE
+            from scripts.dataset.parts.caption_models import CAPTION_MODELS, OWN_CODE_FLORENCE
 
             if self.model_name is None and self.model_type == "auto":
                 raise ValueError("model_type auto needs model_name")

@@ -1,4 +1,4 @@
-"""Reads and writes LoRA files of every spelling that people meet; the scripts of this folder work on what it returns.
+"""Reads and writes LoRA files of every spelling that people meet; the commands of this room work on what it returns.
 
 In memory a LoRA is a `Lora`: for each layer, by pipeline part and diffusers name, its two matrices and its alpha. Files
 * of diffusers and peft: `unet.….lora.down.weight`, `transformer.….lora_A.weight`, adapter_model.safetensors;
@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from released_models import denoiser_config, load_script, meta_denoiser
 from safetensors import SafetensorError, safe_open
+
+from scripts.parts.released_models import denoiser_config, meta_denoiser
+from scripts.parts.training_scripts import load_script
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 ENDINGS = {  # of keys: what they hold

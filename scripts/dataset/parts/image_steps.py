@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
+from scripts.dataset.parts.looks import look_of, near_duplicates
+
 try:  # pictures of phones; Pillow alone doesn't read them
     from pillow_heif import register_heif_opener
 
@@ -85,7 +87,7 @@ def measure(raw: bytes, script, thumbnail: Path) -> dict:
         facts = header_facts(raw) | {"sharpness": round(sharpness(image), 1)}
     except (ValueError, OSError) as error:
         return {"problem": str(error)}
-    bits, sure, colours = script.look_of(image)
+    bits, sure, colours = look_of(image)
     known = {"size": image.size, "look": [bits, sure, base64.b64encode(colours).decode()], "facts": facts}
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=1.0)
     write_whole(thumbnail, encode(image, "jpg", 75))
@@ -110,7 +112,7 @@ def write_whole(file: Path, content: bytes) -> None:
     partial.replace(file)
 
 
-def leave_out(pictures: list[Picture], step, script) -> None:
+def leave_out(pictures: list[Picture], step) -> None:
     """image_filtering: sets `problem` of pictures that are too small, too long, blurred or copies of others."""
     for p in pictures:
         ratio = p.size[0] / p.size[1]
@@ -128,7 +130,7 @@ def leave_out(pictures: list[Picture], step, script) -> None:
         rest = sorted(
             (p for p in pictures if p.problem is None), key=lambda p: (-p.size[0] * p.size[1], not p.captions, p.name)
         )
-        for i, j in script.near_duplicates([p.look for p in rest], step.duplicate_distance):
+        for i, j in near_duplicates([p.look for p in rest], step.duplicate_distance):
             if rest[i].problem is None and rest[j].problem is None:
                 rest[j].problem = f"duplicate of {rest[i].name}"
 

@@ -6,7 +6,7 @@ import base64
 from collections import Counter
 from html import escape
 
-import image_steps
+from scripts.dataset.parts import image_steps
 
 MOST_CARDS = 2000  # thumbnails in the file, about 8 KB each
 

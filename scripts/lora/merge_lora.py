@@ -1,0 +1,242 @@
+"""Merges LoRAs into a base: the result draws what base and LoRAs draw together, and needs neither peft nor the files.
+
+    python scripts/lora/merge_lora.py BASE_FOLDER merged --lora output/mine 0.8 --lora other.safetensors
+    python scripts/lora/merge_lora.py BASE_FOLDER merged.safetensors --lora output/mine        one file, for ComfyUI and the like
+    python scripts/lora/merge_lora.py base.safetensors merged.safetensors --lora output/mine
+
+The weight after a LoRA is its scale (1). LoRAs may be of any spelling, with text encoders, DoRA too. A folder is diffusers' own
+layout, file by file as it was; a .safetensors file has the original checkpoint's names. Sums are made in float32 and
+stored in the base's precision, or in --dtype. A LoRA or base with NaN is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
+
+from scripts.lora.parts.lora_files import FileError, Layer, Lora, read_lora
+from scripts.lora.parts.original_layout import DENOISER_PREFIX, TEXT_PREFIXES, denoiser_places, single_file
+from scripts.parts.base_family import detect
+from scripts.parts.released_models import denoiser_config
+from scripts.parts.training_scripts import SCRIPTS, load_script
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def merged_weight(weight: torch.Tensor, layer: Layer, scale: float) -> torch.Tensor:
+    """weight + scale x update, float32; with DoRA its rows brought to their magnitudes, https://arxiv.org/abs/2402.09353."""
+    out = weight.float() + scale * layer.update().reshape(weight.shape)
+    if layer.magnitude is not None:
+        norm = out.flatten(1).norm(dim=1)
+        out = out * (layer.magnitude.float() / norm).reshape(-1, *[1] * (out.dim() - 1))
+    return out
+
+
+class Merger:
+    """LoRAs with their scales, put into the weights as these come by; counts what it has used."""
+
+    def __init__(self, loras: list[tuple[Lora, float]], dtype: torch.dtype | None) -> None:
+        self.loras, self.dtype = loras, dtype
+        self.left = {(k, part, name) for k, (lora, _) in enumerate(loras) for part, name, _ in lora}
+
+    def layers(self, part: str, name: str) -> list[tuple[Layer, float]]:
+        """The LoRAs of one layer."""
+        found = []
+        for k, (lora, scale) in enumerate(self.loras):
+            layer = lora.layers.get(part, {}).get(name)
+            if layer is not None:
+                found.append((layer, scale))
+                self.left.discard((k, part, name))
+        return found
+
+    def merge(self, part: str, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight of one layer with every LoRA in it, in the weight's own precision."""
+        out = weight
+        for layer, scale in self.layers(part, name):
+            if layer.up.shape[0] != weight.shape[0] or layer.down[0].numel() != weight[0].numel():
+                raise FileError(f"{part}.{name} is {tuple(weight.shape)} in the base, and another size in the LoRA")
+            out = merged_weight(out, layer, scale)
+        if not torch.isfinite(out).all():
+            raise FileError(f"{part}.{name}: the base's weight is not finite")
+        return out.to(weight.dtype)
+
+    def stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors in --dtype, ready for a file."""
+        return {k: v.to(self.dtype or v.dtype).contiguous() if v.is_floating_point() else v for k, v in tensors.items()}
+
+    def finish(self) -> None:
+        """Errors if a layer of a LoRA had no place in the base."""
+        if self.left:
+            _, part, name = sorted(self.left)[0]
+            raise FileError(f"{len(self.left)} layers of the LoRAs are not in the base, such as {part}.{name}")
+
+
+def merged_part(folder: Path, part: str, merger: Merger, file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one weight file of a diffusers part, merged."""
+    tensors = load_file(file)
+    if merger.dtype:  # sums in the target's precision, not rounded to the base's in between
+        tensors = merger.stored(tensors)
+    for key, value in tensors.items():
+        if not key.endswith(".weight") or value.dim() < 2:
+            continue
+        name = key.removesuffix(".weight")
+        if part.startswith("text_encoder") and name.startswith("encoder.layers."):
+            name = f"text_model.{name}"
+        tensors[key] = merger.merge(part, name, value)
+    return tensors
+
+
+def merge_folder(base: Path, target: Path, merger: Merger, parts: set[str]) -> None:
+    """A diffusers folder with the LoRAs in it; what no LoRA touches is copied."""
+    shutil.copytree(base, target)
+    for part in sorted(p.name for p in base.iterdir() if p.is_dir()):
+        files = sorted((target / part).glob("*.safetensors"))
+        if part not in parts and not merger.dtype:
+            continue
+        if part in parts and not files:
+            raise FileError(f"{base / part}: no .safetensors weights")
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata()
+            save_file(merger.stored(merged_part(target, part, merger, file)), file, metadata=metadata)
+
+
+def merge_single(base: Path, family: str, shape: str | None, merger: Merger) -> dict[str, torch.Tensor]:
+    """The tensors of a single-file checkpoint with the LoRAs in it."""
+    tensors = load_file(base)
+    if merger.dtype:
+        tensors = merger.stored(tensors)
+    prefix = DENOISER_PREFIX if any(k.startswith(DENOISER_PREFIX) for k in tensors) else ""
+    part = load_script(family).DENOISER
+    for name, place in denoiser_places(family, denoiser_config(family, shape)).items():
+        key = f"{prefix}{place.name}.weight"
+        if key not in tensors or not merger.layers(part, name):
+            continue
+        own = torch.empty_like(tensors[key][place.rows])
+        own[place.order] = tensors[key][place.rows]
+        tensors[key][place.rows] = merger.merge(part, name, own)[place.order]
+    for text, start in TEXT_PREFIXES[family].items():
+        names = {name for lora, _ in merger.loras for name in lora.layers.get(text, {})}
+        for name in sorted(names):
+            key, rows = text_place(start, name, tensors)
+            if key in tensors:
+                tensors[key][rows] = merger.merge(text, name, tensors[key][rows])
+    return tensors
+
+
+def text_place(prefix: str, name: str, tensors: dict) -> tuple[str, slice]:
+    """Where a text encoder's layer stands in a single file: (key, rows)."""
+    if prefix != "conditioner.embedders.1.model.":
+        return f"{prefix}{name}.weight", slice(None)
+    _, _, _, number, rest = name.split(".", 4)
+    block = f"{prefix}transformer.resblocks.{number}"
+    simple = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    if rest in simple:
+        return f"{block}.{simple[rest]}.weight", slice(None)
+    key = f"{block}.attn.in_proj_weight"
+    width = len(tensors[key]) // 3 if key in tensors else 0
+    place = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj").index(rest)
+    return key, slice(place * width, (place + 1) * width)
+
+
+def read_loras(args: argparse.Namespace, family: str, shape: str | None) -> list[tuple[Lora, float]]:
+    """The LoRAs with their scales. Errors: FileError for a wrong number, or weights that are not finite."""
+    loras = []
+    for words in args.lora:
+        if len(words) > 2:
+            raise FileError(f"--lora takes a file and a scale, not {' '.join(words)}")
+        try:
+            scale = float(words[1]) if len(words) > 1 else 1.0
+        except ValueError:
+            raise FileError(f"--lora {words[0]} {words[1]}: the scale is not a number") from None
+        lora = read_lora(words[0], family, shape)
+        for part, name, layer in lora:
+            if not all(torch.isfinite(t.float()).all() for t in (layer.down, layer.up)):
+                raise FileError(f"{words[0]}: {part}.{name} has weights that are not finite")
+        loras.append((lora, scale))
+    return loras
+
+
+def base_family(base: Path) -> str:
+    """The family of a base folder or file."""
+    if not base.exists():
+        raise FileError(f"{base}: no such file or folder")
+    if base.is_dir() and not (base / "model_index.json").is_file():
+        raise FileError(f"{base}: no model_index.json in this folder")
+    if base.is_file() and base.suffix != ".safetensors":
+        raise FileError(f"{base}: only .safetensors files are read; others can run code when they are opened")
+    family = detect(str(base))
+    if family is None:
+        raise FileError(f"{base}: not a base of Stable Diffusion 1.x/2.x, SDXL, SD3 or FLUX.1")
+    return family
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Merges as the command line says; the target appears only when it is whole."""
+    base, target = args.base, args.target
+    to_file = target.suffix == ".safetensors"
+    if target.exists():
+        raise FileError(f"{target} is there already: name another target")
+    if base.is_file() and not to_file:
+        raise FileError(f"{target}: a single-file base is merged into a single file: end the target with .safetensors")
+    family = args.family or base_family(base)
+    shape = str(base) if base.is_dir() else args.shape
+    merger = Merger(read_loras(args, family, shape), DTYPES.get(args.dtype))
+    parts = {part for lora, _ in merger.loras for part in lora.layers}
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if base.is_dir():
+            merge_folder(base, part, merger, parts)
+            merger.finish()
+            if to_file:
+                tensors = single_file(family, part)
+                shutil.rmtree(part)
+                save_file(tensors, part, metadata={"format": "pt"})
+        else:
+            tensors = merge_single(base, family, shape, merger)
+            merger.finish()
+            save_file(merger.stored(tensors), part, metadata={"format": "pt"})
+        os.replace(part, target)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Merges LoRAs into a base.")
+    parser.add_argument("base", type=Path, help="diffusers folder, or a .safetensors checkpoint")
+    parser.add_argument("target", type=Path, help="folder to write, or a .safetensors file")
+    parser.add_argument(
+        "--lora", nargs="+", action="append", required=True, metavar=("FILE", "SCALE"), help="again for each"
+    )
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="precision of the result (default: the base's)")
+    parser.add_argument("--family", choices=sorted(SCRIPTS), help="default: found out from the base")
+    parser.add_argument(
+        "--shape", help="for a single file of another shape than the released model: a diffusers folder of it"
+    )
+    args = parser.parse_args(argv)
+    try:
+        merge(args)
+    except (FileError, ValueError, OSError, json.JSONDecodeError) as error:
+        print(f"merge_lora.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.target}: {args.base} with {', '.join(' x '.join(words) for words in args.lora)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Finds out which of the four model families a base belongs to, without reading its weights."""
+
+from __future__ import annotations
+
+import json
+import struct
+import warnings
+from pathlib import Path
+
+CLASSES = {
+    "StableDiffusionPipeline": "sd15",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+}
+# the first of these that a checkpoint's keys contain decides
+KEYS = (
+    ("double_blocks.", "flux"),
+    ("joint_blocks.", "sd3"),
+    ("conditioner.embedders.1.", "sdxl"),
+    ("input_blocks.", "sd15"),
+)
+
+
+def of_index(text: str) -> str | None:
+    """The family that a model_index.json names."""
+    return CLASSES.get(json.loads(text).get("_class_name"))
+
+
+def tensors_of(path: Path) -> dict[str, tuple[str, int]]:
+    """{name: (dtype, number of dimensions)} of a checkpoint's tensors.
+
+    The dtype is "F32", "F16", "BF16", … as safetensors says it. Errors: those of json, struct or torch, for what is no
+    checkpoint or holds more than tensors.
+    """
+    if path.suffix == ".safetensors":
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        return {name: (t["dtype"], len(t["shape"])) for name, t in header.items() if name != "__metadata__"}
+    import torch
+
+    with warnings.catch_warnings(action="ignore"):  # of a pickle's age; one that holds more than tensors is an error
+        state = torch.load(path, map_location="meta", weights_only=True)
+    state = state.get("state_dict", state)
+    short = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    tensors = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
+    return {name: (short.get(t.dtype, str(t.dtype)), t.dim()) for name, t in tensors.items()}
+
+
+def detect(base: str) -> str | None:
+    """The family of a base, or None if it is none of the four. Errors: OSError if it is not to be had."""
+    path = Path(base)
+    if path.is_dir():
+        return of_index((path / "model_index.json").read_text(encoding="utf-8"))
+    if path.is_file():
+        names = "\n".join(tensors_of(path))
+        return next((family for part, family in KEYS if part in names), None)
+    from huggingface_hub import hf_hub_download
+
+    return of_index(Path(hf_hub_download(base, "model_index.json")).read_text(encoding="utf-8"))
