@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib.util
 import json
 import os
@@ -97,10 +99,25 @@ def load_script(name: str):
     return sys.modules[key]
 
 
+KINDS = ("flux", "sdxl")  # one transformer and one UNet: enough for what the four scripts share, line for line
+
+
 def pytest_generate_tests(metafunc):
-    """Every test with a family runs for each; test_learning.py has its own way."""
-    if "family" in metafunc.fixturenames and metafunc.module.__name__ != "test_learning":
-        metafunc.parametrize("family", [FAMILIES[n] for n in sorted(FAMILIES)], ids=sorted(FAMILIES))
+    """A test with a family runs for each, or for those of its `families` mark; test_learning.py groups them for workers."""
+    given = any("family" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "family" in metafunc.fixturenames and not given and metafunc.module.__name__ != "test_learning":
+        mark = metafunc.definition.get_closest_marker("families")
+        names = mark.args if mark else sorted(FAMILIES)
+        metafunc.parametrize("family", [FAMILIES[n] for n in names], ids=names)
+
+
+def family_and(name: str, cases, own):
+    """Parametrises a test with a family and a case: the cases in `own` use a family's own code and run for every family,
+    the others, which test what the scripts share, for one of each kind.
+    """
+    assert set(own) <= set(cases)
+    pairs = [(f, c) for c in cases for f in sorted(FAMILIES) if c in own or f in KINDS]
+    return pytest.mark.parametrize(("family", name), [pytest.param(FAMILIES[f], c, id=f"{f}-{c}") for f, c in pairs])
 
 
 @pytest.fixture
@@ -144,7 +161,18 @@ def run_here(family: Family, output: Path, *flags: object) -> int:
 
     accelerate.state.AcceleratorState._reset_state(True)
     accelerate.state.GradientState._reset_state()
-    return load_script(family.script).main(quick_flags(family, output, *flags))
+    code = load_script(family.script).main(quick_flags(family, output, *flags))
+    spare_the_libraries(family.script)
+    return code
+
+
+@functools.cache
+def spare_the_libraries(script: str) -> None:
+    """After a script's first run: what the libraries hold is no garbage. Runs collect garbage several times, and looking
+    through the libraries each time took half of a short run.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def metrics(output: Path) -> list[dict]:

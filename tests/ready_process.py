@@ -1,10 +1,12 @@
 """Training scripts as processes of their own, forked from one that has the libraries: importing them takes longer than a test.
 
-Only imported by name: by the fork server, and by tests that start such processes.
+Only imported by name: by the fork server, and by tests that start such processes. These are one group, "processes", for
+pytest's workers, so that a single server is started.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -22,14 +24,19 @@ import peft  # noqa: F401
 import pytest
 import transformers
 
+ROOT = Path(__file__).resolve().parent.parent
 LAZY = (  # modules that these packages import when they are asked for by name
     *(getattr(diffusers, f"{name}Pipeline") for name in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux")),
     *(transformers.CLIPTextModelWithProjection, transformers.T5EncoderModel, transformers.AutoTokenizer),
 )  # fmt: skip
+gc.freeze()  # runs collect garbage: there is none in the libraries
 
 
-def run(script: str, argv: list[str], environment: dict[str, str], log: str, file_limit: int | None) -> None:
-    """Runs a training script as the main program of this process, with its output in a file.
+def run(
+    script: str, argv: list[str], environment: dict[str, str], log: str, folder: str, file_limit: int | None
+) -> None:
+    """Runs a training script as the main program of this process, in a folder, with its output in a file. The script
+    finds what is beside it, and nothing else of the project's.
 
     With a file_limit it can write no file of more bytes, which stands in for a full disk.
     """
@@ -39,6 +46,9 @@ def run(script: str, argv: list[str], environment: dict[str, str], log: str, fil
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     os.environ.update(environment)
+    os.chdir(folder)
+    mine = [p for p in sys.path if Path(p).is_relative_to(ROOT) and not Path(p).is_relative_to(sys.prefix)]
+    sys.path[:] = [str(Path(script).parent), *(p for p in sys.path if p and p not in mine)]
     sys.argv = [script, *argv]
     spec = importlib.util.spec_from_file_location(Path(script).stem, script)
     module = importlib.util.module_from_spec(spec)
@@ -47,8 +57,15 @@ def run(script: str, argv: list[str], environment: dict[str, str], log: str, fil
     sys.exit(module.main(argv))
 
 
-def start(script: Path, argv: list[object], environment: dict[str, str], log: Path, file_limit: int | None = None):
-    """Starts a script with these arguments; returns the process, which has exitcode, join and kill."""
+def start(
+    script: Path,
+    argv: list[object],
+    environment: dict[str, str],
+    log: Path,
+    folder: Path = ROOT,
+    file_limit: int | None = None,
+):
+    """Starts a script in a folder with these arguments; returns the process, which has exitcode, join and kill."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ready_process"])
     with pytest.MonkeyPatch.context() as patch:
@@ -56,7 +73,7 @@ def start(script: Path, argv: list[object], environment: dict[str, str], log: Pa
         forkserver.ensure_running()
     log.parent.mkdir(parents=True, exist_ok=True)
     words = [str(word) for word in argv]
-    process = context.Process(target=run, args=(str(script), words, environment, str(log), file_limit))
+    process = context.Process(target=run, args=(str(script), words, environment, str(log), str(folder), file_limit))
     process.start()
     return process
 

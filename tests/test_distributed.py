@@ -1,13 +1,19 @@
 """Two gloo processes with batch 1 do what one process with batch 2 does."""
 
-import pytest
-from conftest import FAMILIES, ROOT, SAMPLE, losses, quick_flags, run_here, same_weights, weights
+from pathlib import Path
 
-pytestmark = pytest.mark.distributed
+import numpy as np
+import pytest
+from conftest import FAMILIES, ROOT, SAMPLE, family_and, losses, quick_flags, run_here, same_weights, weights
+from PIL import Image
+
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
+
+PRIOR = "prior preservation, text encoder"
 
 CASES = {
     "odd number of images": (),
-    "prior preservation, text encoder": (
+    PRIOR: (
         "--with_prior_preservation",
         "--class_prompt",
         "a circle",
@@ -55,17 +61,34 @@ def two_processes(family, output, environment, *flags):
     return launch(ROOT / family.script, quick_flags(family, output, *flags), environment, output.parent / "logs")
 
 
-@pytest.mark.parametrize("case", CASES)
+def same_class_pictures(one: Path, two: Path) -> bool:
+    """Whether the folders hold the same pictures: float32's rounding may make a channel in a hundred one level brighter."""
+    files = sorted(file.name for file in one.iterdir())
+    assert files and files == sorted(file.name for file in two.iterdir())
+    apart = [
+        np.abs(np.asarray(Image.open(one / f)).astype(int) - np.asarray(Image.open(two / f)).astype(int)) for f in files
+    ]
+    return all(a.max() <= 1 and (a > 0).mean() < 0.01 for a in apart)
+
+
+@family_and("case", CASES, [PRIOR])
 def test_two_processes_equal_one(family, pictures, tmp_path, case):
-    if case in SPLIT and family.name in ("sd15", "sd3"):
-        pytest.skip("one UNet and one transformer suffice")
+    """Losses agree but for float32's rounding, which depends on a batch's size and the processor: to 5e-7 of a loss with
+    AVX-512, AVX2 or SSE (to 1e-15 in float64), of which the bound is ten times. Class pictures are rounded to 256 levels, so
+    that a few channels can differ, worth 2e-5 of a loss: they are compared by themselves, and both runs train on the same.
+    """
     data = SAMPLE if case == "DeepSpeed's launcher" else pictures
     flags = ("-d", data, "--max_train_steps", 5, "--checkpointing_steps", 5, "--learning_rate", 1e-3, *CASES[case])
     said = two_processes(family, tmp_path / "two" / "x", SPLIT.get(case, {}), *flags, "--train_batch_size", 1)
     assert "x 2 processes" in said and ("FSDP2: the" in said) == (case == "sharded base")
     assert ("state (" in said and "isn't split" in said) == (case == "DeepSpeed's launcher")
+    if case == PRIOR:
+        drawn = tmp_path / "two" / "x" / "class_images"
+        assert run_here(family, tmp_path / "drawing" / "x", *flags, "--max_train_steps", 1) == 0
+        assert same_class_pictures(tmp_path / "drawing" / "x" / "class_images", drawn)
+        flags += ("--class_data_dir", drawn)
     assert run_here(family, tmp_path / "one" / "x", *flags, "--train_batch_size", 2) == 0
-    assert losses(tmp_path / "two" / "x") == pytest.approx(losses(tmp_path / "one" / "x"), abs=1e-5)
+    assert losses(tmp_path / "two" / "x") == pytest.approx(losses(tmp_path / "one" / "x"), rel=5e-6)
     one, two = weights(tmp_path / "one" / "x"), weights(tmp_path / "two" / "x")
     apart = (
         sum((one[k] - two[k]).square().sum() for k in one).sqrt() / sum(w.square().sum() for w in one.values()).sqrt()

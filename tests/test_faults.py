@@ -2,10 +2,8 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,20 @@ def one_line(capsys) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "training:" not in line]
     assert len(lines) == 1, lines
     return lines[0]
+
+
+def run_and_list_imports(name: str, flags: list[str], folder: Path):
+    """Runs a script as a program; its stdout ends with the slow packages that it has imported. What is tested is why it
+    answers within half a second, and not how fast the machine is.
+    """
+    heavy = ("accelerate", "datasets", "diffusers", "numpy", "peft", "PIL", "torch", "transformers", "yaml")
+    code = (
+        "import atexit, runpy, sys; sys.argv = sys.argv[1:]\n"
+        f"atexit.register(lambda: print('HEAVY', [m for m in {heavy} if m in sys.modules], end=''))\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / FAMILIES[name].script), *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -49,21 +61,18 @@ def one_line(capsys) -> str:
         (["-d", ".", "--aspect_ratio_buckets", "512"], 'is no "height,width"'),
     ],
 )
-def test_wrong_arguments_are_one_line_within_half_a_second(name, flags, words, tmp_path):
-    began = time.perf_counter()
-    command = [sys.executable, str(ROOT / FAMILIES[name].script), "-m", "base", *flags]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    seconds = time.perf_counter() - began
+def test_wrong_arguments_are_one_line_before_anything_heavy_is_imported(name, flags, words, tmp_path):
+    result = run_and_list_imports(name, ["-m", "base", *flags], tmp_path)
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1
     assert words in result.stderr
-    assert seconds < 0.5 * (3 if os.environ.get("PYTEST_XDIST_WORKER") else 1)  # the other worker holds the other core
+    assert result.stdout == "HEAVY []"
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_help_imports_nothing_heavy(name):
-    code = f"import sys; sys.argv = ['x', '--help']; import runpy\ntry: runpy.run_path({str(ROOT / FAMILIES[name].script)!r}, run_name='__main__')\nexcept SystemExit: pass\nprint('HEAVY', [m for m in ('torch', 'numpy', 'diffusers', 'yaml') if m in sys.modules])"
-    assert "HEAVY []" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+def test_help_imports_nothing_heavy(name, tmp_path):
+    result = run_and_list_imports(name, ["--help"], tmp_path)
+    assert result.returncode == 0 and result.stdout.endswith("HEAVY []")
 
 
 def test_config_file_with_unknown_key(family, tmp_path, capsys):
@@ -195,6 +204,7 @@ def test_base_that_is_not_there_or_another_family(family, tmp_path, capsys):
     assert "is a OtherPipeline, not" in one_line(capsys)
 
 
+@pytest.mark.xdist_group("processes")
 def test_full_disk_while_a_checkpoint_is_written(family, tmp_path):
     """A limit on file sizes stands in for a full disk: the second checkpoint is bigger than what is left."""
     output = tmp_path / "x"

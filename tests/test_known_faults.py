@@ -177,6 +177,7 @@ PIVOTAL = ("--train_text_encoder_ti", "--train_text_encoder_ti_frac=0.5", "--opt
 PIVOTAL += ("--text_encoder_lr=1.0", "--lr_scheduler=constant", "--lr_warmup_steps=0", "--rank=8")
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize(
     "flags",
     [

@@ -1,16 +1,22 @@
-"""Each method brings something that the base has never seen, as the judge sees it in 64 images with fixed seeds."""
+"""Each method brings something that the base has never seen, as the judge sees it in 64 images with fixed seeds.
+
+LoRA is proven for every family, each other method for one UNet and one transformer, so that every kind of text encoder
+learns in one of them; test_runs.py runs each method for every family.
+"""
 
 import pytest
 from conftest import FAMILIES, SAMPLE, run_here
 
 from scripts.toys.parts.toy_world import write_concept
 
+TEXT_ENCODER = ("sd3", "sdxl")
 SMILEY = ("sks circle", ("smiley", None), ("yellow", "black"))
 
 
 def pytest_generate_tests(metafunc):
-    """One group per family, so that parallel workers take a family each and share its runs."""
-    names = ("flux",) if "t5_too" in metafunc.fixturenames else sorted(FAMILIES)
+    """For the families of the test's mark; one group per family, so that a worker takes a family and shares its runs."""
+    mark = metafunc.definition.get_closest_marker("families")
+    names = mark.args if mark else sorted(FAMILIES)
     marks = {n: [pytest.mark.learn, pytest.mark.xdist_group(f"learn-{n}")] for n in names}
     metafunc.parametrize("family", [pytest.param(FAMILIES[n], marks=m, id=n) for n, m in marks.items()])
 
@@ -50,6 +56,7 @@ def test_lora_learns_and_leaves_the_rest_alone(family, studio, tmp_path):
     assert studio.world_score(after) >= studio.world_score(before) - 0.1
 
 
+@pytest.mark.families(*TEXT_ENCODER)
 def test_lora_with_text_encoder_learns(family, studio, shelf):
     output = train(family, shelf / family.name / "both", "-d", SAMPLE, *with_text_encoder(family))
     assert studio.concept_score(studio.pipeline(output, quick=True), *SMILEY) > 0.8
@@ -67,17 +74,14 @@ def pivotal(family, studio, tmp_path, *more):
     assert studio.world_score(after) >= studio.world_score(before) - 0.1
 
 
+@pytest.mark.families("flux", "sdxl")
 def test_pivotal_tuning_learns(family, studio, tmp_path):
     pivotal(family, studio, tmp_path)
 
 
-def test_pivotal_tuning_with_t5_learns(family, studio, tmp_path, t5_too):
-    pivotal(family, studio, tmp_path, *t5_too)
-
-
-@pytest.fixture
-def t5_too():
-    return ("--enable_t5_ti",)
+@pytest.mark.families("flux")
+def test_pivotal_tuning_with_t5_learns(family, studio, tmp_path):
+    pivotal(family, studio, tmp_path, "--enable_t5_ti")
 
 
 def inversion(family, studio, tmp_path, *more):
@@ -101,14 +105,17 @@ def inversion(family, studio, tmp_path, *more):
     assert studio.world_score(after) == studio.world_score(before)
 
 
+@pytest.mark.families("sd15", "sd3")
 def test_textual_inversion_alone_finds_what_the_base_can_draw(family, studio, tmp_path):
     inversion(family, studio, tmp_path)
 
 
-def test_textual_inversion_with_t5_finds_what_the_base_can_draw(family, studio, tmp_path, t5_too):
-    inversion(family, studio, tmp_path, *t5_too)
+@pytest.mark.families("flux")
+def test_textual_inversion_with_t5_finds_what_the_base_can_draw(family, studio, tmp_path):
+    inversion(family, studio, tmp_path, "--enable_t5_ti")
 
 
+@pytest.mark.families(*TEXT_ENCODER)
 def test_prior_preservation_keeps_the_class(family, studio, shelf):
     """The class is what its prompt draws: "a circle". The run without prior preservation is otherwise the same."""
     prior = (

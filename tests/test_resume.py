@@ -5,11 +5,10 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 
 import pytest
-from conftest import ROOT, losses, metrics, quick_flags, run_here, same_weights
+from conftest import KINDS, ROOT, family_and, load_script, losses, metrics, quick_flags, run_here, same_weights
 
 pytestmark = pytest.mark.resume
 
@@ -28,7 +27,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+OWN = ("mid-epoch, cached latents, flips", "ema, text encoder, dropout", "past the pivot")  # noise, text and tokens
+
+
+@family_and("case", CASES, OWN)
 def test_resumed_run_equals_unbroken_run(family, pictures, tmp_path, case):
     flags = ("-d", pictures, *CASES[case], "--max_train_steps", 6, "--checkpointing_steps", 3)
     assert run_here(family, tmp_path / "whole" / "x", *flags) == 0
@@ -43,6 +45,8 @@ def test_resumed_run_equals_unbroken_run(family, pictures, tmp_path, case):
     assert [row["step"] for row in metrics(broken)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.xdist_group("processes")
+@pytest.mark.families(*KINDS)
 def test_killed_at_a_random_step(family, pictures, tmp_path):
     from ready_process import start
 
@@ -63,9 +67,10 @@ def test_killed_at_a_random_step(family, pictures, tmp_path):
     assert same_weights(tmp_path / "a" / "x", output)
 
 
+@pytest.mark.families(*KINDS)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
 def test_signal_saves_within_a_step(family, pictures, tmp_path, number, code):
-    module = sys.modules[family.script.removesuffix(".py") + "_under_test"]
+    module = load_script(family.script)
     original = module.Meter.log
 
     def log_and_signal(self, step, *rest):
@@ -85,6 +90,7 @@ def test_signal_saves_within_a_step(family, pictures, tmp_path, number, code):
     assert same_weights(tmp_path / "a" / "x", tmp_path / "b" / "x")
 
 
+@pytest.mark.families(*KINDS)
 def test_damaged_checkpoint_is_named_and_the_one_before_taken(family, pictures, tmp_path, capsys):
     flags = ("-d", pictures, "--max_train_steps", 4, "--checkpointing_steps", 1)
     assert run_here(family, tmp_path / "x", *flags) == 0
@@ -99,6 +105,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_taken(family, pictures, 
     assert "going on from checkpoint-2" in said
 
 
+@pytest.mark.families(*KINDS)
 def test_all_damaged_is_an_error_and_none_a_start(family, pictures, tmp_path, capsys):
     flags = ("-d", pictures, "--max_train_steps", 1, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
     assert run_here(family, tmp_path / "x", *flags) == 0
@@ -108,6 +115,7 @@ def test_all_damaged_is_an_error_and_none_a_start(family, pictures, tmp_path, ca
     assert "every checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.families(*KINDS)
 def test_resume_with_another_rank_is_refused(family, pictures, tmp_path, capsys):
     flags = ("-d", pictures, "--max_train_steps", 1, "--checkpointing_steps", 1)
     assert run_here(family, tmp_path / "x", *flags) == 0
@@ -115,6 +123,7 @@ def test_resume_with_another_rank_is_refused(family, pictures, tmp_path, capsys)
     assert "rank 4, now 8" in capsys.readouterr().err
 
 
+@pytest.mark.families(*KINDS)
 def test_only_the_latest_checkpoints_stay_and_the_seed_is_kept(family, pictures, tmp_path):
     flags = ["-d", pictures, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2]
     assert run_here(family, tmp_path / "x", *flags) == 0

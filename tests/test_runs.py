@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, losses, metrics, run_here, weights
+from conftest import ROOT, SAMPLE, family_and, load_script, losses, metrics, run_here, weights
 from safetensors import safe_open
 
 pytestmark = pytest.mark.run
@@ -110,11 +110,14 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+SHARED = ("adafactor", "workers, augmentations", "epochs")  # no code of a family's own
+
+
+@family_and("mode", MODES, [mode for mode in MODES if mode not in SHARED])
 def test_mode_runs_and_moves_weights(family, tmp_path, mode):
     flags = MODES[mode]
     if mode == "epochs":
-        from conftest import load_script, quick_flags  # without --max_train_steps, which would win
+        from conftest import quick_flags  # without --max_train_steps, which would win
 
         words = quick_flags(family, tmp_path / "x", "-d", SAMPLE, *flags)
         at = words.index("--max_train_steps")
@@ -133,7 +136,7 @@ def test_trained_image_is_the_plain_pipelines_image(family, studio, tmp_path):
     import numpy as np
     from PIL import Image
 
-    module = sys.modules[family.script.removesuffix(".py") + "_under_test"]
+    module = load_script(family.script)
     flags = (
         "--train_text_encoder",
         "--text_encoder_lr",
@@ -193,7 +196,7 @@ def test_starts_that_change_the_base_save_a_lora_for_the_unchanged_one(family, s
         run_here(family, tmp_path / "x", "-d", SAMPLE, "--init_lora_weights", start, "--learning_rate", 1e-3, *shown)
         == 0
     )
-    module = sys.modules[family.script.removesuffix(".py") + "_under_test"]
+    module = load_script(family.script)
     generator = torch.Generator().manual_seed(module.sample_seed(3, 0, 0))
     image = studio.pipeline(tmp_path / "x")(
         prompt, width=64, height=64, num_inference_steps=4, guidance_scale=3, **dict(family.extra), generator=generator
@@ -292,7 +295,7 @@ def test_dry_run_keeps_nothing(family, pictures, tmp_path, capsys):
 
 
 def test_seed_is_drawn_and_said(family, pictures, tmp_path, capsys):
-    from conftest import load_script, quick_flags
+    from conftest import quick_flags
 
     words = quick_flags(family, tmp_path / "x", "-d", pictures, "--checkpointing_steps", 3)
     at = words.index("--seed")
@@ -326,42 +329,29 @@ def test_datasets_from_disk_and_from_a_builder_file(family, pictures, tmp_path):
     assert len(losses(tmp_path / "y")) == 3
 
 
+@pytest.mark.xdist_group("processes")
 def test_script_runs_alone_in_another_folder(family, pictures, tmp_path):
-    """Copied anywhere, started by accelerate: it needs no file of the project."""
+    """Copied anywhere: it needs no file of the project. One is started by accelerate, as people do."""
+    from ready_process import start
+
     copy = tmp_path / "alone" / family.script
     copy.parent.mkdir()
     copy.write_bytes((ROOT / family.script).read_bytes())
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        str(copy),
-    ]
-    flags = [
-        "-m",
-        family.base,
-        "-d",
-        str(pictures),
-        "--resolution",
-        "64",
-        "--max_train_steps",
-        "2",
-        "--report_to",
-        "none",
-        "--num_validation_images",
-        "0",
-    ]
-    result = subprocess.run(
-        [*command, *flags], cwd=tmp_path / "alone", capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
-    )
-    assert result.returncode == 0, result.stderr
-    assert list((tmp_path / "alone" / "output").rglob("pytorch_lora_weights.safetensors"))
+    flags = ["-m", family.base, "-d", str(pictures), "--resolution", "64", "--max_train_steps", "2"]
+    flags += ["--report_to", "none", "--num_validation_images", "0"]
+    if family.name == "sd15":
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        result = subprocess.run(
+            [*launcher, copy, *flags],
+            cwd=copy.parent,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": ""},
+        )
+        assert result.returncode == 0, result.stderr
+    else:
+        process = start(copy, flags, {}, tmp_path / "log", folder=copy.parent)
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "log").read_text()
+    assert list((copy.parent / "output").rglob("pytorch_lora_weights.safetensors"))
