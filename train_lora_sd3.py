@@ -41,6 +41,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -263,11 +264,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 275 the run: what happens, in which order · 561 the loop, and one step of it · 727 what is logged, and the
-# guard against learning nothing · 862 data: images and captions · 1155 images: decoding, buckets, crops, batches ·
-# 1561 text: embeddings and new tokens · 1779 LoRA and optimizer · 2098 checkpoints and signals · 2253 pictures:
-# validation, class images, comparison · 2450 probes: what was learned, what was forgotten · 2630 files that a run
-# leaves · 2937 command line · 3352 base model: loading, quantising, splitting · 3586 errors, lines, seeds, libraries
+# By line: 277 the run: what happens, in which order · 567 the loop, and one step of it · 736 what is logged, and the
+# guard against learning nothing · 874 data: images and captions · 1167 images: decoding, buckets, crops, batches ·
+# 1573 text: embeddings and new tokens · 1791 LoRA and optimizer · 2206 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2496 checkpoints and signals · 2651 pictures: validation, class images, comparison · 2849
+# probes: what was learned, what was forgotten · 3029 files that a run leaves · 3336 command line · 3751 base model:
+# loading, quantising, splitting · 3959 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -387,6 +389,10 @@ class Run:
     def compares(self) -> bool:
         """Whether the run draws pictures before and after, for comparison.png."""
         return bool(self.sample_prompts) and not self.args.skip_final_inference
+
+    def autocast(self):
+        """For DoRA, whose magnitudes stay in float32; everything else computes in its modules' own precision."""
+        return self.accelerator.autocast() if self.args.use_dora else contextlib.nullcontext()
 
     def text_moves(self, step: int) -> bool:
         """Whether step `step` trains something that text embeddings depend on."""
@@ -599,10 +605,12 @@ def backward(run: Run, batch: dict, step: int, micro: int):
     """Loss of one batch, its gradients added to the parts' buffers; returns the loss, a tensor."""
     captions = [insert_tokens(c, run.abstractions) for c in batch["captions"]]
     torch.manual_seed(stable_seed(run.args.seed, "dropout", step, micro, run.accelerator.process_index))
-    with run.accelerator.autocast():
+    with run.autocast():
         embeds = run.prompts.encode(captions) if run.text_moves(step) else run.prompts.lookup(captions)
     loss = (batch_loss(run, batch, embeds) * batch["weight"]).sum() / run.args.gradient_accumulation_steps
-    (loss * run.guard.scale).backward()
+    (loss * run.guard.scale if run.guard.half else loss).backward()
+    for part in run.parts:
+        part.collect()
     return loss.detach()
 
 
@@ -616,7 +624,8 @@ def batch_loss(run: Run, batch: dict, embeds: dict):
         if run.args.offload:
             vae.to("cpu")
     latents = sample_latents(batch["moments"], batch["posterior_noise"], run.components.config("vae"))
-    with run.accelerator.autocast():
+    embeds = {name: value.to(run.denoiser.dtype) for name, value in embeds.items()}
+    with run.autocast():
         return compute_loss(batch, latents, embeds, run.denoiser, run.scheduler, run.args)
 
 
@@ -732,7 +741,7 @@ class Meter:
 
     def __init__(self, run: Run, first_step: int) -> None:
         self.run, self.loss, self.since, self.began = run, None, first_step, time.perf_counter()
-        self.pending: tuple | None = None  # (row without its numbers, steps, numbers on their way, event, bar)
+        self.pending: tuple | None = None  # the row whose numbers are on their way
         self.seconds: list[float] = []
         self.file = Path(run.args.output_dir) / "metrics.jsonl"
         if run.accelerator.is_main_process:
@@ -747,7 +756,9 @@ class Meter:
     def log(self, step: int, norm, active: list[Part], bar) -> None:
         """Writes the row of the log before, and sends the mean loss since then on its way to the host."""
         run, steps = self.run, step - self.since
-        numbers = torch.stack([self.loss / steps, norm, run.guard.bad_run, run.guard.bad_total])
+        found = [p.group().get("d") for p in active]  # Prodigy's estimates, on the device
+        found = [d for d in found if d is not None]
+        numbers = torch.stack([self.loss / steps, norm, run.guard.bad_run, run.guard.bad_total, *found])
         if run.accelerator.num_processes > 1:
             numbers[0] = run.accelerator.reduce(numbers[0], reduction="sum")
         arriving = torch.empty(numbers.shape, pin_memory=numbers.is_cuda)
@@ -756,22 +767,23 @@ class Meter:
         if event:
             event.record()
         row = {"step": step, "epoch": step * run.args.gradient_accumulation_steps / run.plan.per_epoch}
-        rates = {f"lr_{p.name}": p.effective_rate() for p in active}
         self.write_pending()
         self.seconds.append((time.perf_counter() - self.began) / steps)
-        self.pending = row, rates | {"seconds_per_step": self.seconds[-1]}, arriving, event, bar
+        rates = {f"lr_{p.name}": p.group()["lr"] for p in active}
+        self.pending = row, rates, self.seconds[-1], arriving, event, bar
         self.loss, self.since, self.began = None, step, time.perf_counter()
 
     def write_pending(self) -> None:
         """Writes the row that is still on its way, if there is one. Errors: UserError after ten losses that aren't finite."""
         if self.pending is None:
             return
-        (row, rest, arriving, event, bar), self.pending = self.pending, None
+        (row, rates, seconds, arriving, event, bar), self.pending = self.pending, None
         if event:
             event.synchronize()  # the GPU is at a later step already
-        loss, norm, bad_run, bad_total = arriving.tolist()
+        loss, norm, bad_run, bad_total, *found = arriving.tolist()
         skipped = {"skipped_steps": int(bad_total)} if bad_total else {}
-        self.write(row | {"loss": loss, "grad_norm": norm} | rest | skipped)
+        rates = {name: rate * d for (name, rate), d in zip(rates.items(), found or [1.0] * len(rates), strict=True)}
+        self.write(row | {"loss": loss, "grad_norm": norm} | rates | {"seconds_per_step": seconds} | skipped)
         bar.set_postfix({"loss": f"{loss:.4f}"}, refresh=False)
         if bad_run:
             say(f"warning: step {row['step']}: the loss is {loss}; the step is left out")
@@ -1805,14 +1817,16 @@ def add_trained_parts(run: Run) -> None:
         add_part("denoiser", values, rate, args.adam_weight_decay, args.train_transformer_frac)
         say(f"LoRA of rank {args.rank}, alpha {args.lora_alpha:g} on {len(targets)} layers of the {DENOISER}")
     if args.gradient_checkpointing:
-        run.denoiser.enable_gradient_checkpointing()
+        enable_checkpointing(run.denoiser, args.lora_dropout > 0)
     if run.components.sharded:
         shard_base(run.denoiser, run.accelerator.device)
         say(f"FSDP2: the {DENOISER} is split over {run.accelerator.num_processes} processes")
     if args.compile:
         run.denoiser.compile_repeated_blocks()
     run.initial_states = {part: lora_state(module) for part, module in run.lora_modules.items()}
-    prepare_parts(run.parts, args)
+    prepare_parts(run.parts, args, run.components.dtype)
+    for module in run.lora_modules.values():
+        fuse_lora(module)
     for part in run.parts:
         millions = part.weights.numel() / 1e6
         say(
@@ -1909,32 +1923,56 @@ def lora_parameters(module) -> dict:
     return {n: p for n, p in module.named_parameters() if p.requires_grad}
 
 
-def lora_state(module) -> dict:
-    """A copy of the LoRA's weights with peft's keys, on the CPU in float32."""
+def lora_state(module, parts: list[Part] = ()) -> dict:
+    """A copy of the LoRA's weights with peft's keys, on the CPU in float32; those of `parts` from their own buffers."""
     from peft.utils import get_peft_model_state_dict
 
-    return {k: v.detach().float().cpu().contiguous().clone() for k, v in get_peft_model_state_dict(module).items()}
+    pairs = [(part.parameters, part.split(part.weights.detach())) for part in parts]
+    masters = {parameter: views[name] for owned, views in pairs for name, parameter in owned.items()}
+    state = {name: masters.get(p, p) for name, p in module.named_parameters() if "lora_" in name}
+    state = get_peft_model_state_dict(module, state_dict=state)
+    return {k: v.detach().float().cpu().contiguous().clone() for k, v in state.items()}
 
 
 @dataclass
 class Part:
     """Parameters that are trained together: the denoiser's LoRA, the text encoders' LoRA, or the new tokens' rows.
 
-    They are views into one flat float32 buffer, and their gradients into another, so that optimizer, clipping, moving
-    average, sum over processes and checkpoint are one operation each. It is trained while step < last_step.
+    They lie in one flat float32 buffer, `weights`, and so do gradients and moments, so that optimizer, clipping, moving
+    average, sum over processes and checkpoint are one operation each. Where a module computes in half precision, its
+    parameters are views into a `shadow` of that buffer, which is cast once a step. It is trained while step < last_step.
     """
 
     name: str
-    parameters: dict[str, object]
+    parameters: dict[str, object]  # as the modules have them
     learning_rate: float
     weight_decay: float
     last_step: int
-    weights: object = None  # the flat buffer, a Parameter
-    gradients: object = None  # its gradient
-    initial: object = None  # a copy of its start, on the CPU
+    weights: object = None  # (N,) float32, a Parameter
+    gradients: object = None  # (N,) float32, its gradient
+    shadow: object = None  # (N,) the weights in the modules' precision; None where that is float32
+    fresh: object = None  # (N,) gradients of the last micro-batch, in the same precision
+    initial: object = None  # (N,) on the CPU, the weights at the start
     optimizer: object = None
     schedule: object = None
     ema: object = None
+
+    def allocate(self, dtype=None) -> None:
+        """Makes the buffers and points the modules' parameters into them. dtype: the modules' precision; None: float32.
+
+        LoRA's A matrices come first, so that those of one attention follow each other.
+        """
+        self.parameters = dict(sorted(self.parameters.items(), key=lambda item: ".lora_A." not in item[0]))
+        values = torch.cat([p.detach().flatten().float() for p in self.parameters.values()])
+        self.weights, self.gradients, self.initial = torch.nn.Parameter(values), torch.zeros_like(values), values.cpu()
+        self.weights.grad, self.initial = self.gradients, self.initial.clone()
+        read, written = values, self.gradients
+        if dtype not in (None, torch.float32):
+            self.shadow, self.fresh = read, written = values.to(dtype), self.gradients.to(dtype)
+        weights, gradients = self.split(read), self.split(written)
+        for name, parameter in self.parameters.items():
+            parameter.grad, parameter.data = None, weights[name]
+            parameter.grad = gradients[name]
 
     def split(self, flat) -> dict[str, object]:
         """A flat tensor -> its stretch for each parameter, in that parameter's shape."""
@@ -1942,15 +1980,21 @@ class Part:
         named = zip(self.parameters.items(), flat.split(sizes), strict=True)
         return {name: stretch.view(parameter.shape) for (name, parameter), stretch in named}
 
-    def allocate(self) -> None:
-        """Moves the parameters and their gradients into flat buffers."""
-        values = torch.cat([p.detach().flatten() for p in self.parameters.values()])
-        self.weights, self.gradients, self.initial = torch.nn.Parameter(values), torch.zeros_like(values), values.cpu()
-        self.initial = self.initial.clone()
-        self.weights.grad = self.gradients
-        weights, gradients = self.split(values), self.split(self.gradients)
-        for name, parameter in self.parameters.items():
-            parameter.data, parameter.grad = weights[name], gradients[name]
+    def collect(self) -> None:
+        """Adds a micro-batch's gradients to the others; to be called after each backward pass."""
+        if self.fresh is not None:
+            self.gradients.add_(self.fresh)
+            self.fresh.zero_()
+
+    def assign(self, weights) -> None:
+        """Takes flat weights, and lets the modules see them."""
+        self.weights.data.copy_(weights)
+        self.publish()
+
+    def publish(self) -> None:
+        """Lets the modules see the weights; to be called after each change."""
+        if self.shadow is not None:
+            self.shadow.copy_(self.weights.detach())
 
     def step(self) -> None:
         """One step of optimizer, schedule and moving average; gradients start again at zero."""
@@ -1959,11 +2003,11 @@ class Part:
         self.gradients.zero_()
         if self.ema is not None:
             self.ema.step([self.weights])
+        self.publish()
 
-    def effective_rate(self) -> float:
-        """The learning rate in use; for Prodigy times its estimate d."""
-        group = self.optimizer.param_groups[0]
-        return group["lr"] * group.get("d", 1.0)
+    def group(self) -> dict:
+        """The optimizer's settings: the learning rate in use, lr, and Prodigy's estimate d, which multiplies it."""
+        return self.optimizer.param_groups[0]
 
     def freeze(self) -> None:
         """Ends the training of this part: no gradients, no optimizer state; it stays at its average, if it has one."""
@@ -1971,19 +2015,21 @@ class Part:
             self.optimizer.eval()
         if self.ema is not None:
             self.ema.copy_to([self.weights])
+        self.publish()
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
-        self.gradients = self.weights.grad = self.optimizer = self.schedule = self.ema = None
+        self.gradients = self.fresh = self.weights.grad = self.optimizer = self.schedule = self.ema = None
 
 
-def prepare_parts(parts: list[Part], args: argparse.Namespace) -> None:
-    """Gives each part its buffers, optimizer, schedule and moving average."""
+def prepare_parts(parts: list[Part], args: argparse.Namespace, dtype=None) -> None:
+    """Gives each part its buffers, optimizer, schedule and moving average. dtype: the modules' precision."""
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
     for part in parts:
-        part.allocate()
+        exact = part.name == "embeddings" or args.use_dora  # DoRA's magnitudes would be rounded
+        part.allocate(None if exact else dtype)
         part.optimizer = make_optimizer(part, args)
         part.schedule = get_scheduler(
             args.lr_scheduler,
@@ -2006,23 +2052,82 @@ def make_optimizer(part: Part, args: argparse.Namespace):
     if args.optimizer == "adamw8bit":
         import bitsandbytes
 
-        return bitsandbytes.optim.AdamW8bit(**adam)
+        return waitless_adamw8bit(bitsandbytes.optim.AdamW8bit)(**adam)
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
         own = ("decouple", "use_bias_correction", "safeguard_warmup")
         with contextlib.redirect_stdout(io.StringIO()):  # it prints how it decays weights
-            return Prodigy(**adam, beta3=args.prodigy_beta3, **{name: vars(args)[f"prodigy_{name}"] for name in own})
+            settings = {name: vars(args)[f"prodigy_{name}"] for name in own}
+            return waitless_prodigy(Prodigy)(**adam, beta3=args.prodigy_beta3, **settings)
     if args.optimizer == "adafactor":
         from transformers.optimization import Adafactor
 
-        matrices = list(part.parameters.values())  # it keeps a mean per row and column instead of one per weight
+        matrices = [torch.nn.Parameter(view) for view in part.split(part.weights.detach()).values()]
+        for matrix, gradient in zip(matrices, part.split(part.gradients).values(), strict=True):
+            matrix.grad = gradient  # it keeps a mean per row and column instead of one per weight
         return Adafactor(**common | {"params": matrices}, scale_parameter=False, relative_step=False, warmup_init=False)
     from schedulefree import AdamWScheduleFree
 
     optimizer = AdamWScheduleFree(**adam, warmup_steps=args.lr_warmup_steps)
     optimizer.train()
     return optimizer
+
+
+def waitless_adamw8bit(base: type) -> type:
+    """bitsandbytes' 8-bit AdamW without its wait for the GPU after each parameter."""
+
+    class AdamW8bit(base):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for number, group in enumerate(self.param_groups):
+                for place, parameter in enumerate(group["params"]):
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, number, place)
+                    self.update_step(group, parameter, number, place)
+
+    return AdamW8bit
+
+
+def waitless_prodigy(base: type) -> type:
+    """prodigyopt's Prodigy, https://arxiv.org/abs/2306.06101, for one parameter, with d kept on the GPU.
+
+    The library reads two numbers from the GPU in each step.
+    """
+
+    class WaitlessProdigy(base):
+        @torch.no_grad()
+        def step(self, closure=None):
+            (group,) = self.param_groups
+            (weights,) = group["params"]
+            state, gradient, d0, lr = self.state[weights], weights.grad, group["d0"], group["lr"]
+            (beta1, beta2), decay = group["betas"], group["weight_decay"]
+            beta3 = math.sqrt(beta2) if group["beta3"] is None else group["beta3"]
+            if not state:
+                state.update({name: torch.zeros_like(weights) for name in ("exp_avg", "exp_avg_sq", "s")})
+                state.update(p0=weights.clone(), d=weights.new_tensor(d0), d_numerator=weights.new_zeros(()))
+            if not lr:
+                return
+            d, group["k"] = state["d"], group["k"] + 1
+            correction = math.sqrt(1 - beta2 ** group["k"]) / (1 - beta1 ** group["k"])
+            dlr = d * (lr * correction if group["use_bias_correction"] else lr)
+            if decay and not group["decouple"]:
+                gradient.add_(weights, alpha=decay)
+            progress, weight = torch.dot(gradient, state["p0"] - weights), d * dlr
+            state["d_numerator"].mul_(beta3).addcmul_(weight, progress, value=1 / d0)
+            state["exp_avg"].lerp_(gradient * d, 1 - beta1)
+            state["exp_avg_sq"].mul_(beta2).addcmul_(gradient * d, gradient * d, value=1 - beta2)
+            weight = d * d if group["safeguard_warmup"] else weight
+            state["s"].mul_(beta3).addcmul_(gradient, weight, value=1 / d0)
+            found = state["d_numerator"] / torch.linalg.vector_norm(state["s"], 1) * group["d_coef"]
+            state["d"] = torch.maximum(d, found.nan_to_num_(0.0))  # no gradient yet: 0 / 0
+            denominator = state["exp_avg_sq"].sqrt().add_(state["d"], alpha=group["eps"])
+            if decay and group["decouple"]:
+                weights.addcmul_(weights, dlr, value=-decay)
+            weights.addcdiv_(state["exp_avg"] * dlr, denominator, value=-1)
+            group["d"] = state["d"]
+
+    return WaitlessProdigy
 
 
 @contextlib.contextmanager
@@ -2035,13 +2140,15 @@ def averaged(parts: list[Part]):
             part.ema.copy_to([part.weights])
     for optimizer in free:
         optimizer.eval()
+    for part in parts:
+        part.publish()
     try:
         yield
     finally:
         for optimizer in free:
             optimizer.train()
         for part, weights in zip(parts, kept, strict=True):
-            part.weights.data.copy_(weights)  # exactly, where a swap back would round
+            part.assign(weights)  # exactly, where a swap back would round
 
 
 class StepGuard:
@@ -2065,11 +2172,12 @@ class StepGuard:
                 part.gradients.copy_(accelerator.reduce(part.gradients, reduction="sum"))
             if self.half:
                 part.gradients.div_(self.scale)
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.gradients) for p in parts]))
-        finite = torch.isfinite(norm)
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else torch.ones_like(norm)
+        norms = [torch.linalg.vector_norm(part.gradients) for part in parts]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        finite = norm < math.inf  # not where it is NaN either
+        factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0).nan_to_num_(0.0) if max_norm else finite.float()
         for part in parts:
-            part.gradients.nan_to_num_(0.0, 0.0, 0.0).mul_(torch.where(finite, factor, 0.0))
+            part.gradients.nan_to_num_(0.0, 0.0, 0.0).mul_(factor)
         if self.half:
             grow = self.good >= 1000
             self.scale = torch.where(finite, torch.where(grow, self.scale * 2, self.scale), self.scale / 2)
@@ -2093,6 +2201,296 @@ class StepGuard:
         """Takes what `state_dict` gave."""
         for name, value in state.items():
             getattr(self, name).copy_(value)
+
+
+# ---- the step's layers: LoRA products, frozen weights in 8 and 4 bits ------------------------------------------------
+
+SHARED_INPUT = (  # layers of an attention that are given the same tensor; in cross-attention the first has another
+    ("to_q", "to_k", "to_v"),
+    ("add_q_proj", "add_k_proj", "add_v_proj"),
+    ("q_proj", "k_proj", "v_proj"),
+)
+
+
+class LoraGroup:
+    """peft's LoRA layers that are given the same tensor one after another: the first call computes all of them.
+
+    Takes the place of their `forward`. What is read and written are views into the buffers of the layers' part.
+    """
+
+    def __init__(self, layers: list) -> None:
+        self.layers, self.bases = layers, [layer.base_layer for layer in layers]
+        downs, ups = ([getattr(layer, name)["default"].weight for layer in layers] for name in ("lora_A", "lora_B"))
+        self.trained, self.scale, self.ranks = downs + ups, layers[0].scaling["default"], [len(down) for down in downs]
+        self.ups, self.up_grads = [up.detach().flatten(1) for up in ups], [up.grad.flatten(1) for up in ups]
+        shape = (sum(self.ranks), downs[0][0].numel())
+        self.down, self.down_grad = (t.as_strided(shape, (shape[1], 1)) for t in (downs[0].detach(), downs[0].grad))
+        self.given, self.ready = None, {}
+        for number, layer in enumerate(layers):
+            layer.forward = functools.partial(self.forward, number)
+
+    def forward(self, number: int, x):
+        """What layer `number` makes of x: (..., K) -> (..., N), or (B, K, H, W) -> (B, N, H, W)."""
+        layer = self.layers[number]
+        if layer.disable_adapters or layer.merged:
+            return layer.base_layer(x)
+        if torch.compiler.is_compiling():
+            down, up = layer.lora_A["default"], layer.lora_B["default"]
+            return layer.base_layer(x) + up(down(x.to(down.weight.dtype))) * self.scale
+        if self.given is not x or number not in self.ready:
+            self.given, self.ready = x, dict(enumerate(self.results(x)))
+        result = self.ready.pop(number)
+        if not self.ready:
+            self.given = None
+        return result
+
+    def results(self, x) -> list:
+        """The outputs of all layers."""
+        picture = isinstance(self.bases[0], torch.nn.Conv2d)
+        values = x.permute(0, 2, 3, 1) if picture else x
+        rows = values.reshape(-1, values.shape[-1]).to(self.down.dtype)
+        results = [r.view(*values.shape[:-1], -1) for r in LoraProducts.apply(rows, self, *self.trained)]
+        if not picture:
+            return results
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        return [r.permute(0, 3, 1, 2).contiguous(memory_format=layout) for r in results]
+
+
+def fuse_lora(module) -> None:
+    """Gives a module's plain LoRA layers (linear, 1 x 1 convolution; no dropout, no DoRA) the forward of LoraGroup.
+
+    Those of one attention with the same input become one group. To be called when the part's buffers are there; peft
+    computes all other layers.
+    """
+    from peft.tuners.lora import Conv2d, Linear
+
+    def plain(layer) -> bool:
+        if type(layer) not in (Linear, Conv2d) or list(layer.lora_A) != ["default"] or layer.lora_variant:
+            return False
+        base, linear = layer.base_layer, isinstance(layer.base_layer, torch.nn.Linear)
+        if not linear and (base.kernel_size, base.stride, base.padding, base.groups) != ((1, 1), (1, 1), (0, 0), 1):
+            return False
+        return type(layer.lora_dropout["default"]) is torch.nn.Identity and not layer.lora_bias["default"]
+
+    for parent in module.modules():
+        layers = {name: layer for name, layer in parent.named_children() if plain(layer)}
+        crossed = getattr(parent, "is_cross_attention", False)
+        for names in SHARED_INPUT:
+            group = [layers[name] for name in layers if name in names[crossed:]]
+            if len(group) > 1 and len({layer.in_features for layer in group}) == 1 and adjacent(group):
+                LoraGroup(group)
+                layers = {name: layer for name, layer in layers.items() if layer not in group}
+        for layer in layers.values():
+            LoraGroup([layer])
+
+
+def adjacent(layers: list) -> bool:
+    """Whether the layers' A matrices follow each other in memory, so that together they are one matrix."""
+    downs = [layer.lora_A["default"].weight for layer in layers]
+    return all(b.storage_offset() == a.storage_offset() + a.numel() for a, b in zip(downs, downs[1:], strict=False))
+
+
+def define_layers() -> None:
+    """Defines the classes that derive from torch's, once torch is imported."""
+    global FrozenLinear, FrozenProduct, LoraProducts
+
+    class FrozenLinear(torch.nn.Linear):
+        """A linear layer that isn't trained, with its weights in 8 bits (a scale per row) or 4 (a scale per 64 values).
+
+        fp8: e4m3, of which GPUs that can (compute capability 8.9) take the product as it is. int8: rounded. nf4:
+        https://arxiv.org/abs/2305.14314, with the scales in 8 bits. Autograd keeps nothing but these weights.
+        """
+
+        def __init__(self, weight, bias, kind: str, dtype) -> None:
+            """weight: (N, K), of any floating type, where it is to stay; dtype: what the products come in."""
+            torch.nn.Module.__init__(self)
+            self.out_features, self.in_features = weight.shape
+            self.kind, self.dtype, self.bias, self.state = kind, dtype, bias, None
+            if kind == "nf4":
+                from bitsandbytes.functional import quantize_4bit
+
+                kept, self.state = quantize_4bit(weight.to(dtype), quant_type="nf4", compress_statistics=True)
+                scale = weight.new_empty(0)
+            else:  # some rows at a time, so that little is held in float32
+                quantize = to_fp8 if kind == "fp8" else functools.partial(to_int8, dtype=dtype)
+                pieces = zip(*map(quantize, weight.split(max(1, 2**22 // self.in_features))), strict=True)
+                kept, scale = map(torch.cat, pieces)
+            self.register_buffer("kept", kept)
+            self.register_buffer("scale", scale)
+            capable = weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (8, 9)
+            self.direct = kind == "fp8" and capable and not any(n % 16 for n in weight.shape)
+
+        @property
+        def weight(self):
+            """The weights (N, K) in `dtype`, made anew each time."""
+            if self.kind == "nf4":
+                from bitsandbytes.functional import dequantize_4bit
+
+                return dequantize_4bit(self.kept, self.state)
+            return self.kept * self.scale if self.kind == "int8" else self.kept.to(self.dtype).mul_(self.scale)
+
+        def _apply(self, fn, recurse=True):
+            """Moves the weights; whatever else is asked for, a cast above all, leaves them as they are."""
+            device = fn(self.scale.new_empty(0)).device
+            if self.state is not None:
+                self.state.to(device)
+            return super()._apply(lambda tensor: tensor.to(device), recurse)
+
+        def forward(self, x):
+            """(..., K) -> (..., N)."""
+            x = x.to(self.dtype)
+            if torch.compiler.is_compiling():
+                return F.linear(x, self.weight, self.bias)
+            return FrozenProduct.apply(x.reshape(-1, self.in_features), self).view(*x.shape[:-1], -1)
+
+    class FrozenProduct(torch.autograd.Function):
+        """x (M, K) -> x W^T + b, (M, N), of a FrozenLinear."""
+
+        @staticmethod
+        def forward(ctx, x, layer):
+            ctx.layer = layer
+            return product(layer, x)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return input_gradient(ctx.layer, gradient), None
+
+    class LoraProducts(torch.autograd.Function):
+        """x (M, K) -> x W^T + b + s (x A^T) B^T, (M, N), for each layer of a LoraGroup, whose layers have x in common.
+
+        The gradients of A and B are added to where the group's part collects them; autograd sees none.
+        """
+
+        @staticmethod
+        def forward(ctx, x, group, *trained):
+            hidden = torch.mm(x, group.down.t())  # (M, R), R the sum of the layers' ranks
+            eighth = to_fp8(x) if direct(group.bases[0]) else None
+            results = tuple(product(base, x, eighth) for base in group.bases)
+            for result, part, up in zip(results, hidden.split(group.ranks, dim=1), group.ups, strict=True):
+                result.addmm_(part, up.t(), alpha=group.scale)
+            ctx.group = group
+            ctx.save_for_backward(x, hidden)
+            return results
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, *gradients):
+            group, (x, hidden) = ctx.group, ctx.saved_tensors
+            inner, total = torch.empty_like(hidden), None  # inner: gradients of the hidden values, but for the scale
+            for gradient, part, up in zip(gradients, inner.split(group.ranks, dim=1), group.ups, strict=True):
+                torch.mm(gradient, up, out=part)
+            if ctx.needs_input_grad[0]:
+                for base, gradient in zip(group.bases, gradients, strict=True):
+                    total = input_gradient(base, gradient, total)
+                total.addmm_(inner, group.down, alpha=group.scale)
+            if ctx.needs_input_grad[2]:
+                group.down_grad.addmm_(inner.t(), x, alpha=group.scale)
+                for gradient, part, up in zip(gradients, hidden.split(group.ranks, dim=1), group.up_grads, strict=True):
+                    up.addmm_(gradient.t(), part, alpha=group.scale)
+            return total, *([None] * (1 + 2 * len(gradients)))
+
+
+def rows_like(x, columns: int):
+    """An empty (M, columns) that lies in memory as x (M, K) does: row by row or, as in a picture, column by column."""
+    by_columns = x.stride(0) == 1 and x.stride(1) != 1
+    return x.new_empty(columns, len(x)).t() if by_columns else x.new_empty(len(x), columns)
+
+
+def to_fp8(x):
+    """(M, K) -> the same in e4m3, and float32 scales (M, 1) that make it x again."""
+    scale = torch.linalg.vector_norm(x, math.inf, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12).div_(448)
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+def to_int8(x, dtype):
+    """(M, K) -> the same in int8, and scales (M, 1) in `dtype` that make it x again."""
+    scale = (x.abs().amax(dim=1, keepdim=True).float().clamp_min_(1e-12) / 127).to(dtype)
+    return (x / scale.float()).round_().to(torch.int8), scale
+
+
+@functools.cache
+def ones(columns: int, device):
+    """(1, columns) of 1.0, for products without scales."""
+    return torch.ones(1, columns, device=device)
+
+
+def product(layer, x, eighth=None):
+    """x (M, K) -> x W^T + b, (M, N), of a linear layer or a 1 x 1 convolution, frozen in 8 or 4 bits or not.
+
+    eighth: to_fp8(x), where several layers share it.
+    """
+    if direct(layer):
+        rows, scale = eighth or to_fp8(x)
+        return torch._scaled_mm(rows, layer.kept.t(), scale, layer.scale.t(), bias=layer.bias, out_dtype=x.dtype)
+    weight = layer.weight.flatten(1)
+    out = rows_like(x, len(weight))
+    if layer.bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(layer.bias, x, weight.t(), out=out)
+
+
+def direct(layer) -> bool:
+    """Whether a layer's products are taken in fp8."""
+    return isinstance(layer, FrozenLinear) and layer.direct
+
+
+def input_gradient(layer, gradient, total=None):
+    """gradient (M, N) -> gradient W, (M, K); added to `total` if that is given."""
+    if direct(layer):
+        rows, scale = to_fp8(gradient * layer.scale.t().to(gradient.dtype))
+        columns = layer.kept.t().contiguous().t()  # the GPU takes the second factor column by column only
+        scales = scale, ones(layer.in_features, columns.device)
+        mine = torch._scaled_mm(rows, columns, *scales, out_dtype=gradient.dtype)
+        return mine if total is None else total.add_(mine)
+    weight = layer.weight.flatten(1)
+    if total is not None:
+        return total.addmm_(gradient, weight)
+    return torch.mm(gradient, weight, out=rows_like(gradient, weight.shape[1]))
+
+
+def load_quantized(kind, folder: Path, quantize: str, dtype, device, variant: str | None = None):
+    """A denoiser of diffusers class `kind` with the linear layers of its blocks in nf4, int8 or fp8, on the device.
+
+    Each tensor is read, cast or quantised on the device, and dropped; those of the blocks first, the largest of them
+    first, so that the CPU holds no more than one file, the device never more than the result. Layers outside of the blocks
+    (embeddings, the last layer) are few and sensitive, and stay in `dtype`. Errors: UserError if weights are missing.
+    """
+    from accelerate import init_empty_weights
+    from safetensors import safe_open
+
+    with init_empty_weights():
+        model = kind.from_config(kind.load_config(folder)).requires_grad_(False).eval()
+    middle, stem = f".{variant}" if variant else "", "diffusion_pytorch_model"
+    index, files = folder / f"{stem}.safetensors.index{middle}.json", [f"{stem}{middle}.safetensors"]
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for file in files:
+        with safe_open(folder / file, framework="pt") as shard:
+            names = shard.keys()
+            sizes = {name: ("block" in name, math.prod(shard.get_slice(name).get_shape())) for name in names}
+            for name in sorted(names, key=sizes.get, reverse=True):
+                place(model, name, shard.get_tensor(name), quantize, dtype, device)
+    if missing := [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]:
+        raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}")
+    return model.to(device)
+
+
+def place(model, name: str, tensor, quantize: str, dtype, device) -> None:
+    """Puts one tensor of a file into the model; a linear layer inside a block becomes a FrozenLinear."""
+    path, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(path)
+    if leaf == "weight" and type(layer) is torch.nn.Linear and "block" in path:
+        model.set_submodule(path, FrozenLinear(tensor.to(device), layer.bias, quantize, dtype))
+    elif leaf in layer._parameters:
+        layer._parameters[leaf] = torch.nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
+    elif leaf in layer._buffers:
+        layer._buffers[leaf] = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+
+
+def enable_checkpointing(denoiser, dropout: bool) -> None:
+    """Turns gradient checkpointing on; without dropout there is no random state to be kept at each block."""
+    run = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=dropout)
+    denoiser.enable_gradient_checkpointing(run)
 
 
 # ---- checkpoints and signals -----------------------------------------------------------------------------------------
@@ -2167,7 +2565,7 @@ def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
     run.guard.load_state_dict(state["guard"])
     for part in run.parts:
         saved = state["parts"][part.name]
-        part.weights.data.copy_(saved["weights"])
+        part.assign(saved["weights"])
         part.initial = saved["initial"]
         if saved["optimizer"] is not None:
             part.optimizer.load_state_dict(saved["optimizer"])
@@ -2268,7 +2666,7 @@ def draw_samples(run: Run, step: int) -> list[Path]:
             for begin in range(0, args.num_validation_images, together):
                 numbers = range(begin, min(begin + together, args.num_validation_images))
                 seeds = [sample_seed(args.seed, p, k) for k in numbers]
-                context = run.accelerator.autocast()
+                context = run.autocast()
                 images = sample_images(pipeline, run.components, embeds, seeds, run.plan_size, args, context)
                 bar.update(len(images))
                 for k, seed, image in zip(numbers, seeds, images, strict=True):
@@ -2378,7 +2776,8 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
     dtype = torch_dtype(precision) if precision else components.dtype
     embeds = {k: v.to(accelerator.device, dtype) for k, v in prompts.for_pipeline(args.class_prompt).items()}
     prompts.release()  # never on the GPU together with the denoiser
-    pipeline, size = components.pipeline(components.get(DENOISER, dtype)), (args.resolution * 2)[:2]
+    base = components.denoiser() if args.quantize_base else components.get(DENOISER, dtype)
+    pipeline, size = components.pipeline(base), (args.resolution * 2)[:2]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     for begin in range(0, len(mine), args.sample_batch_size):
         numbers = mine[begin : begin + args.sample_batch_size]
@@ -2546,7 +2945,7 @@ def draw_control(run: Run, step: int, keep: bool = True) -> list:
         for k in range(len(QUANTILES) if run.control_prompts else 0):
             prompt, seed = run.control_prompts[k % len(run.control_prompts)], sample_seed(run.args.seed, -1, k)
             embeds = {name: v.to(run.components.dtype) for name, v in run.prompts.for_pipeline(prompt).items()}
-            drawn.append(sampled_latents(pipeline, embeds, [seed], run.plan_size, run.args, run.accelerator.autocast()))
+            drawn.append(sampled_latents(pipeline, embeds, [seed], run.plan_size, run.args, run.autocast()))
             if keep and run.compares and run.accelerator.is_main_process:
                 save_sample(run, step, f"control_{k}", prompt, seed, decoded(pipeline, run.components, drawn[-1])[0])
     return drawn
@@ -2618,12 +3017,12 @@ def base_alone(run: Run):
     """While inside, all that is trained is as it was at the start, when it changes nothing that the base draws."""
     kept = [part.weights.detach().clone() for part in run.parts]
     for part in run.parts:
-        part.weights.data.copy_(part.initial)
+        part.assign(part.initial)
     try:
         yield
     finally:
         for part, weights in zip(run.parts, kept, strict=True):
-            part.weights.data.copy_(weights)
+            part.assign(weights)
         run.prompts.forget()
 
 
@@ -2708,7 +3107,7 @@ def write_weights(run: Run, folder: Path, dtype) -> None:
     """Writes the LoRA (diffusers, and kohya/ComfyUI keys) and the token embeddings into a folder."""
     args, name = run.args, Path(run.args.output_dir).resolve().name
     if run.lora_modules:
-        states = {part: lora_state(module) for part, module in run.lora_modules.items()}
+        states = {part: lora_state(module, run.parts) for part, module in run.lora_modules.items()}
         states, alpha, rank = reference_free(states, run.initial_states, args)
         states = {part: {k: v.to(dtype) for k, v in state.items()} for part, state in states.items()}
         write_diffusers_file(run, folder, states, alpha, rank)
@@ -3444,12 +3843,10 @@ class Components:
     def denoiser(self):
         """The frozen denoiser, quantised if --quantize_base says so."""
         args = self.args
-        if args.quantize_base in ("nf4", "int8"):
-            denoiser = quantized(self.get(DENOISER, device="cpu"), args.quantize_base, self.dtype, self.device)
-        else:
-            denoiser = self.get(DENOISER, device="cpu" if self.sharded else None)
-        if args.quantize_base == "fp8":
-            denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
+        if args.quantize_base and DENOISER not in self.loaded:
+            place = (self.folder / DENOISER, args.quantize_base, self.dtype, self.device, args.variant)
+            self.loaded[DENOISER] = load_quantized(library_class(*self.index[DENOISER]), *place)
+        denoiser = self.get(DENOISER, device="cpu" if self.sharded else None)
         if args.enable_xformers_memory_efficient_attention:
             denoiser.enable_xformers_memory_efficient_attention()
         return denoiser
@@ -3540,30 +3937,6 @@ def fingerprint(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def quantized(module, kind: str, dtype, device):
-    """Replaces a module's linear layers by bitsandbytes' nf4 (4 bits) or int8 ones, one by one; returns it on the device.
-
-    The float weights stay on the CPU, so the GPU never holds both. https://arxiv.org/abs/2305.14314
-    """
-    from bitsandbytes import nn as bnb
-
-    linears = [(n, m) for n, m in module.named_modules() if type(m) is torch.nn.Linear]
-    for name, linear in linears:
-        shape = (linear.in_features, linear.out_features, linear.bias is not None)
-        if kind == "nf4":
-            layer = bnb.Linear4bit(*shape, compute_dtype=dtype, quant_type="nf4")
-            layer.support_avx512bf16_for_cpu = False  # that path repacks the weights for inference alone
-            layer.weight = bnb.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=layer)
-        else:
-            layer = bnb.Linear8bitLt(*shape, has_fp16_weights=False)
-            layer.weight = bnb.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-        layer.bias = linear.bias
-        parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, layer.to(device))
-    module.is_loaded_in_4bit, module.is_loaded_in_8bit = kind == "nf4", kind == "int8"  # what peft asks for
-    return module.to(device)
-
-
 def shard_base(denoiser, device) -> None:
     """Splits the frozen weights over all processes, block by block; the LoRA's stay whole on each.
 
@@ -3636,6 +4009,7 @@ def import_libraries() -> None:
     from safetensors.torch import load_file, save_file
 
     import_logging_quietly()
+    define_layers()
 
 
 def import_image_libraries() -> None:
