@@ -264,12 +264,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 277 the run: what happens, in which order · 567 the loop, and one step of it · 736 what is logged, and the
-# guard against learning nothing · 874 data: images and captions · 1167 images: decoding, buckets, crops, batches ·
-# 1573 text: embeddings and new tokens · 1791 LoRA and optimizer · 2206 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2496 checkpoints and signals · 2651 pictures: validation, class images, comparison · 2849
-# probes: what was learned, what was forgotten · 3029 files that a run leaves · 3336 command line · 3751 base model:
-# loading, quantising, splitting · 3959 errors, lines, seeds, libraries
+# By line: 277 the run: what happens, in which order · 568 the loop, and one step of it · 737 what is logged, and the
+# guard against learning nothing · 883 data: images and captions · 1176 images: decoding, buckets, crops, batches ·
+# 1582 text: embeddings and new tokens · 1800 LoRA and optimizer · 2215 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2505 checkpoints and signals · 2660 pictures: validation, class images, comparison · 2858
+# probes: what was learned, what was forgotten · 3038 files that a run leaves · 3345 command line · 3760 base model:
+# loading, quantising, splitting · 3968 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -475,7 +475,8 @@ def load_data(run: Run) -> None:
     run.plan = BatchPlan(examples, args, processes, len(class_store.examples) if class_store else 0)
     steps_per_epoch = run.plan.per_epoch / args.gradient_accumulation_steps
     run.max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
-    run.validation_steps = validation_schedule(args, run.max_steps, steps_per_epoch)
+    if args.num_validation_images or args.validation_split:
+        run.validation_steps = validation_schedule(args, run.max_steps, steps_per_epoch)
     run.plan_size = buckets[Counter(e.bucket for e in examples).most_common(1)[0][0]]
     run.scheduler = library_class("diffusers", TRAINING_SCHEDULER).from_config(components.get("scheduler").config)
     run.data = TrainingData(store, class_store, args, components.config("vae"), run.scheduler)
@@ -670,11 +671,11 @@ def batches_ahead(run: Run, first_step: int):
     batches, device = iter(loader), run.accelerator.device
 
     def upcoming(pool):
-        waiting = pool.submit(lambda: to_device(next(batches), device))
+        prepared = pool.submit(next, batches)
         for number in range(start, stop):
-            batch = waiting.result()
+            batch = to_device(prepared.result(), device)
             if number + 1 < stop:
-                waiting = pool.submit(lambda: to_device(next(batches), device))
+                prepared = pool.submit(next, batches)
             yield batch
 
     with ThreadPoolExecutor(1) as pool:
@@ -741,7 +742,7 @@ class Meter:
 
     def __init__(self, run: Run, first_step: int) -> None:
         self.run, self.loss, self.since, self.began = run, None, first_step, time.perf_counter()
-        self.pending: tuple | None = None  # the row whose numbers are on their way
+        self.pending: list[tuple] = []  # rows whose numbers are on their way
         self.seconds: list[float] = []
         self.file = Path(run.args.output_dir) / "metrics.jsonl"
         if run.accelerator.is_main_process:
@@ -761,29 +762,37 @@ class Meter:
         numbers = torch.stack([self.loss / steps, norm, run.guard.bad_run, run.guard.bad_total, *found])
         if run.accelerator.num_processes > 1:
             numbers[0] = run.accelerator.reduce(numbers[0], reduction="sum")
-        arriving = torch.empty(numbers.shape, pin_memory=numbers.is_cuda)
-        arriving.copy_(numbers, non_blocking=True)
-        event = torch.cuda.Event() if numbers.is_cuda else None
+        arriving = numbers.to("cpu", non_blocking=True)
+        event = torch.Event(numbers.device) if numbers.is_cuda else None
         if event:
             event.record()
         row = {"step": step, "epoch": step * run.args.gradient_accumulation_steps / run.plan.per_epoch}
-        self.write_pending()
+        self.write_arrived()
         self.seconds.append((time.perf_counter() - self.began) / steps)
         rates = {f"lr_{p.name}": p.group()["lr"] for p in active}
-        self.pending = row, rates, self.seconds[-1], arriving, event, bar
+        self.pending.append((row, rates | {"seconds_per_step": self.seconds[-1]}, arriving, event, bar))
+        if event is None:  # not on a GPU: nothing to wait for
+            self.write_arrived()
         self.loss, self.since, self.began = None, step, time.perf_counter()
 
     def write_pending(self) -> None:
-        """Writes the row that is still on its way, if there is one. Errors: UserError after ten losses that aren't finite."""
-        if self.pending is None:
-            return
-        (row, rates, seconds, arriving, event, bar), self.pending = self.pending, None
-        if event:
-            event.synchronize()  # the GPU is at a later step already
-        loss, norm, bad_run, bad_total, *found = arriving.tolist()
+        """Waits for all rows that are on their way, and writes them."""
+        if any(event for *_, event, _ in self.pending):
+            torch.cuda.synchronize()
+        self.write_arrived()
+
+    def write_arrived(self) -> None:
+        """Writes the rows whose numbers have arrived. Errors: UserError after ten losses that aren't finite."""
+        while self.pending and (self.pending[0][3] is None or self.pending[0][3].query()):
+            self.write_row(*self.pending.pop(0))
+
+    def write_row(self, row: dict, rates: dict, arrived, event, bar) -> None:
+        """Writes the row of one log."""
+        loss, norm, bad_run, bad_total, *found = arrived.tolist()
+        for name, d in zip(rates, found, strict=False):  # the rates come first
+            rates[name] *= d
         skipped = {"skipped_steps": int(bad_total)} if bad_total else {}
-        rates = {name: rate * d for (name, rate), d in zip(rates.items(), found or [1.0] * len(rates), strict=True)}
-        self.write(row | {"loss": loss, "grad_norm": norm} | rates | {"seconds_per_step": seconds} | skipped)
+        self.write(row | {"loss": loss, "grad_norm": norm} | rates | skipped)
         bar.set_postfix({"loss": f"{loss:.4f}"}, refresh=False)
         if bad_run:
             say(f"warning: step {row['step']}: the loss is {loss}; the step is left out")
