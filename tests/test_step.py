@@ -1,0 +1,516 @@
+"""The inner step: flat parts, LoRA layers, frozen weights in 8 and 4 bits, against peft and the libraries' optimizers."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, load_script
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from peft import LoraConfig, inject_adapter_in_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+pytestmark = pytest.mark.unit
+sl = load_script("train_lora_sdxl.py")
+
+KINDS = ("fp8", "int8", "nf4")
+
+
+class Attention(torch.nn.Module):
+    """q, k, v of one input, and an output layer; or k and v of another one."""
+
+    def __init__(self, cross: bool = False) -> None:
+        super().__init__()
+        self.is_cross_attention = cross
+        self.to_q, self.to_k, self.to_v = (torch.nn.Linear(16, 32, bias=b) for b in (True, False, True))
+        self.to_out = torch.nn.ModuleList([torch.nn.Linear(32, 16), torch.nn.Dropout(0.0)])
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        return self.to_out[0](torch.tanh(self.to_q(x)) * self.to_k(context) + self.to_v(context))
+
+
+class Pictures(torch.nn.Module):
+    """1 x 1 and 3 x 3 convolutions around an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj_in, self.conv = torch.nn.Conv2d(8, 16, 1), torch.nn.Conv2d(16, 16, 3, padding=1)
+        self.attn, self.proj_out = Attention(), torch.nn.Conv2d(16, 8, 1)
+
+    def forward(self, x):
+        x = torch.tanh(self.conv(self.proj_in(x)))
+        return self.proj_out(self.attn(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+def with_lora(model, dtype=torch.float32, targets=("to_q", "to_k", "to_v", "to_out.0"), fused=True, **config):
+    """A frozen model with a LoRA that isn't zero, and its part; fused or peft's own."""
+    model.requires_grad_(False).to(dtype)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=list(targets), init_lora_weights=False, **config)
+    torch.manual_seed(1)
+    inject_adapter_in_model(config, model)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not fused:
+        return model, trained
+    part = sl.Part("denoiser", trained, 1e-3, 0.01, 100)
+    part.allocate(dtype)
+    if dtype == torch.float64:  # the flat buffers are float32 otherwise; here all is exact
+        part.weights.data = part.weights.data.double()
+        part.gradients = part.fresh = None
+    sl.fuse_lora(model)
+    return model, part
+
+
+def exact(model, targets, **config):
+    """peft's model and a fused copy of it, both in float64; the fused one's gradients lie in part.fresh."""
+    torch.manual_seed(0)
+    model = model.double()
+    plain, trained = with_lora(copy.deepcopy(model), torch.float64, targets, fused=False, **config)
+    fused = copy.deepcopy(plain)
+    part = sl.Part("denoiser", {n: p for n, p in fused.named_parameters() if p.requires_grad}, 1e-3, 0.0, 9)
+    start = {n: p.detach().clone() for n, p in part.parameters.items()}
+    part.allocate(torch.float64)
+    for name, view in part.split(part.shadow).items():
+        view.copy_(start[name])  # float32 in between has rounded them
+    sl.fuse_lora(fused)
+    return plain, trained, fused, part
+
+
+def close(plain, trained, fused, part, *inputs, wrap=lambda model: model, times: int = 1):
+    """Outputs and all gradients of the two agree."""
+    results = []
+    for model in (plain, fused):
+        mine = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+        for _ in range(times):
+            out = wrap(model)(*mine)
+            (out.square().mean() + out.sum() * 0.01).backward()
+        results.append((out, [x.grad for x in mine]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
+    views = part.split(part.fresh)
+    for name, parameter in trained.items():
+        torch.testing.assert_close(views[name], parameter.grad, rtol=1e-9, atol=1e-9)
+        assert parameter.grad.abs().max() > 0
+
+
+def groups(model) -> list:
+    """How many layers compute together, largest first."""
+    found = {
+        id(m.forward.func.__self__): len(m.forward.func.__self__.layers)
+        for m in model.modules()
+        if "forward" in vars(m)
+    }
+    return sorted(found.values(), reverse=True)
+
+
+LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("needs", [True, False])
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True}])
+def test_self_attention_equals_peft(times, needs, config):
+    both = exact(Attention(), LAYERS, **config)
+    assert groups(both[2]) == [3, 1]
+    close(*both, torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=needs), times=times)
+
+
+def test_cross_attention_equals_peft():
+    both = exact(Attention(cross=True), LAYERS)
+    assert groups(both[2]) == [2, 1, 1]
+    x, context = (torch.randn(2, n, 16, dtype=torch.float64, requires_grad=True) for n in (5, 5))
+    close(*both, x, context)
+    both = exact(Attention(), LAYERS)  # k and v get another input than q though they were thought to share it
+    close(*both, x, context)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_convolutions_equal_peft(batch, layout):
+    both = exact(Pictures().to(memory_format=layout), ("proj_in", "conv", "proj_out", *LAYERS))
+    assert groups(both[2]) == [3, 1, 1, 1]  # the 3 x 3 convolution stays peft's
+    x = torch.randn(batch, 8, 4, 6, dtype=torch.float64).to(memory_format=layout)
+    close(*both, x.requires_grad_())
+
+
+@pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}])
+def test_what_is_not_plain_stays_pefts(config):
+    both = exact(Attention(), LAYERS, **config)
+    assert groups(both[2]) == []
+    torch.manual_seed(0)
+    if "lora_dropout" not in config:
+        close(*both, torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True))
+
+
+def test_checkpointing_adds_gradients_once():
+    both = exact(Attention(), LAYERS)
+    x = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
+    close(*both, x, wrap=lambda m: lambda *a: checkpoint(m, *a, use_reentrant=False, preserve_rng_state=False))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled(backend):
+    both = exact(Attention(), LAYERS)
+    x = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
+    close(*both, x, wrap=lambda m: torch.compile(m, backend=backend, fullgraph=True))
+
+
+def test_adapters_off_on_and_frozen():
+    plain, _, fused, part = exact(Attention(), LAYERS)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    for model in (plain, fused):
+        for module in model.modules():
+            if hasattr(module, "enable_adapters"):
+                module.enable_adapters(False)
+    torch.testing.assert_close(fused(x), plain(x))
+    off = fused(x)
+    for model in (plain, fused):
+        for module in model.modules():
+            if hasattr(module, "enable_adapters"):
+                module.enable_adapters(True)
+    torch.testing.assert_close(fused(x), plain(x))
+    assert not torch.allclose(fused(x), off)
+    for parameter in part.parameters.values():
+        parameter.requires_grad_(False)
+    fused(x.requires_grad_()).sum().backward()
+    assert not part.fresh.any() and x.grad.any()
+
+
+def test_half_precision_part():
+    """The modules see a bfloat16 shadow; weights and gradients are float32; micro-batches add up."""
+    model, part = with_lora(Attention(), torch.bfloat16)
+    assert part.weights.dtype == part.gradients.dtype == torch.float32 and part.shadow.dtype == torch.bfloat16
+    assert all(p.dtype == torch.bfloat16 and p.grad.dtype == torch.bfloat16 for p in part.parameters.values())
+    part.weights.data.add_(1.0)
+    part.publish()
+    assert torch.equal(
+        model.to_q.lora_A["default"].weight, part.split(part.weights)["to_q.lora_A.default.weight"].bfloat16()
+    )
+    sums = torch.zeros_like(part.gradients)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model(torch.randn(2, 5, 16, dtype=torch.bfloat16)).float().square().mean().backward()
+        sums += part.fresh
+        part.collect()
+        assert not part.fresh.any()
+    assert torch.equal(part.gradients, sums) and sums.any()
+
+
+ARGS = SimpleNamespace(adam_beta1=0.9, adam_beta2=0.99, adam_epsilon=1e-8, lr_warmup_steps=0, prodigy_beta3=None)
+ARGS.prodigy_decouple, ARGS.prodigy_use_bias_correction, ARGS.prodigy_safeguard_warmup = True, True, True
+
+
+def trained_by(name: str, make, steps: int = 6):
+    """The weights after some steps with an optimizer over the flat buffer, and over the matrices (or one vector)."""
+    out = []
+    for flat in (True, False):
+        torch.manual_seed(0)
+        model, part = with_lora(Attention())
+        ARGS.optimizer = name
+        if flat:
+            part.allocate()
+            sl.fuse_lora(model)
+            optimizer = sl.make_optimizer(part, ARGS)
+        else:
+            optimizer = make(part)
+        for seed in range(steps):
+            torch.manual_seed(seed)
+            model(torch.randn(2, 5, 16)).square().mean().backward()
+            optimizer.step()
+            part.gradients.zero_()
+        assert not torch.equal(part.weights.detach(), part.initial)
+        out.append(part.weights.detach().clone())
+    return out
+
+
+def test_optimizers_equal_the_libraries():
+    from bitsandbytes.optim import AdamW8bit
+    from prodigyopt import Prodigy
+    from transformers.optimization import Adafactor
+
+    common = {"lr": 1e-3, "weight_decay": 0.01}
+
+    def separate(part):
+        values = list(part.parameters.values())
+        return torch.optim.AdamW(values, betas=(0.9, 0.99), eps=1e-8, **common)
+
+    torch.testing.assert_close(*trained_by("adamw", separate))
+    torch.testing.assert_close(
+        *trained_by(
+            "prodigy",
+            lambda p: Prodigy(
+                [p.weights], betas=(0.9, 0.99), eps=1e-8, use_bias_correction=True, safeguard_warmup=True, **common
+            ),
+        )
+    )
+    torch.testing.assert_close(
+        *trained_by("adamw8bit", lambda p: AdamW8bit([p.weights], betas=(0.9, 0.99), eps=1e-8, **common))
+    )
+    torch.testing.assert_close(
+        *trained_by(
+            "adafactor",
+            lambda p: Adafactor(
+                p.parameters.values(), scale_parameter=False, relative_step=False, warmup_init=False, **common
+            ),
+        )
+    )
+
+
+def test_prodigy_finds_the_same_step_size_from_a_small_start():
+    """d grows over many steps as the library's does, and a part without gradients stays."""
+    from prodigyopt import Prodigy
+
+    found = []
+    for own in (True, False):
+        torch.manual_seed(0)
+        weights = torch.nn.Parameter(torch.randn(64))
+        optimizer = (sl.waitless_prodigy(Prodigy) if own else Prodigy)([weights], lr=1.0, weight_decay=0.01)
+        for step in range(60):
+            weights.grad = (weights.detach() - 1) * (step > 0)
+            optimizer.step()
+        found.append((weights.detach(), float(optimizer.param_groups[0]["d"])))
+    assert found[1][1] > 1e-3
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
+    assert abs(found[0][1] / found[1][1] - 1) < 1e-4
+
+
+def test_guard():
+    model, part = with_lora(Attention())
+    guard = sl.StepGuard("cpu", half=False)
+    alone = SimpleNamespace(num_processes=1)
+    part.gradients.fill_(1.0)
+    norm = guard.apply([part], alone, 0.5)
+    torch.testing.assert_close(norm, torch.tensor(part.gradients.numel() ** 0.5))
+    torch.testing.assert_close(torch.linalg.vector_norm(part.gradients), torch.tensor(0.5), rtol=1e-4, atol=0)
+    for bad in (float("nan"), float("inf")):
+        for clip in (0.0, 1.0):
+            part.gradients.fill_(1.0)[3] = bad
+            guard.apply([part, part], alone, clip)
+            assert not part.gradients.any()
+    assert guard.bad_total == guard.bad_run == 4
+    part.gradients.fill_(1.0)
+    guard.apply([part], alone, 0.0)
+    assert guard.bad_run == 0 and part.gradients.eq(1).all()
+
+
+@pytest.mark.parametrize("kind,error", [("fp8", 0.0275), ("int8", 0.012), ("nf4", 0.1)])
+def test_frozen_weights(kind, error):
+    torch.manual_seed(0)
+    weight = torch.randn(96, 256) * 0.01
+    layer = sl.FrozenLinear(weight, torch.nn.Parameter(torch.randn(96)), kind, torch.float32)
+    assert ((layer.weight - weight).norm() / weight.norm()) < error
+    layer.to(torch.bfloat16)  # a cast leaves them alone
+    assert ((layer.weight - weight).norm() / weight.norm()) < error
+    x, saved = torch.randn(3, 7, 256, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = layer(x)
+    assert not saved  # nothing but the layer itself
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(out, expected)
+    (gradient,) = torch.autograd.grad(out.square().sum(), x)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.square().sum(), x)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_fp8_products():
+    """What a GPU with fp8 does, on the CPU: forward and input gradient near to those of the dense weights."""
+    torch.manual_seed(0)
+    weight = torch.randn(96, 256) * 0.01 * torch.logspace(-2, 1, 96)[:, None]
+    layer = sl.FrozenLinear(weight, torch.nn.Parameter(torch.randn(96).bfloat16()), "fp8", torch.bfloat16)
+    x = torch.randn(70, 256).bfloat16().requires_grad_()
+    results = []
+    for layer.direct in (False, True):
+        out = layer(x)
+        results.append((out.detach(), torch.autograd.grad(out.float().square().sum(), x)[0]))
+    for dense, direct in zip(*results, strict=True):
+        assert torch.nn.functional.cosine_similarity(dense.flatten().float(), direct.flatten().float(), 0) > 0.999
+        assert (dense - direct).float().norm() / dense.float().norm() < 0.06
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}])
+def test_lora_over_frozen_weights_equals_peft(kind, config):
+    torch.manual_seed(0)
+    model = Attention()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            model.set_submodule(name, sl.FrozenLinear(layer.weight.data, layer.bias, kind, torch.float32))
+    model, part = with_lora(model, **config)
+    assert groups(model) == ([] if config else [3, 1])
+    x = torch.randn(2, 5, 16)
+    out = model(x)
+    out.square().mean().backward()
+    mine = part.gradients.clone()
+    part.gradients.zero_()
+    for module in model.modules():
+        vars(module).pop("forward", None)  # peft's again
+    theirs = model(x)
+    theirs.square().mean().backward()
+    torch.testing.assert_close(out, theirs)
+    torch.testing.assert_close(mine, part.gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_only_8_bits_are_kept():
+    """With checkpointing or without: no dense weight, no input of a frozen layer without LoRA, survives the forward."""
+    weights = [torch.randn(64, 64) for _ in range(4)]
+    for kind in KINDS:
+        layers = torch.nn.Sequential(*(sl.FrozenLinear(w, None, kind, torch.float32) for w in weights))
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # noqa: B023
+            layers(torch.randn(3, 64, requires_grad=True))
+        assert not saved
+
+
+def tiny_flux():
+    return FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=4,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), guidance_embeds=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_load_quantized(tmp_path, kind, shards):
+    torch.manual_seed(0)
+    model = tiny_flux()
+    size = sum(p.numel() * 4 for p in model.parameters())
+    model.save_pretrained(tmp_path, max_shard_size=size // shards + 1000 if shards > 1 else "10GB")
+    loaded = sl.load_quantized(FluxTransformer2DModel, tmp_path, kind, torch.bfloat16, "cpu")
+    layers = {n for n, m in loaded.named_modules() if isinstance(m, sl.FrozenLinear)}
+    assert {"transformer_blocks.0.norm1.linear", "single_transformer_blocks.0.norm.linear"} <= layers
+    assert not any(n in layers for n in ("x_embedder", "context_embedder", "proj_out", "norm_out.linear"))
+    assert loaded.dtype == torch.bfloat16 and not any(p.requires_grad or p.is_meta for p in loaded.parameters())
+    for name in layers:
+        dense = model.get_submodule(name)
+        bound = {"fp8": 0.04, "int8": 0.02, "nf4": 0.15}[kind]
+        assert (loaded.get_submodule(name).weight.float() - dense.weight).norm() / dense.weight.norm() < bound
+    x = {"hidden_states": torch.randn(1, 6, 16), "encoder_hidden_states": torch.randn(1, 4, 32),
+         "pooled_projections": torch.randn(1, 32), "guidance": torch.ones(1), "timestep": torch.ones(1) * 0.5,
+         "img_ids": torch.zeros(6, 3), "txt_ids": torch.zeros(4, 3)}  # fmt: skip
+    with torch.no_grad():
+        first, second = model(**x).sample, loaded(**{k: v.bfloat16() for k, v in x.items()}).sample.float()
+    assert torch.nn.functional.cosine_similarity(first.flatten(), second.flatten(), 0) > 0.97
+
+
+def test_load_quantized_says_what_is_missing(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny_flux().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state.pop("transformer_blocks.0.norm1.linear.bias")
+    save_file(state, file)
+    with pytest.raises(sl.UserError, match=r"norm1\.linear\.bias"):
+        sl.load_quantized(FluxTransformer2DModel, tmp_path, "int8", torch.bfloat16, "cpu")
+
+
+def test_load_quantized_holds_one_file_at_a_time(tmp_path):
+    """Resident memory rises by no more than a file, the result and some rows in float32.
+
+    The threshold has freed memory given back, where glibc would keep it for the next tensors.
+    """
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=16, num_layers=0, num_single_layers=32, attention_head_dim=16, num_attention_heads=32,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
+    ).to(torch.bfloat16)  # fmt: skip
+    size = sum(p.numel() * 2 for p in model.parameters())
+    model.save_pretrained(tmp_path, max_shard_size=size // 8)
+    del model
+    code = f"""
+import re, sys
+import importlib.util, torch
+spec = importlib.util.spec_from_file_location("script", {str(ROOT / "train_lora_sdxl.py")!r})
+step_layers = importlib.util.module_from_spec(spec)
+sys.modules["script"] = step_layers
+spec.loader.exec_module(step_layers)
+step_layers.import_libraries()
+from accelerate import init_empty_weights
+from diffusers import FluxTransformer2DModel
+from safetensors import safe_open
+def status(name):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+torch.ones(512, 512) @ torch.ones(512, 512)
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+folder = step_layers.Path({str(tmp_path)!r})
+model = step_layers.load_quantized(FluxTransformer2DModel, folder, "int8", torch.bfloat16, "cpu")
+print(status("VmHWM") - before, status("VmRSS") - before)
+"""
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000", "OMP_NUM_THREADS": "1"}
+    peak, after = map(int, subprocess.run([sys.executable, "-c", code], check=True, stdout=-1, env=env).stdout.split())
+    print(f"base {size >> 20} MiB, peak {peak >> 20} MiB, after {after >> 20} MiB")
+    assert peak < size * (1 / 2 + 1 / 8) + (40 << 20)
+
+
+def test_averaged_and_state():
+    model, part = with_lora(Attention(), torch.bfloat16)
+    part.ema = SimpleNamespace(copy_to=lambda ps: [p.data.fill_(0.5) for p in ps])
+    before = part.weights.detach().clone()
+    with sl.averaged([part]):
+        assert part.shadow.eq(0.5).all()
+    assert torch.equal(part.weights, before) and torch.equal(part.shadow, before.bfloat16())
+
+
+def test_lora_state_is_the_float32_one():
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 8), cross_attention_dim=8, norm_num_groups=4, attention_head_dim=2, layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).requires_grad_(False).to(torch.bfloat16)  # fmt: skip
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+    part = sl.Part("denoiser", {n: p for n, p in unet.named_parameters() if p.requires_grad}, 1e-3, 0, 9)
+    part.allocate(torch.bfloat16)
+    sl.fuse_lora(unet)
+    part.weights.data.normal_(std=0.1)
+    part.publish()
+    state, views = sl.lora_state(unet, [part]), part.split(part.weights.detach())
+    assert len(state) == len(views)
+    assert all(torch.equal(views[k.replace(".weight", ".default.weight")], v) for k, v in state.items())
+    found, inputs = [], (torch.randn(1, 4, 8, 8).bfloat16(), 5, torch.randn(1, 3, 8).bfloat16())
+    for checkpointing in (False, True):
+        if checkpointing:
+            sl.enable_checkpointing(unet.train(), dropout=False)
+        unet(*inputs).sample.float().square().mean().backward()
+        part.collect()
+        found.append(part.gradients.clone())
+        part.gradients.zero_()
+    assert torch.equal(*found) and all(v.any() for v in part.split(found[0]).values())
+
+
+class Count(TorchDispatchMode):
+    """Operations that would start a kernel."""
+
+    FREE = ("empty", "new_empty", "detach", "alias", "_unsafe_view")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        if not func.is_view and not name.startswith(self.FREE):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operations_of_a_layer(dtype):
+    """A LoRA layer is 3 operations forwards and 5 backwards; three of one input are 7 and 11."""
+    model, part = with_lora(Attention(), dtype)
+    x, count = torch.randn(5, 16, dtype=dtype, requires_grad=True), Count()
+    for module, forwards, backwards in ((model.to_out[0], 3, 5), (None, 7, 11)):
+        count.names = []
+        with count:
+            outs = [module(x.repeat(1, 2))] if module else [layer(x) for layer in (model.to_q, model.to_k, model.to_v)]
+        assert len([n for n in count.names if n != "repeat"]) == forwards, count.names
+        count.names = []
+        gradients = [torch.randn_like(out) for out in outs]
+        with count:
+            torch.autograd.backward(outs, gradients)
+        spare = [n for n in count.names if not n.startswith(("mm", "addmm"))]
+        assert len(count.names) - len(spare) == backwards, count.names
+    count.names = []
+    with count:
+        part.collect()
+        part.publish()
+    assert len(count.names) == (3 if dtype != torch.float32 else 0)
