@@ -101,6 +101,7 @@ OF_TRAINING = {
     "guidance_scale": "validation_guidance_scale",
     **{key: key for key in ("max_sequence_length", "clip_skip", "prediction_type", "rescale_betas_zero_snr", "seed")},
 }
+ONLY_UNET = ("clip_skip", "prediction_type", "rescale_betas_zero_snr")  # what SD3 and FLUX.1 have not
 
 
 class Family(NamedTuple):
@@ -569,7 +570,12 @@ def settings_of_training(path: str, said: dict[str, object]) -> dict[str, object
     """A training's settings by this file's keys, but those `said` otherwise. Errors: UserError without a prompt."""
     lora, embeddings = adapter_files(path)
     about = about_training(path)
-    out = {key: about[flag] for key, flag in OF_TRAINING.items() if about.get(flag) is not None}
+    said_there = {key: about.get(flag) for key, flag in OF_TRAINING.items()}
+    out = {
+        key: value for key, value in said_there.items() if value is not None and value is not False
+    }  # False: not set
+    if family_of_lora(lora, about) in ("sd3", "flux"):
+        out = {key: value for key, value in out.items() if key not in ONLY_UNET}
     size = about.get("resolution") or re.findall(r"\d+", str(about.get("modelspec.resolution", "")))
     if size:
         sides = (size if isinstance(size, list) else [size]) * 2
@@ -718,7 +724,7 @@ def base_folder(settings, trainings: list[Training]) -> str:
         raise UserError("true_cfg_scale is for FLUX.1 alone; other families have guidance_scale")
     if settings.negative_prompt and flux and (settings.true_cfg_scale or 0) <= 1:
         raise UserError("negative_prompt has no effect on FLUX.1 without true_cfg_scale above 1")
-    for key in ("clip_skip", "prediction_type", "rescale_betas_zero_snr"):
+    for key in ONLY_UNET:
         if getattr(settings, key) and not unet:
             raise UserError(f"{key} is for Stable Diffusion 1.x/2.x and SDXL, and {base} is {title}")
     if settings.max_sequence_length and unet:

@@ -1,4 +1,4 @@
-"""infer_lora.py as people use it: a training's folder, the YAML, mistakes, grids; and the wrappers' family detection."""
+"""infer_lora.py as people use it: a training's folder, the YAML, mistakes, grids; the wrappers' family detection."""
 
 import json
 import os
@@ -190,6 +190,7 @@ def as_trained(family, trained, target, **settings) -> Path:
         "validation_guidance_scale": 3.0,
         "token_abstraction": "circle",
         "clip_skip": None,
+        "rescale_betas_zero_snr": False,  # a flag that was not given: the base's own schedule holds
         **dict(family.extra),
     }
     (target / "config.yaml").write_text(yaml.safe_dump(values | settings))
@@ -240,6 +241,9 @@ def test_what_wins_and_where_prompts_come_from(tmp_path, shelf, capsys):
     )
     assert (settings.resolution.width, settings.resolution.height, settings.num_inference_steps) == (88, 80, 7)
     assert settings.seed == 5 and settings.adapter_scale == [0.5, 1.0] and settings.guidance_scale == 3.0
+    assert settings.rescale_betas_zero_snr is None
+    zeros = as_trained(family, source, tmp_path / "zeros", seed=0, validation_guidance_scale=0, instance_prompt="x")
+    assert (read_one(infer, zeros).seed, read_one(infer, zeros).guidance_scale) == (0, 0.0)
     plain = {"token_abstraction": None, "instance_prompt": "a photo of TOK"}
     assert read_one(infer, as_trained(family, source, tmp_path / "b", **plain)).prompt == "a photo of <s0><s1><s2><s3>"
     assert read_one(infer, as_trained(family, source, tmp_path / "c", trigger_word="sks")).prompt == "sks"
