@@ -15,18 +15,18 @@
     python infer_lora.py                                                # as config/lora_infer.yaml says
     python infer_lora.py --config my.yaml --seed 3 --resolution.width 768
 
-A training's folder (or a LoRA file) says by itself which base it is for, and the size, steps, guidance and prompts it was
-validated with: its config.yaml, else its model card and the LoRA file's metadata. A word that stands for new tokens (TOK)
-becomes them. A YAML file and the command line win over that, the command line over the file.
+A training's folder (or a LoRA file) says by itself which base it is for, and the size, steps, guidance and prompts it
+was validated with: its config.yaml, else its model card and the LoRA file's metadata. A word that stands for new tokens
+(TOK) becomes them. A YAML file and the command line win over that, the command line over the file.
 
-Every key of the YAML can be given on the command line, nested ones with a dot; values are read as YAML. `--help` lists the
-keys, config/lora_infer.yaml explains them. Token embeddings (`*_emb.safetensors`) that lie beside the LoRA are loaded by
-themselves. Each run writes its images, with the settings in the PNG text, and the configuration used into a folder of its
-own in `paths.infer_path`.
+Every key of the YAML can be given on the command line, nested ones with a dot; values are read as YAML. `--help` lists
+the keys, config/lora_infer.yaml explains them. Token embeddings (`*_emb.safetensors`) that lie beside the LoRA are
+loaded by themselves. Each run writes its images, with the settings in the PNG text, and the configuration used into a
+folder of its own in `paths.infer_path`.
 
-This file runs alone (`uv run infer_lora.py …` on a copy of it brings its packages). It needs the rest of the project only to
-read a base that is a single checkpoint file, other tools' LoRA files for SD3 and FLUX.1, and their DoRA files; it says so
-where that is missing.
+This file runs alone (`uv run infer_lora.py …` on a copy of it brings its packages). It needs the rest of the project
+only to read a base that is a single checkpoint file, other tools' LoRA files for SD3 and FLUX.1, and their DoRA files;
+it says so where that is missing.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 
-# {group: {key: (kind, default, help)}}: what --help shows and what a YAML file is checked against; a kind is one of those in
-# build_schema, or the words that are allowed
+# {group: {key: (kind, default, help)}}: what --help shows and what a YAML file is checked against; a kind is one of
+# those in build_schema, or the words that are allowed
 KEYS = {
     "files": {
         "paths.base_model_path": ("text", "the training's", "hub id, diffusers folder, or .safetensors/.ckpt file"),
-        "paths.lora_weights_path": ("loras", None, "a training's folder or a LoRA file; several: [{path: …, weight: 0.8}, …]"),
+        "paths.lora_weights_path": ("loras", None, "a training's folder or LoRA file, or [{path: …, weight: 0.8}, …]"),
         "paths.pretrained_vae_model_name_or_path": ("text", None, "another VAE"),
         "paths.infer_path": ("text", "output/infer", "each run makes a folder of its own in here"),
         "checkpoints": ("checkpoints", None, "all, or numbers: a grid over the checkpoints of the training's folder"),
@@ -88,7 +88,7 @@ KEYS = {
         "fuse": ("switch", False, "bake the LoRA into the base before drawing: a little faster"),
         "dtype": (("auto", "float32", "float16", "bfloat16"), "auto", "bfloat16 on a GPU, else float32"),
         "device": (("auto", "cuda", "cpu", "mps"), "auto", ""),
-        "offload": (("none", "model", "sequential"), "none", "to the CPU: a part at a time, or layer by layer (least memory)"),
+        "offload": (("none", "model", "sequential"), "none", "to the CPU: a part at a time, or each layer (slow)"),
         "quantize": (("none", "nf4", "int8"), "none", "the denoiser in 4 or 8 bits (GPU)"),
         "compile": ("switch", False, "torch.compile of the repeated blocks: slow first image, then faster"),
     },
@@ -101,6 +101,7 @@ OF_TRAINING = {
     "guidance_scale": "validation_guidance_scale",
     **{key: key for key in ("max_sequence_length", "clip_skip", "prediction_type", "rescale_betas_zero_snr", "seed")},
 }
+ONLY_UNET = ("clip_skip", "prediction_type", "rescale_betas_zero_snr")  # what SD3 and FLUX.1 have not
 
 
 class Family(NamedTuple):
@@ -171,15 +172,17 @@ def draw_all(settings) -> None:
 
 
 def end_at_once(number: int, frame: object) -> None:
-    """Answers Ctrl-C and SIGTERM with a line and exit code 130 or 143. Nothing is raised, because libraries swallow what is
-    raised while they are imported; no file is ever half written, so nothing has to be cleaned up.
+    """Answers Ctrl-C and SIGTERM with a line and exit code 130 or 143.
+
+    Nothing is raised, because libraries swallow what is raised while they are imported; no file is ever half written,
+    so nothing has to be cleaned up.
     """
     os.write(2, f"infer_lora.py: stopped by {signal.Signals(number).name}; finished images are kept\n".encode())
     os._exit(128 + number)
 
 
 def write_crash_log(folder: Path) -> Path:
-    """The traceback of the exception that is being handled, in a new file in `folder`, or where files can be written."""
+    """Puts the traceback of the exception being handled into a file in `folder`, or where one can be written."""
     name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}.log"
     text = f"{sys.argv}\nPython {sys.version}\n\n{traceback.format_exc()}"
     try:
@@ -217,8 +220,9 @@ def parse_words(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="infer_lora.py",
         usage="%(prog)s [LORA ...] [--config FILE] [--KEY VALUE ...]",
-        description="Draws images with a trained LoRA. LORA, a training's folder or a LoRA file, says by itself which base, size, steps"
-        " and prompts it needs; without it, config/lora_infer.yaml says what is drawn. Every key of the YAML is a flag.",
+        description="Draws images with a trained LoRA. LORA, a training's folder or a LoRA file, says by itself which"
+        " base, size, steps and prompts it needs; without it, config/lora_infer.yaml says what is drawn. Every key of"
+        " the YAML is a flag.",
         allow_abbrev=False,
     )
     parser.add_argument("lora", nargs="*", metavar="LORA", help="a training's folder or a LoRA file")
@@ -237,7 +241,7 @@ def parse_words(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_settings(argv: list[str] | None):
-    """The settings, checked: the training's own files, the YAML file on top, then the command line. Errors: UserError."""
+    """The settings, checked: the training's own files, then the YAML file, then the command line; the last wins."""
     words = parse_words(argv)
     given = {key: value_of(key, vars(words)[key]) for key in FIELDS if vars(words)[key] is not None}
     for prompt in words.prompt or []:
@@ -250,7 +254,7 @@ def read_settings(argv: list[str] | None):
         given["paths.lora_weights_path"] = words.lora[0] if len(words.lora) == 1 else words.lora
         said = {key: value for key, value in (values | given).items() if value is not None}
         values = settings_of_training(words.lora[0], said) | said
-    settings = validated(values | given, source)
+    settings = validated(values | given, words.config or (words.lora or [source])[0], given)
     check_settings(settings)
     return settings
 
@@ -306,56 +310,66 @@ def read_yaml(file: str) -> dict[str, object]:
     return flat
 
 
-def validated(values: dict[str, object], source: str):
-    """Values by dotted key -> the settings with their types. Errors: UserError that names the key."""
+# what a kind takes, where pydantic's message names only one of several possibilities
+EXPECTED = {
+    "texts": "a text or a list of texts",
+    "numbers": "a finite number or a list of them",
+    "loras": "a path, or a list of paths or {path: …, weight: 0.8}",
+    "checkpoints": "all, or numbers of checkpoints from 1 on",
+}
+
+
+def validated(values: dict[str, object], source: str, given: dict[str, object]):
+    """Values by dotted key -> the settings, with their types. Errors: UserError that names the key or the flag."""
     from pydantic import ValidationError
 
-    nested: dict = {}
+    nested: dict = {"paths": {}}
     for key, value in values.items():
-        *parents, leaf = key.split(".")
-        for parent in parents[:1]:
-            nested.setdefault(parent, {})[leaf] = value
-        if not parents:
-            nested[leaf] = value
+        parent, _, leaf = key.rpartition(".")
+        (nested.setdefault(parent, {}) if parent else nested)[leaf] = value
     try:
-        return build_schema().model_validate({"paths": {}, **nested})
+        return build_schema().model_validate(nested)
     except ValidationError as error:
         problem = error.errors()[0]
-    known = {part for key in FIELDS for part in key.split(".")} | {"path", "weight"}
-    *parents, leaf = [
-        p for p in problem["loc"] if isinstance(p, int) or p in known or problem["type"] == "extra_forbidden"
-    ]
-    key = ".".join(map(str, [*parents, leaf]))
-    if problem["type"] == "missing":
-        raise UserError(f"{source}: {key} is missing")
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    raise UserError(f"{source}: {key}: {message}, found {one_line(repr(problem['input']), 80)}")
+    place = [str(part) for part in problem["loc"]]
+    key = next(key for key in FIELDS if key.split(".") == place[: key.count(".") + 1])
+    where = f"--{key}" if key in given else f"{source}: {key}"
+    if problem["type"] == "missing" and key not in values:
+        raise UserError(f"{where} is missing")
+    message = f"expected {EXPECTED[FIELDS[key][0]]}" if FIELDS[key][0] in EXPECTED else problem["msg"]
+    raise UserError(f"{where}: {message[0].lower() + message[1:]}, found {one_line(repr(values[key]), 80)}")
 
 
 def build_schema():
-    """The pydantic model of the settings. Built in a function: pydantic takes longer to import than this file's help."""
+    """The pydantic model of the settings. Built in a function: pydantic takes longer to import than --help may take."""
     from typing import Annotated, Literal
 
-    from pydantic import BaseModel, ConfigDict, Field, create_model
+    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
     class Strict(BaseModel):
         model_config = ConfigDict(extra="forbid")
 
-    number = Annotated[float, Field(allow_inf_nan=False)]
+    def no_switch(value):
+        if isinstance(value, bool):
+            raise ValueError("input should be a number")
+        return value
+
+    number = Annotated[float, BeforeValidator(no_switch), Field(allow_inf_nan=False)]
 
     class Adapter(Strict):
         path: str
         weight: number = 1.0
 
     whole = {"count": (1, 10**5), "pixels": (8, 2**14), "layers": (0, 100), "seed": (-(2**62), 2**62)}
-    kinds = {kind: Annotated[int, Field(ge=low, le=high)] for kind, (low, high) in whole.items()}
+    bounds = {kind: Field(ge=low, le=high) for kind, (low, high) in whole.items()}
+    kinds = {kind: Annotated[int, BeforeValidator(no_switch), bound] for kind, bound in bounds.items()}
     count = kinds["count"]
     kinds |= {
         "text": Annotated[str, Field(min_length=1)],
         "texts": str | Annotated[list[str], Field(min_length=1)],
         "loras": str | list[str | Adapter],
         "numbers": number | Annotated[list[number], Field(min_length=1)],
-        "amount": Annotated[float, Field(ge=0, allow_inf_nan=False)],
+        "amount": Annotated[number, Field(ge=0)],
         "checkpoints": Literal["all"] | count | Annotated[list[count], Field(min_length=1)],
         "switch": bool,
     }
@@ -447,11 +461,12 @@ class Training:
 
 
 def adapter_files(path: str) -> tuple[Path | None, Path | None]:
-    """(LoRA file, embeddings file) of a path to a training's folder or to one file. Errors: UserError if neither is there."""
+    """(LoRA file, embeddings file) of a training's folder or of one file. Errors: UserError if neither is there."""
     place = Path(path)
     if not exists(path):
         raise UserError(
-            f"paths.lora_weights_path: no such file or folder: {one_line(path)}; train one first: bash run_lora_train.sh"
+            f"paths.lora_weights_path: no such file or folder: {one_line(path)}; train one first:"
+            " bash run_lora_train.sh"
         )
     folder = place if place.is_dir() else place.parent
     own = f"{folder.resolve().name if place.is_dir() else place.stem}_emb.safetensors"
@@ -466,7 +481,8 @@ def adapter_files(path: str) -> tuple[Path | None, Path | None]:
         return lora if lora.is_file() else None, embeddings[0] if embeddings else None
     if place.suffix != ".safetensors":
         raise UserError(
-            f"paths.lora_weights_path: {path}: only .safetensors files are read; others can run code when they are opened"
+            f"paths.lora_weights_path: {path}: only .safetensors files are read; others can run code when they are"
+            " opened"
         )
     if place.name.endswith("_emb.safetensors"):
         return None, place
@@ -480,7 +496,7 @@ def checkpoints_in(folder: Path) -> dict[int, Path]:
 
 
 def checkpoint_folders(settings) -> dict[str, Path]:
-    """{label: folder} of the checkpoints to draw: those asked for; of all, also the result where it is not one of them."""
+    """{label: folder} of the checkpoints to draw; of all, also the training's result where it is not one of them."""
     ((path, _),) = adapters_of(settings)
     there, wanted = checkpoints_in(Path(path)), settings.checkpoints
     if not there:
@@ -501,7 +517,7 @@ def checkpoint_folders(settings) -> dict[str, Path]:
 
 
 def header_of(file: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """(metadata, {key: shape}) of a .safetensors file, without its tensors. Errors: UserError if it is none, or is cut short."""
+    """(metadata, {key: shape}) of a .safetensors file, its tensors unread. Errors: UserError if it is none, or cut."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -516,7 +532,7 @@ def header_of(file: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
 
 
 def about_training(path: str) -> dict[str, object]:
-    """What a training says of itself, by its flags' names: config.yaml, else the model card and a LoRA file's metadata."""
+    """What a training says of itself, by its flags' names: config.yaml, else the model card and the file's metadata."""
     import yaml
 
     place = Path(path)
@@ -551,10 +567,15 @@ def about_training(path: str) -> dict[str, object]:
 
 
 def settings_of_training(path: str, said: dict[str, object]) -> dict[str, object]:
-    """A training's settings by this file's keys, but for those that are `said` otherwise. Errors: UserError without a prompt."""
+    """A training's settings by this file's keys, but those `said` otherwise. Errors: UserError without a prompt."""
     lora, embeddings = adapter_files(path)
     about = about_training(path)
-    out = {key: about[flag] for key, flag in OF_TRAINING.items() if about.get(flag) is not None}
+    said_there = {key: about.get(flag) for key, flag in OF_TRAINING.items()}
+    out = {
+        key: value for key, value in said_there.items() if value is not None and value is not False
+    }  # False: not set
+    if family_of_lora(lora, about) in ("sd3", "flux"):
+        out = {key: value for key, value in out.items() if key not in ONLY_UNET}
     size = about.get("resolution") or re.findall(r"\d+", str(about.get("modelspec.resolution", "")))
     if size:
         sides = (size if isinstance(size, list) else [size]) * 2
@@ -584,7 +605,8 @@ def find_base(path: str, about: dict[str, object], family: str | None) -> str:
         reason = f"its base {named} is not there" if named else "it doesn't say its base"
         raise UserError(f"{path}: {reason}; --paths.base_model_path BASE does")
     print(
-        f"base: {FAMILIES[family].base}, the usual one of {FAMILIES[family].title}; --paths.base_model_path names another"
+        f"base: {FAMILIES[family].base}, the usual one of {FAMILIES[family].title};"
+        " --paths.base_model_path names another"
     )
     return FAMILIES[family].base
 
@@ -613,7 +635,10 @@ def look_at_trainings(settings) -> list[Training]:
         about = about_training(path)
         training = Training(path, weight, lora, embeddings, about, family_of_lora(lora, about), first)
         if embeddings:
-            rows = next(iter(header_of(embeddings)[1].values()))[0]
+            shapes = list(header_of(embeddings)[1].values())
+            if any(len(shape) != 2 or shape[0] != shapes[0][0] or not shape[0] for shape in shapes):
+                raise UserError(f"{embeddings}: expected tables with a row for each new token, found {shapes}")
+            rows = shapes[0][0]
             words = [w.strip() for w in str(about.get("token_abstraction") or "TOK").split(",") if w.strip()]
             tokens = [f"<s{first + i}>" for i in range(rows)]
             each = rows // len(words) or 1
@@ -625,7 +650,7 @@ def look_at_trainings(settings) -> list[Training]:
 
 
 def insert_tokens(settings, trainings: list[Training]) -> None:
-    """Puts the new tokens for their words into the prompts ("a TOK" -> "a <s0><s1>"), and says which prompts call no LoRA."""
+    """Puts the new tokens into the prompts ("a TOK" -> "a <s0><s1>"), and says which prompts call no LoRA."""
     words = {word: "".join(tokens) for t in trainings for word, tokens in t.words.items()}
 
     def replaced(text):
@@ -652,19 +677,43 @@ def family_of_base(base: str) -> str | None:
             index = Path(base) / "model_index.json"
         else:
             from huggingface_hub import hf_hub_download
+            from huggingface_hub.utils import logging
 
+            logging.set_verbosity_error()  # it tells of each retry
             index = Path(hf_hub_download(base, "model_index.json"))
-        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except Exception as error:  # the hub's many kinds, no JSON, no index
-        what = one_line(error) if not isinstance(error, KeyError | TypeError) else "model_index.json names no pipeline"
-        raise UserError(f"paths.base_model_path: {base}: {what}") from None
+    except Exception as error:  # the hub has many kinds
+        raise UserError(f"paths.base_model_path: {base}: {one_line(error)}") from None
+    kind = read_json(index).get("_class_name")
     return next((name for name, family in FAMILIES.items() if family.pipeline == kind), None)
 
 
+def read_json(file: Path) -> dict:
+    """A base's JSON file of keys and values. Errors: UserError."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"paths.base_model_path: {file}: missing or damaged ({one_line(error, 100)})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"paths.base_model_path: {file}: damaged: no keys and values")
+    return values
+
+
+def check_folder(folder: Path, own_vae: bool) -> None:
+    """Looks at a base's parts and configurations: the libraries' own errors seldom name the file. Errors: UserError."""
+    for name, spec in read_json(folder / "model_index.json").items():
+        wanted = isinstance(spec, list) and spec[:1] != [None] and (own_vae or name != "vae")
+        if wanted and not (folder / name).is_dir():
+            raise UserError(f"paths.base_model_path: {folder}: its part {name} is missing")
+    for file in folder.glob("*/*.json"):
+        read_json(file)
+
+
 def base_folder(settings, trainings: list[Training]) -> str:
-    """The base as a folder or a hub id, after a look whether LoRAs and settings are for its family. Errors: UserError."""
+    """The base as a folder or a hub id. Errors: UserError if LoRAs or settings are for another family."""
     base = settings.paths.base_model_path
     folder = str(unpacked(base)) if Path(base).is_file() else base
+    if Path(folder).is_dir():
+        check_folder(Path(folder), own_vae=settings.paths.pretrained_vae_model_name_or_path is None)
     family = family_of_base(folder)
     title = FAMILIES[family].title if family else "another family"
     for training in trainings:
@@ -675,7 +724,7 @@ def base_folder(settings, trainings: list[Training]) -> str:
         raise UserError("true_cfg_scale is for FLUX.1 alone; other families have guidance_scale")
     if settings.negative_prompt and flux and (settings.true_cfg_scale or 0) <= 1:
         raise UserError("negative_prompt has no effect on FLUX.1 without true_cfg_scale above 1")
-    for key in ("clip_skip", "prediction_type", "rescale_betas_zero_snr"):
+    for key in ONLY_UNET:
         if getattr(settings, key) and not unet:
             raise UserError(f"{key} is for Stable Diffusion 1.x/2.x and SDXL, and {base} is {title}")
     if settings.max_sequence_length and unet:
@@ -698,7 +747,7 @@ def load_pipeline(settings, base: str):
     import transformers
 
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)  # what fails is raised too
         library.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # downloads are long; transformers switches theirs off too
     _, dtype = device_and_dtype(settings)
@@ -725,13 +774,20 @@ def load_pipeline(settings, base: str):
     changes = {key: value for key, value in changes.items() if value is not None}
     if settings.scheduler or changes:
         kind = scheduler_class(pipeline, settings.scheduler) if settings.scheduler else type(pipeline.scheduler)
-        pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **changes)
+        try:
+            pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **changes)
+        except (TypeError, ValueError, ImportError) as error:  # one for other models, or that needs another package
+            raise UserError(f"scheduler: {kind.__name__} can't be used here: {one_line(error)}") from None
     return pipeline
 
 
 def place_pipeline(pipeline, settings) -> None:
     """Compiles, if asked for, and moves to the device."""
+    import torch
+
     device, _ = device_and_dtype(settings)
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ and denoiser_of(pipeline).num_parameters() < 5e7:
+        torch.set_num_threads(1)  # a toy's threads wait for each other longer than they work
     if settings.compile:
         denoiser_of(pipeline).compile_repeated_blocks()
     if settings.offload == "model":
@@ -757,14 +813,17 @@ def device_and_dtype(settings) -> tuple[str, object]:
         raise UserError(
             f"offload: {settings.offload} moves parts from a GPU to the CPU, and there is no GPU in use: none"
         )
+    if settings.quantize != "none" and device != "cuda":
+        raise UserError(f"quantize: {settings.quantize} needs an NVIDIA GPU: none")
     if settings.dtype != "auto":
         return device, getattr(torch, settings.dtype)
     return device, torch.bfloat16 if device == "cuda" else torch.float32
 
 
 def check_whole(pipeline, base: str, report: list) -> None:
-    """Refuses what loads and draws, but wrongly: a part without vocabulary or with weights made up. `report`: log records."""
-    made_up = [r.getMessage().split()[0] for r in report if "MISSING" in r.getMessage()]
+    """Refuses what would draw wrongly: a part without vocabulary, or with weights made up, as the log `report` says."""
+    messages = [r.getMessage() for r in report]
+    made_up = [re.findall(r"([A-Z]\w+) LOAD REPORT", text)[0] for text in messages if "MISSING" in text]
     for name, part in pipeline.components.items():
         if name.startswith("tokenizer") and part is not None:
             unknown = part.unk_token_id in part("a", add_special_tokens=False).input_ids
@@ -820,7 +879,8 @@ def unpacked(base: str) -> Path:
     try:
         family = detect(base)
     except Exception as error:  # a checkpoint that holds more than tensors, or is none: torch raises many kinds
-        raise UserError(f"paths.base_model_path: {base}: {one_line(error, 200)}") from None
+        what = one_line(f"{type(error).__name__}: {error}", 200)
+        raise UserError(f"paths.base_model_path: {base}: no checkpoint, or damaged ({what})") from None
     if family is None:
         raise UserError(f"paths.base_model_path: {base}: not a base of Stable Diffusion 1.x/2.x, SDXL, SD3 or FLUX.1")
     script = load_script(family)
@@ -854,7 +914,7 @@ def denoiser_of(pipeline):
 
 
 def add_adapters(pipeline, trainings: list[Training], base: str) -> dict[str, float]:
-    """Loads LoRAs and the embeddings beside them; returns {adapter name: weight}. Errors: UserError for a file that doesn't fit."""
+    """Loads LoRAs and embeddings; returns {adapter name: weight}. Errors: UserError for a file that doesn't fit."""
     weights = {}
     for number, training in enumerate(trainings):
         if training.embeddings is not None:
@@ -867,7 +927,9 @@ def add_adapters(pipeline, trainings: list[Training], base: str) -> dict[str, fl
             except (ValueError, RuntimeError, KeyError, TypeError, IndexError, AttributeError) as error:
                 if "out of memory" in str(error):
                     raise
-                raise UserError(f"{what} does not fit {type(pipeline).__name__}: {one_line(error, 200)}") from None
+                raise UserError(
+                    f"{what} does not fit {type(pipeline).__name__}, or is damaged: {one_line(error, 200)}"
+                ) from None
             loaded = {n for names in pipeline.get_list_adapters().values() for n in names}
             if name not in loaded:  # diffusers only warns when no key fits
                 raise UserError(
@@ -891,8 +953,8 @@ def check_finite(file: Path) -> dict:
 
 
 def load_lora(pipeline, file: Path, name: str, base: str) -> None:
-    """Loads a LoRA file as an adapter. Of other tools' files, diffusers reads SD3's not at all, FLUX.1's of one width alone, and
-    DoRA's without their magnitude; those are converted first.
+    """Loads a LoRA file as an adapter. Of other tools' files, diffusers reads SD3's not at all, FLUX.1's of one width
+    alone, and DoRA's without their magnitude; those are converted first.
     """
     kind = type(pipeline).__name__
     family = next((name for name, family in FAMILIES.items() if family.pipeline == kind), None)
@@ -916,6 +978,9 @@ def load_lora(pipeline, file: Path, name: str, base: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             lora = read_lora(file, family, base if (Path(base) / "model_index.json").is_file() else None)
+            for _, _, layer in lora:
+                if layer.magnitude is not None and layer.down.dim() == 4:
+                    layer.magnitude = layer.magnitude.reshape(1, -1, 1, 1)  # of a convolution, as peft has it
             write_diffusers(lora, Path(folder) / file.name)
         except FileError as error:
             raise UserError(f"paths.lora_weights_path: {error}") from None
@@ -923,7 +988,7 @@ def load_lora(pipeline, file: Path, name: str, base: str) -> None:
 
 
 def load_embeddings(pipeline, file: Path, first: int) -> None:
-    """Adds a training's new tokens to the pipeline's encoders, `<s0>`, `<s1>`, … from number `first` on, or replaces their
+    """Adds a training's new tokens to the pipeline's encoders, from `<s0>` on if `first` is 0, or replaces their
     embeddings if they are there. Errors: UserError for a file that doesn't fit.
     """
     places = {
@@ -935,7 +1000,7 @@ def load_embeddings(pipeline, file: Path, first: int) -> None:
         places["t5"] = ("tokenizer_2", "text_encoder_2")
     for key, table in check_finite(file).items():
         tokenizer, encoder = (pipeline.components.get(name) for name in places.get(key, ("", "")))
-        if encoder is None or table.dim() != 2 or table.shape[1] != encoder.get_input_embeddings().embedding_dim:
+        if encoder is None or table.shape[1] != encoder.get_input_embeddings().embedding_dim:
             raise UserError(
                 f"{file}: {key} {tuple(table.shape)} does not fit a text encoder of {type(pipeline).__name__}"
             )
@@ -952,7 +1017,7 @@ def load_embeddings(pipeline, file: Path, first: int) -> None:
 
 
 class Row(NamedTuple):
-    """How a row of the grid is drawn: with which checkpoint ("" if there is no choice), at which strength of the LoRA."""
+    """How a row of the grid is drawn: with which checkpoint ("" if there is no choice), at which scale of the LoRA."""
 
     checkpoint: str
     scale: float
@@ -994,7 +1059,8 @@ def size_of(pipeline, settings) -> tuple[int, int]:
     for key, side in (("width", width), ("height", height)):
         if side % step:
             raise UserError(
-                f"resolution.{key}: {side} is not divisible by {step}, as {type(pipeline).__name__} needs; try {side // step * step or step}"
+                f"resolution.{key}: {side} is not divisible by {step}, as {type(pipeline).__name__} needs;"
+                f" try {side // step * step or step}"
             )
     return width, height
 
@@ -1072,8 +1138,8 @@ def repeated(value, times: int):
 def text_arguments(pipeline, prompt: str, negative: str | None, clip_skip: int | None) -> dict[str, object]:
     """The pipeline's arguments for one prompt: text, or embeddings if layers are skipped.
 
-    The pipelines' own clip_skip needs an older transformers, and skips for the prompt alone; training skips for both halves
-    of guidance, and so does this. Errors: UserError for more layers than there are.
+    The pipelines' own clip_skip needs an older transformers, and skips for the prompt alone; training skips for both
+    halves of guidance, and so does this. Errors: UserError for more layers than there are.
     """
     if not clip_skip:
         return {"prompt": prompt} | ({"negative_prompt": negative} if negative else {})
@@ -1084,7 +1150,7 @@ def text_arguments(pipeline, prompt: str, negative: str | None, clip_skip: int |
 
 
 def encoded(pipeline, prompt: str, clip_skip: int) -> dict[str, object]:
-    """{"prompt_embeds": (1, 77, D)} and, for SDXL, {"pooled_prompt_embeds": (1, P)}, as encode_prompts of the training scripts."""
+    """{"prompt_embeds": (1, 77, D)} and, of SDXL, {"pooled_prompt_embeds": (1, P)}, as the training scripts encode."""
     import torch
 
     hidden, pooled = [], {}
@@ -1106,7 +1172,7 @@ def encoded(pipeline, prompt: str, clip_skip: int) -> dict[str, object]:
 
 
 def as_images(pipeline, drawn, settings) -> list:
-    """The pipeline's pictures (B, H, W, 3) from 0 to 1 as images. Errors: UserError for one that isn't finite, which would be black."""
+    """Pictures (B, H, W, 3) from 0 to 1 as images. Errors: UserError for one that isn't finite and would be black."""
     import numpy as np
 
     if not np.isfinite(drawn).all():
