@@ -187,12 +187,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line: 200 the run: what happens, in which order · 491 the loop, and one step of it · 660 what is logged, and the
-# guard against learning nothing · 806 data: images and captions · 1099 images: decoding, buckets, crops, batches ·
-# 1505 text: embeddings and new tokens · 1723 LoRA and optimizer · 2138 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2428 checkpoints and signals · 2583 pictures: validation, class images, comparison · 2781
-# probes: what was learned, what was forgotten · 2961 files that a run leaves · 3268 command line · 3683 base model:
-# loading, quantising, splitting · 3891 errors, lines, seeds, libraries
+# By line: 200 the run: what happens, in which order · 492 the loop, and one step of it · 663 what is logged, and the
+# guard against learning nothing · 809 data: images and captions · 1102 images: decoding, buckets, crops, batches ·
+# 1508 text: embeddings and new tokens · 1726 LoRA and optimizer · 2141 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2431 checkpoints and signals · 2586 pictures: validation, class images, comparison · 2784
+# probes: what was learned, what was forgotten · 2965 files that a run leaves · 3272 command line · 3687 base model:
+# loading, quantising, splitting · 3895 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -247,7 +247,8 @@ def execute(args: argparse.Namespace) -> None:
         else:
             train(run, first_step)
     check_results(run)
-    on_main(run, draw_control, run, run.max_steps)
+    if run.control_prompts and run.compares:
+        on_main(run, draw_control, run, run.max_steps)
     on_main(run, save_results, run)
     on_main(run, write_report, run)
     run.accelerator.end_training()
@@ -652,7 +653,9 @@ def stop_requested(run: Run, step: int) -> int:
 
 def on_main(run: Run, work, *arguments) -> None:
     """Runs something on the main process while the others wait; drawing with a sharded base takes them all."""
-    if run.accelerator.is_main_process or (run.components.sharded and work in (draw_samples, log_samples)):
+    if run.accelerator.is_main_process or (
+        run.components.sharded and work in (draw_samples, log_samples, draw_control)
+    ):
         work(*arguments)
     run.accelerator.wait_for_everyone()
 
@@ -2867,14 +2870,14 @@ def probed_images(run: Run) -> list[int]:
 
 
 def draw_control(run: Run, step: int, keep: bool = True) -> list:
-    """Draws a picture of a control prompt at each of the probe's noise levels, if there are any, and returns the latents.
+    """Draws a picture of a control prompt for each of the probe's noise levels, and returns the latents.
 
     keep: save them too, where the run compares before and after.
     """
     drawn = []
     with averaged(run.parts), evaluating(run), torch.no_grad():
         pipeline = run.components.pipeline(run.denoiser)
-        for k in range(len(QUANTILES) if run.control_prompts else 0):
+        for k in range(len(QUANTILES)):
             prompt, seed = run.control_prompts[k % len(run.control_prompts)], sample_seed(run.args.seed, -1, k)
             embeds = {name: v.to(run.components.dtype) for name, v in run.prompts.for_pipeline(prompt).items()}
             drawn.append(sampled_latents(pipeline, embeds, [seed], run.plan_size, run.args, run.autocast()))
@@ -2912,8 +2915,9 @@ def verdict(run: Run) -> dict:
     best = last if worth[-1] >= 0.95 * max(worth) else rows[worth.index(max(worth))]
     text = f"take step {best['step']}, the last: nothing speaks for an earlier one"
     if best is not last:
-        share, less = best[seen] / most, 1 - best["forgotten"] / last["forgotten"]
-        text = f"take step {best['step']} of {run.max_steps}: {share:.0%} of what was learned, and {less:.0%} less forgotten"
+        less = 1 - best["forgotten"] / last["forgotten"] if last["forgotten"] else 0.0
+        text = f"take step {best['step']} of {run.max_steps}: {best[seen] / most:.0%} of what was learned"
+        text += f", and {less:.0%} less forgotten" if less > 0 else ""
     warnings = []
     if most < 0.005:
         warnings.append(

@@ -245,12 +245,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 258 the run: what happens, in which order · 549 the loop, and one step of it · 718 what is logged, and the
-# guard against learning nothing · 864 data: images and captions · 1157 images: decoding, buckets, crops, batches ·
-# 1563 text: embeddings and new tokens · 1781 LoRA and optimizer · 2196 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2486 checkpoints and signals · 2641 pictures: validation, class images, comparison · 2839
-# probes: what was learned, what was forgotten · 3019 files that a run leaves · 3326 command line · 3741 base model:
-# loading, quantising, splitting · 3949 errors, lines, seeds, libraries
+# By line: 258 the run: what happens, in which order · 550 the loop, and one step of it · 721 what is logged, and the
+# guard against learning nothing · 867 data: images and captions · 1160 images: decoding, buckets, crops, batches ·
+# 1566 text: embeddings and new tokens · 1784 LoRA and optimizer · 2199 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2489 checkpoints and signals · 2644 pictures: validation, class images, comparison · 2842
+# probes: what was learned, what was forgotten · 3023 files that a run leaves · 3330 command line · 3745 base model:
+# loading, quantising, splitting · 3953 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -305,7 +305,8 @@ def execute(args: argparse.Namespace) -> None:
         else:
             train(run, first_step)
     check_results(run)
-    on_main(run, draw_control, run, run.max_steps)
+    if run.control_prompts and run.compares:
+        on_main(run, draw_control, run, run.max_steps)
     on_main(run, save_results, run)
     on_main(run, write_report, run)
     run.accelerator.end_training()
@@ -710,7 +711,9 @@ def stop_requested(run: Run, step: int) -> int:
 
 def on_main(run: Run, work, *arguments) -> None:
     """Runs something on the main process while the others wait; drawing with a sharded base takes them all."""
-    if run.accelerator.is_main_process or (run.components.sharded and work in (draw_samples, log_samples)):
+    if run.accelerator.is_main_process or (
+        run.components.sharded and work in (draw_samples, log_samples, draw_control)
+    ):
         work(*arguments)
     run.accelerator.wait_for_everyone()
 
@@ -2925,14 +2928,14 @@ def probed_images(run: Run) -> list[int]:
 
 
 def draw_control(run: Run, step: int, keep: bool = True) -> list:
-    """Draws a picture of a control prompt at each of the probe's noise levels, if there are any, and returns the latents.
+    """Draws a picture of a control prompt for each of the probe's noise levels, and returns the latents.
 
     keep: save them too, where the run compares before and after.
     """
     drawn = []
     with averaged(run.parts), evaluating(run), torch.no_grad():
         pipeline = run.components.pipeline(run.denoiser)
-        for k in range(len(QUANTILES) if run.control_prompts else 0):
+        for k in range(len(QUANTILES)):
             prompt, seed = run.control_prompts[k % len(run.control_prompts)], sample_seed(run.args.seed, -1, k)
             embeds = {name: v.to(run.components.dtype) for name, v in run.prompts.for_pipeline(prompt).items()}
             drawn.append(sampled_latents(pipeline, embeds, [seed], run.plan_size, run.args, run.autocast()))
@@ -2970,8 +2973,9 @@ def verdict(run: Run) -> dict:
     best = last if worth[-1] >= 0.95 * max(worth) else rows[worth.index(max(worth))]
     text = f"take step {best['step']}, the last: nothing speaks for an earlier one"
     if best is not last:
-        share, less = best[seen] / most, 1 - best["forgotten"] / last["forgotten"]
-        text = f"take step {best['step']} of {run.max_steps}: {share:.0%} of what was learned, and {less:.0%} less forgotten"
+        less = 1 - best["forgotten"] / last["forgotten"] if last["forgotten"] else 0.0
+        text = f"take step {best['step']} of {run.max_steps}: {best[seen] / most:.0%} of what was learned"
+        text += f", and {less:.0%} less forgotten" if less > 0 else ""
     warnings = []
     if most < 0.005:
         warnings.append(

@@ -138,8 +138,10 @@ def test_image_of_the_training_run_in_float32(family, studio, tmp_path, monkeypa
         prompt, width=64, height=64, num_inference_steps=4, guidance_scale=3, output_type="latent",
         generator=torch.Generator().manual_seed(script.sample_seed(3, 0, 0)), **dict(family.extra),
     ).images  # fmt: skip
-    assert (original(latents, (64, 64)) - seen[-1]).abs().max() < 1e-4
-    assert (seen[0] - seen[-1]).abs().max() > 0.05
+    control, before, after = seen[:4], seen[4], seen[-5]  # four control pictures come first and last
+    assert len(seen) >= 10 and control[0].shape == before.shape
+    assert (original(latents, (64, 64)) - after).abs().max() < 1e-4
+    assert (before - after).abs().max() > 0.05
 
 
 # ------------------------------------------------------------------- the key lists of other tools, written from their formats
