@@ -77,7 +77,7 @@ FAMILIES = {
         3.5,
         8,
         5e-4,
-        300,
+        250,
         (("max_sequence_length", 77),),
         ("--max_sequence_length", 77),
         text_rates=(1e-3, 2e-3, 400),

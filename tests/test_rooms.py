@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import ROOT
 
-pytestmark = pytest.mark.run
+pytestmark = [pytest.mark.run, pytest.mark.xdist_group("rooms")]  # one worker asks every command once
 SCRIPTS = ROOT / "scripts"
 ROOMS = ("bases", "dataset", "lora", "measuring", "reports", "toys")
 COMMANDS = sorted(f.relative_to(SCRIPTS).as_posix() for room in ROOMS for f in (SCRIPTS / room).glob("*.py"))
