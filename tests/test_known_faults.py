@@ -274,6 +274,26 @@ def test_schnell_has_no_guidance_to_train_with(tmp_path, capsys):
     assert "--guidance_scale has no effect" in capsys.readouterr().err
 
 
+def test_flux_with_a_vae_of_another_factor_draws(tmp_path):
+    """The tiny pipelines that people smoke-test with shrink pictures by 2 or not at all, not by 8."""
+    import shutil
+
+    from diffusers import AutoencoderKL
+
+    family, base = FAMILIES["flux"], tmp_path / "tiny"
+    shutil.copytree(family.base, base)
+    shutil.rmtree(base / "vae")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=16, layers_per_block=1, **blocks)
+    vae.save_pretrained(base / "vae")
+    shown = ("--num_validation_images", 1, "--validation_inference_steps", 1, "--resolution", 32, 48)
+    assert run_here(family, tmp_path / "x", "-d", SAMPLE, "-m", base, *shown) == 0
+    from PIL import Image
+
+    (picture,) = (tmp_path / "x" / "samples" / "step-000003").glob("00_00_*.png")
+    assert Image.open(picture).size == (32, 48)
+
+
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_fp16_becomes_bf16_and_says_so(name, monkeypatch, tmp_path, capsys):
     family = FAMILIES[name]

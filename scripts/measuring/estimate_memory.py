@@ -161,7 +161,7 @@ def estimate(family: str, args, script) -> Estimate:
         with torch.device("meta"):
             script.add_lora(denoiser, script.lora_targets(denoiser, args), args)
         lora = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
-        for parameter in denoiser.parameters():  # under autocast the LoRA works in bf16
+        for parameter in denoiser.parameters():  # the layers work with a bf16 shadow of the LoRA
             parameter.data = parameter.data.to(torch.bfloat16)
     state = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0.1, "schedulefree": 8}[args.optimizer]
     size = tuple((args.resolution * 2)[:2])
@@ -180,7 +180,7 @@ def estimate(family: str, args, script) -> Estimate:
         others += OTHERS[family]["text"] * 1e6 * (2 if half else 4)
     return Estimate(
         base / GIB,
-        lora * (8 + state) / GIB,
+        lora * ((12 if half else 8) + state) / GIB,  # weights, gradients, and both in half precision
         total * (1 if half else 2) / GIB,
         max(linears) * 2 / GIB if args.quantize_base else 0.0,
         others / GIB,
