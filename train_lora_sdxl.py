@@ -23,13 +23,19 @@ DreamBooth with prior preservation, from pictures without captions:
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --mixed_precision bf16 \\
         --with_prior_preservation --class_prompt "a photo of a dog" -o output/dog
 
+What features cost and bring (a step at 1024 px, batch 1, bf16, rank 4, cached latents: 10.2 GiB, 14 TFLOP; docs/step.md):
+
+    --gradient_checkpointing   5.5 GiB, 19 TFLOP           --optimizer adamw8bit   2 bytes of state a weight, not 8
+    --train_text_encoder       both CLIPs held and run     --with_prior_preservation   twice the pictures a step
+    --use_ema                  4 bytes a trained weight    --quantize_base nf4     base 1.7 GiB, not 4.8
+
 Files written to the output folder (-o):
 
     pytorch_lora_weights.safetensors   the LoRA, for diffusers: `pipeline.load_lora_weights(folder)`
     NAME.safetensors                   the same LoRA with the keys of ComfyUI, AUTOMATIC1111 and kohya's scripts
     NAME_emb.safetensors               trained token embeddings, if any (keys clip_l and clip_g)
     comparison.png                     the same prompts and seeds without and with the LoRA
-    samples/  checkpoint-N/  metrics.jsonl  logs/  README.md
+    samples/  checkpoint-N/  config.yaml  verdict.json  metrics.jsonl  logs/  README.md
 
 Read it from the top: what is this family's own comes first (noise, loss, prompts, names of layers), below the line what
 all four scripts share, the run and its loop first. Exit codes: 0 done, 1 failed, 2 wrong arguments or input, 128 + signal
@@ -91,6 +97,10 @@ LOADS_EMBEDDINGS = True  # whether the pipeline has load_textual_inversion
 PREDICTS_FLOW = False  # rectified flow (True) or noise/velocity of a DDPM (False)
 DEFAULT_INFERENCE_STEPS = 25
 DEFAULT_INFERENCE_GUIDANCE = 5.0
+FOREIGN_FLAGS = {  # of other families: taken while they are off, else refused with this reason
+    "weighting_scheme": "noise prediction has no such thing; --snr_gamma weighs its loss",
+    "enable_t5_ti": "this family has no T5",
+}
 FAMILY_RULES: tuple[tuple, ...] = ()  # as RULES
 
 
@@ -141,7 +151,9 @@ def compute_loss(batch: dict, latents, embeds: dict, denoiser, scheduler, args: 
         from diffusers.training_utils import compute_snr
 
         snr = compute_snr(scheduler, timesteps)
-        loss = loss * snr.clamp(max=args.snr_gamma) / (snr + 1 if velocity else snr)
+        # at an SNR of 0, as zero-terminal-SNR schedules have it, min(snr, gamma) / snr is 1
+        weight = snr.clamp(max=args.snr_gamma) / (snr + 1) if velocity else (args.snr_gamma / snr).clamp(max=1)
+        loss = loss * weight
     return loss
 
 
@@ -245,12 +257,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 258 the run: what happens, in which order · 550 the loop, and one step of it · 721 what is logged, and the
-# guard against learning nothing · 867 data: images and captions · 1160 images: decoding, buckets, crops, batches ·
-# 1566 text: embeddings and new tokens · 1784 LoRA and optimizer · 2199 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2489 checkpoints and signals · 2644 pictures: validation, class images, comparison · 2842
-# probes: what was learned, what was forgotten · 3023 files that a run leaves · 3330 command line · 3745 base model:
-# loading, quantising, splitting · 3953 errors, lines, seeds, libraries
+# By line: 270 the run: what happens, in which order · 562 the loop, and one step of it · 733 what is logged, and the
+# guard against learning nothing · 878 data: images and captions · 1173 images: decoding, buckets, crops, batches ·
+# 1580 text: embeddings and new tokens · 1798 LoRA and optimizer · 2215 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2505 checkpoints and signals · 2661 pictures: validation, class images, comparison · 2859
+# probes: what was learned, what was forgotten · 3040 files that a run leaves · 3347 command line · 3802 base model:
+# loading, quantising, splitting · 4010 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -730,9 +742,8 @@ class Meter:
         self.seconds: list[float] = []
         self.file = Path(run.args.output_dir) / "metrics.jsonl"
         if run.accelerator.is_main_process:
-            rows = self.file.read_text(encoding="utf-8").splitlines() if first_step and self.file.exists() else []
-            kept = [row for row in rows if json.loads(row)["step"] <= first_step]
-            self.file.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
+            kept = [row for row in read_metrics(run.args.output_dir) if first_step and row["step"] <= first_step]
+            self.file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
     def add(self, loss) -> None:
         """Takes one batch's share of the loss, without waiting for it."""
@@ -753,7 +764,7 @@ class Meter:
         row = {"step": step, "epoch": step * run.args.gradient_accumulation_steps / run.plan.per_epoch}
         self.write_arrived()
         self.seconds.append((time.perf_counter() - self.began) / steps)
-        rates = {f"lr_{p.name}": p.group()["lr"] for p in active}
+        rates = {f"lr_{p.name}": p.rate for p in active}
         self.pending.append((row, rates | {"seconds_per_step": self.seconds[-1]}, arriving, event, bar))
         if event is None:  # not on a GPU: nothing to wait for
             self.write_arrived()
@@ -1070,8 +1081,10 @@ def draw_caption(captions: list[str], rng: random.Random, args: argparse.Namespa
     caption = rng.choice(captions)
     if args.shuffle_tags:
         tags = caption.split(args.tag_separator)
-        rng.shuffle(tags)
-        caption = args.tag_separator.join(tags)
+        first = bool(args.trigger_word) and with_trigger(tags[0], args.trigger_word) == tags[0]  # it stays in front
+        rest = tags[first:]
+        rng.shuffle(rest)
+        caption = args.tag_separator.join(tags[:first] + rest)
     caption = with_trigger(caption, args.trigger_word)
     return "" if rng.random() < args.caption_dropout else caption
 
@@ -1467,10 +1480,11 @@ class TrainingData:
         place = (self.args.seed, slot.epoch, slot.is_class, example.name, slot.repeat)
         rng = random.Random(stable_seed("image", *place))
         crop = self.crop_of(slot, rng)
+        left = cover_size(example.size, target)[0] - target[0] - crop.left if crop.flip else crop.left
         item = {
             "weight": torch.tensor(slot.weight),
             "original_size": torch.tensor((example.size[1], example.size[0])),
-            "crop_top_left": torch.tensor((crop.top, crop.left)),
+            "crop_top_left": torch.tensor((crop.top, left)),  # in the picture as it is seen, mirrored or not
             "target_size": torch.tensor((target[1], target[0])),
         }
         key = (slot.is_class, slot.index, slot.bucket, crop.flip)
@@ -1941,6 +1955,7 @@ class Part:
     learning_rate: float
     weight_decay: float
     last_step: int
+    rate: float = 0.0  # the learning rate of the last step
     weights: object = None  # (N,) float32, a Parameter
     gradients: object = None  # (N,) float32, its gradient
     shadow: object = None  # (N,) the weights in the modules' precision; None where that is float32
@@ -1991,6 +2006,7 @@ class Part:
 
     def step(self) -> None:
         """One step of optimizer, schedule and moving average; gradients start again at zero."""
+        self.rate = self.group()["lr"]
         self.optimizer.step()
         self.schedule.step()
         self.gradients.zero_()
@@ -2574,7 +2590,7 @@ def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
 
 def resume_settings(run: Run) -> dict:
     """What a checkpoint must agree with to be gone on from: the flags of RESUME_FLAGS and what follows from data and base."""
-    named = {name: vars(run.args)[name] for name in (*RESUME_FLAGS, *RESUME_NOTES)}
+    named = {name: vars(run.args)[name] for name in (*RESUME_FLAGS, *RESUME_NOTES) if name in vars(run.args)}
     layers = "|".join(n for p in run.parts for n in p.parameters)
     data = "|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in run.data.examples)
     own = {
@@ -2622,8 +2638,9 @@ def check_checkpoint(folder: Path) -> dict:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Checkpoint folders, the latest first."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdigit() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[-1]), reverse=True)
+    numbers = {p: p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*") if p.is_dir()}
+    ours = [p for p, number in numbers.items() if number.isascii() and number.isdigit()]  # not checkpoint-backup-900
+    return sorted(ours, key=lambda p: int(numbers[p]), reverse=True)
 
 
 def file_hash(file: Path) -> str:
@@ -2999,8 +3016,8 @@ def verdict(run: Run) -> dict:
 
 def read_metrics(output: str) -> list[dict]:
     """The whole lines of metrics.jsonl."""
-    rows = []
-    for line in (Path(output) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    rows, file = [], Path(output) / "metrics.jsonl"
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):  # the last one, where a run was killed
             rows.append(json.loads(line))
     return rows
@@ -3335,6 +3352,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=f"Trains a LoRA for {FAMILY_TITLE}.", allow_abbrev=False)
     add_shared_args(parser)
     add_family_args(parser.add_argument_group(f"{FAMILY_TITLE} only").add_argument)
+    for name in FOREIGN_FLAGS:
+        parser.add_argument(f"--{name}", nargs="?", const="true", help=argparse.SUPPRESS)
     words = list(sys.argv[1:] if argv is None else argv)
     finder = OneLineParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
@@ -3342,6 +3361,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     words = (config_words(parser, file) if file else []) + words
     args, unset = parser.parse_args(words), object()
     marked = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    for name, why in FOREIGN_FLAGS.items():  # what another family's commands carry: fine while it's off
+        marked.__dict__.pop(name)
+        if (args.__dict__.pop(name) or "none").lower() not in ("none", "0", "0.0", "false", "no", '""'):
+            raise UserError(f"--{name}: {why}")
     settings, defaults = dict(vars(args)), {name: parser.get_default(name) for name in vars(args)}
     check_args(args, {name for name, value in vars(marked).items() if value is not unset}, parser)
     args.settings, args.defaults = settings, defaults  # for config.yaml: before anything was filled in
@@ -3502,7 +3525,33 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
 
 # What a checkpoint must agree with, or be refused; and what makes the rest of a run another one, which is said
 RESUME_FLAGS = ("rank", "lora_alpha", "use_dora", "use_rslora", "init_lora_weights", "optimizer")
-RESUME_NOTES = ("seed", "gradient_accumulation_steps", "learning_rate")
+RESUME_NOTES = (
+    *("seed", "gradient_accumulation_steps", "learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps"),
+    *("resolution", "center_crop", "random_flip", "repeats", "trigger_word", "caption_dropout", "shuffle_tags"),
+    *("loss_type", "huber_c", "snr_gamma", "noise_offset", "adam_weight_decay", "max_grad_norm", "cache_latents"),
+    *("lora_dropout", "use_ema", "ema_decay", "prior_loss_weight", "mixed_precision", "quantize_base"),
+)
+NAMES_ELSEWHERE = {  # what kohya's scripts, Olive and Transformer Lab call our flags
+    **dict.fromkeys(("network_dim", "lora_rank", "lora_r_dim"), "--rank"),
+    **dict.fromkeys(("unet_lr", "lr"), "--learning_rate"),
+    **dict.fromkeys(("max_train_epochs", "epochs", "num_epochs"), "--num_train_epochs"),
+    **dict.fromkeys(("output_name", "adaptor_name"), "--output_dir (its last folder names the files)"),
+    **dict.fromkeys(("save_every_n_steps", "save_steps"), "--checkpointing_steps"),
+    "network_alpha": "--lora_alpha",
+    "network_weights": "--resume_from_checkpoint",
+    "network_dropout": "--lora_dropout",
+    "network_train_unet_only": "no flag: that is the default",
+    "caption_dropout_rate": "--caption_dropout",
+    "log_to_wandb": "--report_to wandb",
+    "text_encoder_lr1": "--text_encoder_lr",
+    "min_snr_gamma": "--snr_gamma",
+    "flip_aug": "--random_flip",
+    "enable_bucket": "--aspect_ratio_buckets auto",
+    "sample_prompts": "--validation_prompt",
+    "sample_every_n_steps": "--validation_steps",
+    "optimizer_type": "--optimizer",
+    "fp8_base": "--quantize_base fp8",
+}
 # (flags, when they are wrong, why): a reason that begins with "with" is one for which they would have no effect
 PRIOR = "class_data_dir class_prompt num_class_images prior_loss_weight sample_batch_size prior_generation_precision"
 TOKENS = "train_text_encoder_ti_frac token_abstraction num_new_tokens_per_abstraction initializer_concept"
@@ -3577,8 +3626,9 @@ def check_args(args: argparse.Namespace, given: set[str], parser: argparse.Argum
         if (names or not flags) and wrong(args):
             why = f"{{flag}} has no effect {why}" if why.startswith("with") else why
             raise UserError(why.format(flag=f"--{names[0]}" if names else "", a=args))
-    if "rank" in given and args.train_transformer_frac == 0:  # stands in the published commands for textual inversion
-        say("note: --rank has no effect with --train_transformer_frac 0, which adds no LoRA")
+    for name in ("rank", "train_text_encoder_ti_frac"):  # stand in the published commands for textual inversion
+        if name in given and args.train_transformer_frac == 0:
+            say(f"note: --{name} has no effect with --train_transformer_frac 0: no LoRA, tokens to the end")
     check_trackers(args.report_to)
     use_prepared_buckets(args)
     fill_defaults(args)
@@ -3622,6 +3672,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
     if args.lr_warmup_steps and args.lr_scheduler == "constant" and args.optimizer != "schedulefree":
         args.lr_scheduler = "constant_with_warmup"  # the two flags together can mean nothing else
     args.resolution = args.resolution or [DEFAULT_RESOLUTION]
+    args.validation_prompt = [p for p in args.validation_prompt or [] if p.strip()] or None  # "" is off
     args.color_jitter = [0.1, 0.1, 0.1, 0.05] if args.color_jitter == [] else args.color_jitter
     args.output_dir = str(Path(args.output_dir or f"output/{FAMILY}-lora"))  # "name/" and "name" are the same folder
     args.class_data_dir = args.class_data_dir or str(Path(args.output_dir) / "class_images")
@@ -3669,10 +3720,16 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         if message.startswith("unrecognized arguments:"):
             wrong = message.split(":", 1)[1].split()[0].split("=")[0]
-            near = difflib.get_close_matches(wrong, list(self._option_string_actions), n=1, cutoff=0.5)
-            message = f"unknown flag {wrong}" + (f"; did you mean {near[0]}?" if near else "; --help lists all flags")
+            near = self.nearest(wrong, cutoff=0.5)
+            message = f"unknown flag {wrong}" + (f"; did you mean {near}?" if near else "; --help lists all flags")
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
+
+    def nearest(self, wrong: str, cutoff: float) -> str | None:
+        """The flag that other trainers call so, else the one of nearest spelling; never a hidden one."""
+        known = [name for name, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS]
+        near = difflib.get_close_matches(wrong, known, n=1, cutoff=cutoff)
+        return NAMES_ELSEWHERE.get(wrong.lstrip("-")) or (near[0] if near else None)
 
 
 def number(name: str, kind: type, least: float, most: float, complaint: str):
@@ -3712,8 +3769,8 @@ def config_words(parser: argparse.ArgumentParser, file: str) -> list[str]:
         flag = f"--{key}"
         action = parser._option_string_actions.get(flag)
         if action is None or flag == "--config":
-            near = difflib.get_close_matches(flag, list(parser._option_string_actions), n=1, cutoff=0.0)[0]
-            raise UserError(f"--config {file}: unknown key {key!r}; the nearest is {near.lstrip('-')!r}")
+            near = parser.nearest(flag, cutoff=0.0).lstrip("-")
+            raise UserError(f"--config {file}: unknown key {key!r}; the nearest is {near!r}")
         if isinstance(action, argparse._StoreTrueAction):
             if not isinstance(value, bool):
                 raise UserError(f"--config {file}: {key} must be true or false, not {value!r}")

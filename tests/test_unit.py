@@ -624,3 +624,93 @@ def test_sync_shared_finds(tmp_path, capsys, texts, code, words):
         first, second = (sync.split(tmp_path / f"train_{i}.py") for i in (0, 1))
         assert first[1] == second[1] and second[0] == kept[1].split("# By line")[0]
         assert sync.main(["--root", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_off_values_of_another_familys_flags_are_taken(name, capsys):
+    script = load_script(FAMILIES[name].script)
+    off = ("--snr_gamma", "0", "--noise_offset", "0.0", "--prediction_type", "none", "--input_perturbation=0")
+    assert arguments(script, *off).train_batch_size == 1
+    with pytest.raises(script.UserError, match="--snr_gamma: rectified flow has none"):
+        arguments(script, "--snr_gamma", 5)
+
+
+def test_names_of_other_trainers_are_known(script, tmp_path, capsys):
+    pairs = {"--network_dim": "--rank", "--unet_lr": "--learning_rate", "--save_every_n_steps": "--checkpointing_steps"}
+    for wrong, ours in pairs.items():
+        with pytest.raises(SystemExit):
+            arguments(script, wrong, 4)
+        assert f"unknown flag {wrong}; did you mean {ours}?" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("network_alpha: 4\n")
+    with pytest.raises(script.UserError, match="unknown key 'network_alpha'; the nearest is 'lora_alpha'"):
+        arguments(script, "--config", tmp_path / "c.yaml")
+    with pytest.raises(SystemExit):
+        arguments(script, "--local_rnk", 0)
+    assert "local_rank" not in capsys.readouterr().err
+
+
+def test_text_learning_rate_of_zero_is_given(script):
+    with pytest.raises(script.UserError, match="--text_encoder_lr has no effect without --train_text_encoder"):
+        arguments(script, "--text_encoder_lr", 0)
+    with pytest.raises(script.UserError, match="--text_encoder_lr 0 trains nothing"):
+        arguments(script, "--text_encoder_lr", 0, "--train_text_encoder")
+    assert arguments(script, "--validation_prompt", "").validation_prompt is None
+
+
+def test_a_trigger_word_in_front_stays_there(script):
+    args = arguments(script, "--shuffle_tags", "--trigger_word", "sks")
+    drawn = {script.draw_caption(["sks dog, red, round, small"], random.Random(i), args) for i in range(60)}
+    assert len(drawn) == 6 and all(caption.startswith("sks dog, ") for caption in drawn)
+
+
+def test_crop_coordinates_are_those_of_the_picture_as_it_is_seen(script, tmp_path):
+    """Of a mirrored picture they are counted in the mirrored one."""
+    from PIL import Image
+
+    Image.new("RGB", (160, 64)).save(tmp_path / "x.png")
+    example = script.Example("x", [""], (tmp_path / "x.png").read_bytes)
+    args = arguments(script, "--random_flip")
+    store = script.prepare_examples([example], [(64, 64)], args)
+    base = script.Components(__import__("pathlib").Path(FAMILIES[script.FAMILY].base), args, None, None)
+    schedule = script.library_class("diffusers", script.TRAINING_SCHEDULER).from_config(base.get("scheduler").config)
+    data = script.TrainingData(store, None, args, base.config("vae"), schedule)
+    seen = set()
+    for epoch in range(30):
+        slot = script.Slot(0, 0, epoch, 0, 1.0)
+        place = (args.seed, epoch, False, "x", 0)
+        crop = script.draw_crop((160, 64), (64, 64), random.Random(script.stable_seed("image", *place)), args)
+        expected = 160 - 64 - crop.left if crop.flip else crop.left
+        assert data[slot]["crop_top_left"].tolist() == [0, expected]
+        seen.add(crop.flip)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_min_snr_at_an_snr_of_zero(name):
+    """Zero-terminal-SNR schedules reach it; the weight there is 1 for noise, 0 for velocity."""
+    from diffusers import DDPMScheduler
+
+    script = load_script(FAMILIES[name].script)
+    settings = {"snr_gamma": 5.0, "loss_type": "l2", "huber_c": 0.1, "input_perturbation": 0.0, "noise_offset": 0.0}
+    for prediction, weight in (("epsilon", 1.0), ("v_prediction", 0.0)):
+        scheduler = DDPMScheduler(
+            beta_schedule="scaled_linear", rescale_betas_zero_snr=True, prediction_type=prediction
+        )
+        batch = {"noise": torch.ones(1, 4, 8, 8), "timesteps": torch.tensor([999])}
+        batch |= {k: torch.ones(1, 2) for k in ("original_size", "crop_top_left", "target_size")}
+
+        def denoiser(noisy, *rest, **options):
+            return argparse.Namespace(sample=torch.full_like(noisy, 3.0))
+
+        denoiser.dtype = torch.float32
+        embeds = {"prompt_embeds": torch.zeros(1, 7, 5), "pooled_prompt_embeds": torch.zeros(1, 5)}
+        loss = script.compute_loss(
+            batch, torch.zeros(1, 4, 8, 8), embeds, denoiser, scheduler, argparse.Namespace(**settings)
+        )
+        assert loss.item() == pytest.approx(weight * (4.0 if prediction == "epsilon" else 0.0), abs=1e-4)
+
+
+def test_only_our_checkpoints_count(script, tmp_path):
+    for name in ("checkpoint-5", "checkpoint-12", "checkpoint-backup-900", "checkpoint-²", "checkpoint-"):
+        (tmp_path / name).mkdir()
+    assert [p.name for p in script.checkpoints_in(tmp_path)] == ["checkpoint-12", "checkpoint-5"]
