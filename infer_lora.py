@@ -978,9 +978,6 @@ def load_lora(pipeline, file: Path, name: str, base: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             lora = read_lora(file, family, base if (Path(base) / "model_index.json").is_file() else None)
-            for _, _, layer in lora:
-                if layer.magnitude is not None and layer.down.dim() == 4:
-                    layer.magnitude = layer.magnitude.reshape(1, -1, 1, 1)  # of a convolution, as peft has it
             write_diffusers(lora, Path(folder) / file.name)
         except FileError as error:
             raise UserError(f"paths.lora_weights_path: {error}") from None

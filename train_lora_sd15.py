@@ -36,9 +36,8 @@ Files written to the output folder (-o):
     comparison.png                     the same prompts and seeds without and with the LoRA
     samples/  checkpoint-N/  config.yaml  verdict.json  metrics.jsonl  logs/  README.md
 
-Read it from the top: what is this family's own comes first (noise, loss, prompts, names of layers), below the line what
-all four scripts share, the run and its loop first. Exit codes: 0 done, 1 failed, 2 wrong arguments or input, 128 + signal
-after a signal (SIGINT 130, SIGUSR1 138, SIGTERM 143; a checkpoint is written first).
+Read it from the top: the family's own comes first (noise, loss, prompts, layers), below the line what all four share, the
+run first. Exit codes: 0 done, 1 failed, 2 wrong arguments or input, 130, 138, 143 after a signal's checkpoint.
 """
 
 from __future__ import annotations
@@ -62,6 +61,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import unicodedata
 import warnings
 from collections import Counter
@@ -199,12 +199,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line: 212 the run: what happens, in which order · 504 the loop, and one step of it · 675 what is logged, and the
-# guard against learning nothing · 820 data: images and captions · 1115 images: decoding, buckets, crops, batches ·
-# 1522 text: embeddings and new tokens · 1740 LoRA and optimizer · 2157 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2447 checkpoints and signals · 2603 pictures: validation, class images, comparison · 2801
-# probes: what was learned, what was forgotten · 2982 files that a run leaves · 3289 command line · 3744 base model:
-# loading, quantising, splitting · 3952 errors, lines, seeds, libraries
+# By line: 212 the run: what happens, in which order · 512 the loop, and one step of it · 683 what is logged, and the
+# guard against learning nothing · 828 data: images and captions · 1123 images: decoding, buckets, crops, batches ·
+# 1533 text: embeddings and new tokens · 1754 LoRA and optimizer · 2172 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2462 checkpoints and signals · 2618 pictures: validation, class images, comparison · 2819
+# probes: what was learned, what was forgotten · 3000 files that a run leaves · 3307 command line · 3762 base model:
+# loading, quantising, splitting · 3970 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -213,13 +213,16 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains as the command line says; returns the exit code. What a person can mend ends as one line on stderr."""
-    program = Path(sys.argv[0]).name
+    """Trains as the command line says; returns the exit code. What a person can mend ends as one line on stderr, and so does
+    a fault of ours, which names the file that has its traceback.
+    """
+    program, folder = Path(sys.argv[0]).name, Path(tempfile.gettempdir())
     try:
         args = parse_args(argv)
         say(f"{FAMILY_TITLE}: importing torch and diffusers")
         import_libraries()
         with temporary_output(args) if args.dry_run else contextlib.nullcontext():
+            folder = folder if args.dry_run or not Path(args.output_dir).is_dir() else Path(args.output_dir)
             execute(args)
         return 0
     except UserError as error:
@@ -227,12 +230,17 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except Interrupted as stop:
         return stop.args[0]
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        advice = "--gradient_checkpointing, --cache_latents, --mixed_precision bf16, --optimizer adamw8bit,"
-        advice += " --quantize_base nf4, a lower --train_batch_size or --resolution"
-        print(f"{program}: error: out of GPU memory; try, in this order, {advice}", file=sys.stderr)
+    except KeyboardInterrupt:  # before the signals were answered
+        return 130
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            advice = "--gradient_checkpointing, --cache_latents, --mixed_precision bf16, --optimizer adamw8bit,"
+            advice += " --quantize_base nf4, a lower --train_batch_size or --resolution"
+            print(f"{program}: error: out of GPU memory; try, in this order, {advice}", file=sys.stderr)
+            return 1
+        log = folder / "crash.log"
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        print(f"{program}: error: a fault of this script ({brief(error)}); {log} has the traceback", file=sys.stderr)
         return 1
 
 
@@ -1472,7 +1480,9 @@ def cache_latents(data: TrainingData, plan: BatchPlan, components: Components, a
     for store in stores[1:]:
         used = sorted(set(plan.buckets.values()))
         slots += [Slot(i, b, 0, 0, 1.0, True) for i in range(len(store.examples)) for b in used]
+    bar = waiting("latents", len(slots))
     for slot in slots:
+        bar.update()
         example, crop = stores[slot.is_class].examples[slot.index], data.crop_of(slot, random.Random(0))
         for flip in (False, True)[: 1 + args.random_flip]:
             crop.flip = flip
@@ -1486,6 +1496,7 @@ def cache_latents(data: TrainingData, plan: BatchPlan, components: Components, a
                     raise UserError(f"{example.name}: the VAE's values aren't finite in {components.dtype}; {advice}")
                 disk.store(found, *key)
             data.moments[slot.is_class, slot.index, slot.bucket, flip] = found["moments"]
+    bar.close()
     components.free("vae")
     for store in stores:
         store.kept.clear()
@@ -1620,8 +1631,11 @@ def fill_text_cache(run: Run) -> None:
     captions = [insert_tokens(c, run.abstractions) for c in captions]
     for key in prompts.tokenizers:
         if key not in prompts.trained:
-            for prompt in dict.fromkeys([*captions, *run.sample_prompts, *run.control_prompts, ""]):
-                prompts.kept(key, prompt)
+            wanted = dict.fromkeys([*captions, *run.sample_prompts, *run.control_prompts, ""])
+            with waiting(f"captions for {key}", len(wanted)) as bar:
+                for prompt in wanted:
+                    prompts.kept(key, prompt)
+                    bar.update()
             prompts.release(key)
 
 
@@ -1743,6 +1757,7 @@ class TokenRows:
 def add_trained_parts(run: Run) -> None:
     """Loads the denoiser, adds its LoRA, and makes the parts that are trained, each with its share of the steps."""
     args, steps = run.args, run.max_steps
+    say(f"loading the {DENOISER}")
     run.denoiser = run.components.denoiser()
     run.denoiser.train()
     factor = run.plan.size * args.gradient_accumulation_steps if args.scale_lr else 1
@@ -2731,6 +2746,7 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
     base = components.denoiser() if args.quantize_base else components.get(DENOISER, dtype)
     pipeline, size = components.pipeline(base), (args.resolution * 2)[:2]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
+    bar = waiting("class images", len(mine))
     for begin in range(0, len(mine), args.sample_batch_size):
         numbers = mine[begin : begin + args.sample_batch_size]
         seeds = [stable_seed(args.seed, "class", i) % 2**32 for i in numbers]
@@ -2738,6 +2754,8 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
         for number, image in zip(numbers, images, strict=True):
             image.save(folder / f".class_{number:05d}.png")
             (folder / f".class_{number:05d}.png").rename(folder / f"class_{number:05d}.png")
+            bar.update()
+    bar.close()
     del pipeline
     components.free(DENOISER)
     accelerator.wait_for_everyone()

@@ -255,3 +255,20 @@ def test_constant_loss_is_an_error(family, pictures, tmp_path, script, monkeypat
 def test_reporting_choices_run(family, tmp_path, flags):
     assert run_here(family, tmp_path / "x", "-d", SAMPLE, *flags, "--max_train_steps", 2) == 0
     assert len(losses(tmp_path / "x")) == 2
+
+
+def test_a_fault_of_ours_is_one_line_and_a_crash_log(family, tmp_path, script, monkeypatch, capsys):
+    monkeypatch.setattr(script, "train", lambda *_: 1 / 0)
+    assert run_here(family, tmp_path / "x", "-d", SAMPLE) == 1
+    assert "a fault of this script (division by zero)" in (line := one_line(capsys)) and "crash.log" in line
+    assert "ZeroDivisionError" in (tmp_path / "x" / "crash.log").read_text()
+
+
+def test_half_a_line_of_metrics_blocks_no_resume(family, tmp_path, pictures):
+    flags = ("-d", pictures, "--checkpointing_steps", 2, "--max_train_steps", 4)
+    assert run_here(family, tmp_path / "x", *flags) == 0
+    file = tmp_path / "x" / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:3]) + '\n{"step": 4, "lo')
+    assert run_here(family, tmp_path / "x", *flags, "--resume_from_checkpoint", "checkpoint-2") == 0
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3, 4]

@@ -371,7 +371,8 @@ def write_diffusers(lora: Lora, file: Path) -> None:
         for name, layer in layers.items():
             state |= {f"{name}.lora_A.weight": layer.down, f"{name}.lora_B.weight": layer.up}
             if layer.magnitude is not None:
-                state[f"{name}.lora_magnitude_vector"] = layer.magnitude
+                shape = (1, -1, 1, 1) if layer.down.dim() == 4 else (-1,)  # as peft has it for convolutions
+                state[f"{name}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
         state = {key: value.contiguous() for key, value in state.items()}
         plain = {n.removeprefix("text_model."): x for n, x in layers.items()}  # a level that only some classes have
         ranks, alphas = ({n: getattr(x, k) for n, x in plain.items()} for k in ("rank", "alpha"))
