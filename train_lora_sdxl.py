@@ -274,13 +274,12 @@ def main(argv: list[str] | None = None) -> int:
     """Trains as the command line says; returns the exit code. What a person can mend ends as one line on stderr, and so does
     a fault of ours, which names the file that has its traceback.
     """
-    program, folder = Path(sys.argv[0]).name, Path(tempfile.gettempdir())
+    program, args = Path(sys.argv[0]).name, None
     try:
         args = parse_args(argv)
         say(f"{FAMILY_TITLE}: importing torch and diffusers")
         import_libraries()
         with temporary_output(args) if args.dry_run else contextlib.nullcontext():
-            folder = folder if args.dry_run or not Path(args.output_dir).is_dir() else Path(args.output_dir)
             execute(args)
         return 0
     except UserError as error:
@@ -296,7 +295,8 @@ def main(argv: list[str] | None = None) -> int:
             advice += " --quantize_base nf4, a lower --train_batch_size or --resolution"
             print(f"{program}: error: out of GPU memory; try, in this order, {advice}", file=sys.stderr)
             return 1
-        log = folder / "crash.log"
+        written = args is not None and Path(args.output_dir).is_dir()
+        log = Path(args.output_dir if written else tempfile.gettempdir()) / "crash.log"
         log.write_text(traceback.format_exc(), encoding="utf-8")
         print(f"{program}: error: a fault of this script ({brief(error)}); {log} has the traceback", file=sys.stderr)
         return 1
