@@ -295,8 +295,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 920 data: images and captions · 1215 images: decoding, buckets, crops, batches ·
 # 1625 text: embeddings and new tokens · 1846 LoRA and optimizer · 2264 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 2554 checkpoints and signals · 2710 pictures: validation, class images, comparison · 2911
-# probes: what was learned, what was forgotten · 3092 files that a run leaves · 3399 command line · 3854 base model:
-# loading, quantising, splitting · 4062 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 3094 files that a run leaves · 3401 command line · 3856 base model:
+# loading, quantising, splitting · 4064 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3039,7 +3039,9 @@ def verdict(run: Run) -> dict:
     most = max(row[seen] for row in rows)
     worth = [max(0.0, row[seen]) / max(most, 1e-9) * (1 - min(1.0, row["forgotten"])) ** 2 for row in rows]
     last = rows[-1]
-    best = last if worth[-1] >= 0.95 * max(worth) else rows[worth.index(max(worth))]
+    best = (
+        last if worth[-1] >= 0.85 * max(worth) else rows[worth.index(max(worth))]
+    )  # an earlier one must be clearly better
     text = f"take step {best['step']}, the last: nothing speaks for an earlier one"
     if best is not last:
         less = 1 - best["forgotten"] / last["forgotten"] if last["forgotten"] else 0.0

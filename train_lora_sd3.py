@@ -278,8 +278,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 903 data: images and captions · 1198 images: decoding, buckets, crops, batches ·
 # 1608 text: embeddings and new tokens · 1829 LoRA and optimizer · 2247 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 2537 checkpoints and signals · 2693 pictures: validation, class images, comparison · 2894
-# probes: what was learned, what was forgotten · 3075 files that a run leaves · 3382 command line · 3837 base model:
-# loading, quantising, splitting · 4045 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 3077 files that a run leaves · 3384 command line · 3839 base model:
+# loading, quantising, splitting · 4047 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3022,7 +3022,9 @@ def verdict(run: Run) -> dict:
     most = max(row[seen] for row in rows)
     worth = [max(0.0, row[seen]) / max(most, 1e-9) * (1 - min(1.0, row["forgotten"])) ** 2 for row in rows]
     last = rows[-1]
-    best = last if worth[-1] >= 0.95 * max(worth) else rows[worth.index(max(worth))]
+    best = (
+        last if worth[-1] >= 0.85 * max(worth) else rows[worth.index(max(worth))]
+    )  # an earlier one must be clearly better
     text = f"take step {best['step']}, the last: nothing speaks for an earlier one"
     if best is not last:
         less = 1 - best["forgotten"] / last["forgotten"] if last["forgotten"] else 0.0

@@ -261,8 +261,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 886 data: images and captions · 1181 images: decoding, buckets, crops, batches ·
 # 1591 text: embeddings and new tokens · 1812 LoRA and optimizer · 2230 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 2520 checkpoints and signals · 2676 pictures: validation, class images, comparison · 2877
-# probes: what was learned, what was forgotten · 3058 files that a run leaves · 3365 command line · 3820 base model:
-# loading, quantising, splitting · 4028 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 3060 files that a run leaves · 3367 command line · 3822 base model:
+# loading, quantising, splitting · 4030 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3005,7 +3005,9 @@ def verdict(run: Run) -> dict:
     most = max(row[seen] for row in rows)
     worth = [max(0.0, row[seen]) / max(most, 1e-9) * (1 - min(1.0, row["forgotten"])) ** 2 for row in rows]
     last = rows[-1]
-    best = last if worth[-1] >= 0.95 * max(worth) else rows[worth.index(max(worth))]
+    best = (
+        last if worth[-1] >= 0.85 * max(worth) else rows[worth.index(max(worth))]
+    )  # an earlier one must be clearly better
     text = f"take step {best['step']}, the last: nothing speaks for an earlier one"
     if best is not last:
         less = 1 - best["forgotten"] / last["forgotten"] if last["forgotten"] else 0.0
