@@ -1,4 +1,4 @@
-"""Functions by themselves: sampling, captions, crops, token rows, loss, exports, shared blocks."""
+"""Functions by themselves: sampling, captions, crops, token rows, loss, exports, the seam."""
 
 import argparse
 import ast
