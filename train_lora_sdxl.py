@@ -261,8 +261,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 886 data: images and captions · 1181 images: decoding, buckets, crops, batches ·
 # 1591 text: embeddings and new tokens · 1812 LoRA and optimizer · 2230 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 2520 checkpoints and signals · 2676 pictures: validation, class images, comparison · 2877
-# probes: what was learned, what was forgotten · 3060 files that a run leaves · 3367 command line · 3822 base model:
-# loading, quantising, splitting · 4030 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 3060 files that a run leaves · 3367 command line · 3823 base model:
+# loading, quantising, splitting · 4031 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2814,7 +2814,7 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
             (folder / f".class_{number:05d}.png").rename(folder / f"class_{number:05d}.png")
             bar.update()
     bar.close()
-    del pipeline
+    del pipeline, base
     components.free(DENOISER)
     accelerator.wait_for_everyone()
 
@@ -3594,6 +3594,7 @@ RULES = (
     ("random_rotation_prob", lambda a: not a.random_rotation, "without --random_rotation"),
     ("tag_separator", lambda a: not a.shuffle_tags, "without --shuffle_tags"),
     (PRIOR, lambda a: not a.with_prior_preservation, "without --with_prior_preservation"),
+    ("prior_generation_precision", lambda a: a.quantize_base, "with --quantize_base, which draws the class images too"),
     ("with_prior_preservation", lambda a: not a.class_prompt, '{flag} needs --class_prompt, such as "a photo of a dog"'),
     ("cache_latents", lambda a: a.color_jitter is not None or a.random_rotation, "{flag} can't be combined with --color_jitter or --random_rotation: they change each image each time"),
     ("train_text_encoder train_text_encoder_ti shuffle_tags", lambda a: a.cache_text_embeddings, "--cache_text_embeddings can't be combined with {flag}: the embeddings change"),
