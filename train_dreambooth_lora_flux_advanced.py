@@ -291,12 +291,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out | {name: fuse_projections(parts, mlp[: len(parts)]) for name, parts in waiting.items()}
 
 
-# By line: 304 the run: what happens, in which order · 604 the loop, and one step of it · 775 what is logged, and the
-# guard against learning nothing · 920 data: images and captions · 1215 images: decoding, buckets, crops, batches ·
-# 1625 text: embeddings and new tokens · 1846 LoRA and optimizer · 2264 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2554 checkpoints and signals · 2710 pictures: validation, class images, comparison · 2911
-# probes: what was learned, what was forgotten · 3094 files that a run leaves · 3401 command line · 3857 base model:
-# loading, quantising, splitting · 4065 errors, lines, seeds, libraries
+# By line: 304 the run: what happens, in which order · 604 the loop, and one step of it · 783 what is logged, and the
+# guard against learning nothing · 914 data: images and captions · 1209 images: decoding, buckets, crops, batches ·
+# 1619 text: embeddings and new tokens · 1840 LoRA and optimizer · 2258 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2548 checkpoints and signals · 2704 pictures: validation, class images, comparison · 2904
+# probes: what was learned, what was forgotten · 3082 files that a run leaves · 3394 command line · 3850 base model:
+# loading, quantising, splitting · 4058 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -608,7 +608,10 @@ def train(run: Run, first_step: int) -> None:
     """The loop: batches, loss, backward, step, log, save, validate. Between two logs it never waits for the GPU."""
     args, meter, witness = run.args, Meter(run, first_step), GradientWitness(run, first_step)
     run.stop.in_loop = True
-    with progress_bar(run, first_step) as bar, batches_ahead(run, first_step) as batches:
+    with (
+        waiting("training", run.max_steps, initial=first_step, leave=True, delay=0) as bar,
+        batches_ahead(run, first_step) as batches,
+    ):
         for step in range(first_step, run.max_steps):
             active = active_parts(run, step)
             for micro in range(args.gradient_accumulation_steps):
@@ -670,6 +673,11 @@ def sample_latents(moments, noise, config: dict):
     """VAE moments (B, 2C, H, W) and noise (B, C, H, W) -> scaled latents (B, C, H, W)."""
     mean, std = moments.float().chunk(2, dim=1)
     return (mean + std * noise - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
+
+
+def unscaled(latents, config: dict):
+    """Latents as the denoiser works on them -> as the VAE does, (B, C, H, W) both."""
+    return latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
 
 
 def elementwise_loss(model_pred, target, args: argparse.Namespace):
@@ -861,20 +869,6 @@ class Meter:
         self.write_pending()
         if self.seconds:
             say(f"median {sorted(self.seconds)[len(self.seconds) // 2]:.3f} s per step")
-
-
-def progress_bar(run: Run, first_step: int):
-    """A bar on the first process."""
-    from tqdm.auto import tqdm
-
-    quiet = not run.accelerator.is_main_process
-    return tqdm(
-        total=run.max_steps,
-        initial=first_step,
-        disable=quiet,
-        desc="training",
-        mininterval=0.5 if sys.stderr.isatty() else 15,
-    )
 
 
 class GradientWitness:
@@ -2771,8 +2765,7 @@ def sample_images(pipeline, components: Components, embeds: dict, seeds: list[in
 
 def decoded(pipeline, components: Components, latents) -> list:
     """Latents (B, C, H, W) as the denoiser works on them -> images."""
-    config, vae = components.config("vae"), components.vae()
-    latents = latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
+    vae, latents = components.vae(), unscaled(latents, components.config("vae"))
     with torch.no_grad():
         pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
     return pipeline.image_processor.postprocess(pixels.float())
@@ -2947,20 +2940,14 @@ class Probe:
         run, config, out = self.run, self.run.components.config("vae"), []
         size = torch.tensor([run.plan_size[::-1]])
         for k, (quantile, latents) in enumerate(zip(QUANTILES, drawn, strict=True)):
-            mean = latents.float().cpu() / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
+            mean = unscaled(latents.float().cpu(), config)
             generator = torch.Generator().manual_seed(sample_seed(run.args.seed, -2, k))
             noise = draw_noise(generator, tuple(mean.shape[1:]), run.scheduler, run.args, quantile=quantile)
-            batch = {
-                "moments": torch.cat([mean, torch.zeros_like(mean)], dim=1),
-                "posterior_noise": torch.zeros_like(mean),
-            }
+            none = torch.zeros_like(mean)
+            batch = {"moments": torch.cat([mean, none], dim=1), "posterior_noise": none}
             batch |= {"original_size": size, "target_size": size, "crop_top_left": torch.zeros_like(size)}
-            out.append(
-                (
-                    batch | {name: v[None] for name, v in noise.items()},
-                    run.control_prompts[k % len(run.control_prompts)],
-                )
-            )
+            batch |= {name: value[None] for name, value in noise.items()}
+            out.append((batch, run.control_prompts[k % len(run.control_prompts)]))
         return out
 
     def look(self, batch: dict, caption: str) -> tuple[float, object]:
@@ -3027,21 +3014,22 @@ def control_prompts(args: argparse.Namespace, examples: list[Example], abstracti
     return list(dict.fromkeys(stripped))[:4] or list(NEUTRAL_PROMPTS)
 
 
-def verdict(run: Run) -> dict:
-    """Which step to take and why, from the probes in metrics.jsonl.
+def verdict(run: Run) -> dict | None:
+    """Which step to take and why, from the probes in metrics.jsonl; None if none of them gave numbers.
 
     Returns {"step": int, "text": str, "warnings": [str], "rows": [probe rows]}. A step's worth is the share that it has of
     what was learned at most, times the square of what it has kept, 1 - forgotten. docs/probes.md shows that this agrees
     with a judge of the pictures.
     """
-    rows = [row for row in read_metrics(run.args.output_dir) if "learned" in row]
+    rows = [row for row in read_metrics(run.args.output_dir) if isinstance(row.get("learned"), float)]
+    rows = [row for row in rows if all(isinstance(value, int | float) for value in row.values())]  # none is NaN
+    if not rows:
+        return None
     seen = "learned_held_out" if "learned_held_out" in rows[-1] else "learned"
     most = max(row[seen] for row in rows)
     worth = [max(0.0, row[seen]) / max(most, 1e-9) * (1 - min(1.0, row["forgotten"])) ** 2 for row in rows]
     last = rows[-1]
-    best = (
-        last if worth[-1] >= 0.85 * max(worth) else rows[worth.index(max(worth))]
-    )  # an earlier one must be clearly better
+    best = rows[worth.index(max(worth))] if worth[-1] < 0.85 * max(worth) else last  # clearly better, or the last
     text = f"take step {best['step']}, the last: nothing speaks for an earlier one"
     if best is not last:
         less = 1 - best["forgotten"] / last["forgotten"] if last["forgotten"] else 0.0
@@ -3103,13 +3091,18 @@ def save_results(run: Run) -> None:
     try:
         with averaged(run.parts):
             write_weights(run, part, torch.float32 if args.upcast_before_saving else run.components.dtype)
-        best = output / f"checkpoint-{advice['step']}" if advice else output
-        if args.keep_best and advice["step"] != run.max_steps:
-            for file in best.glob("*.safetensors"):
-                shutil.copy(file, part / file.name)
-            say(
-                f"the result is that of step {advice['step']}, in float32; the last step's is in checkpoint-{run.max_steps}"
-            )
+        if args.keep_best and advice and advice["step"] != run.max_steps:
+            best = output / f"checkpoint-{advice['step']}"
+            if best.is_dir():
+                for file in best.glob("*.safetensors"):
+                    shutil.copy(file, part / file.name)
+                say(
+                    f"the result is that of step {advice['step']}, in float32; the last's is in checkpoint-{run.max_steps}"
+                )
+            else:
+                say(
+                    f"warning: --keep_best: {best.name} is gone by --checkpoints_total_limit: the result is the last step's"
+                )
         if sheet := comparison_sheet(run):
             sheet.save(part / "comparison.png")
         if advice:
@@ -4079,13 +4072,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def waiting(what: str, total: int):
-    """A bar on the first process for what takes more than two seconds."""
+def waiting(what: str, total: int, **options):
+    """A bar on the first process for what takes more than two seconds. options: tqdm's."""
     from tqdm.auto import tqdm
 
     seconds = 0.5 if sys.stderr.isatty() else 15  # between two prints of the bar
     quiet = int(os.environ.get("RANK", "0")) > 0
-    return tqdm(desc=what, total=total, delay=2, leave=False, mininterval=seconds, disable=quiet)
+    return tqdm(desc=what, total=total, mininterval=seconds, disable=quiet, **{"delay": 2, "leave": False} | options)
 
 
 def brief(error: Exception) -> str:

@@ -109,3 +109,6 @@ def test_verdict_in_words(script, tmp_path):
     held = [{"held_out_loss": loss, "learned_held_out": share} for loss, share in ((0.10, 0.2), (0.12, 0.1))]
     assert "has risen since step 200" in judged((200, 0.2, 0.2, held[0]), (400, 0.4, 0.2, held[1]))["warnings"][0]
     assert "the LoRA bleeds" in judged((400, 0.2, 0.7, {}))["warnings"][0]
+    odd = judged((200, 0.2, 0.2, {}), (400, "nan", "nan", {}))
+    assert odd["step"] == 200 and [row["step"] for row in odd["rows"]] == [200]
+    assert judged((400, "nan", 0.2, {})) is None and judged() is None  # and the LoRA is saved all the same
