@@ -112,6 +112,7 @@ FAMILY_RULES = (  # as RULES
     ),
     ("logit_mean logit_std", lambda a: a.weighting_scheme != "logit_normal", "without --weighting_scheme logit_normal"),
     ("mode_scale", lambda a: a.weighting_scheme != "mode", "without --weighting_scheme mode"),
+    ("timestep_shift", lambda a: a.timestep_sampling != "shift", "without --timestep_sampling shift"),
 )
 
 
@@ -123,6 +124,8 @@ def add_family_args(add) -> None:
     add("--logit_mean", type=float, default=0.0, help="of logit_normal (0)")
     add("--logit_std", type=amount, default=1.0, help="of logit_normal (1)")
     add("--mode_scale", type=amount, default=1.29, help="of mode (1.29)")
+    add("--timestep_sampling", default="weighting_scheme", choices=TIMESTEP_SAMPLING, help="how timesteps are drawn (weighting_scheme)")
+    add("--timestep_shift", type=amount, default=3.0, help="of shift: above 1 more noise (3)")
     add("--precondition_outputs", type=yes_or_no, default=True, nargs="?", const=True, help="loss on the clean latents (true)")
     add("--max_sequence_length", type=count, default=77, help="tokens that T5 reads (77; pass the same when drawing)")
     add("--enable_t5_ti", action="store_true", help="new tokens for T5 too")
@@ -134,14 +137,9 @@ def draw_noise(
     generator, shape: tuple[int, int, int], scheduler, args: argparse.Namespace, quantile: float | None = None
 ) -> dict:
     """What the loss needs at random for one sample: noise (C, H, W), sigma and timestep; `quantile` fixes the last two."""
-    from diffusers.training_utils import compute_density_for_timestep_sampling
-
     noise = torch.randn(shape, generator=generator)
-    u = compute_density_for_timestep_sampling(
-        args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
-    )
     steps = scheduler.config.num_train_timesteps
-    place = min(int((u.item() if quantile is None else quantile) * steps), steps - 1)
+    place = min(int(draw_level(generator, args, quantile) * steps), steps - 1)
     return {"noise": noise, "sigmas": scheduler.sigmas[place].clone(), "timesteps": scheduler.timesteps[place].clone()}
 
 
@@ -274,12 +272,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 287 the run: what happens, in which order · 587 the loop, and one step of it · 766 what is logged, and the
-# guard against learning nothing · 897 data: images and captions · 1192 images: decoding, buckets, crops, batches ·
-# 1602 text: embeddings and new tokens · 1823 LoRA and optimizer · 2241 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2531 checkpoints and signals · 2687 pictures: validation, class images, comparison · 2887
-# probes: what was learned, what was forgotten · 3065 files that a run leaves · 3377 command line · 3833 base model:
-# loading, quantising, splitting · 4041 errors, lines, seeds, libraries
+# By line: 285 the run: what happens, in which order · 588 the loop, and one step of it · 821 what is logged, and the
+# guard against learning nothing · 952 data: images and captions · 1247 images: decoding, buckets, crops, batches ·
+# 1657 text: embeddings and new tokens · 1896 LoRA and optimizer · 2387 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2677 checkpoints and signals · 2833 pictures: validation, class images, comparison · 3033
+# probes: what was learned, what was forgotten · 3209 files that a run leaves · 3521 command line · 3987 base model:
+# loading, quantising, splitting · 4195 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -360,6 +358,7 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
     resume = find_checkpoint(args)
     settle_seed(args, resume)
     run.components = open_base(run)
+    run.start = read_initial_lora(run) if args.init_lora else {}
     load_data(run)
     load_text(run)
     add_trained_parts(run)
@@ -368,6 +367,7 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
 
 
 REPORT = Path(__file__).resolve().parent / "scripts" / "reports" / "report.py"
+CONVERT = REPORT.parents[1] / "lora" / "convert_lora.py"
 RESULTS = {  # what a finished run has to show, in the order in which a person wants it
     "LoRA": "pytorch_lora_weights.safetensors",
     "for others": "{name}.safetensors",
@@ -398,6 +398,7 @@ class Run:
     control_prompts: list[str] = field(default_factory=list)
     rows: dict[str, TokenRows] = field(default_factory=dict)  # by encoder key
     lora_modules: dict[str, object] = field(default_factory=dict)  # pipeline name -> module
+    start: dict[str, dict] = field(default_factory=dict)  # --init_lora: weights by pipeline name and peft's key
     initial_states: dict = field(default_factory=dict)
     denoiser: object = None
     parts: list[Part] = field(default_factory=list)
@@ -626,15 +627,22 @@ def train(run: Run, first_step: int) -> None:
 
 def backward(run: Run, batch: dict, step: int, micro: int):
     """Loss of one batch, its gradients added to the parts' buffers; returns the loss, a tensor."""
+
+    def descend(losses):
+        loss = (losses * batch["weight"]).sum() / run.args.gradient_accumulation_steps
+        (loss * run.guard.scale if run.guard.half else loss).backward()
+        return loss.detach()
+
     captions = [insert_tokens(c, run.abstractions) for c in batch["captions"]]
     torch.manual_seed(stable_seed(run.args.seed, "dropout", step, micro, run.accelerator.process_index))
     with run.autocast():
         embeds = run.prompts.encode(captions) if run.text_moves(step) else run.prompts.lookup(captions)
-    loss = (batch_loss(run, batch, embeds) * batch["weight"]).sum() / run.args.gradient_accumulation_steps
-    (loss * run.guard.scale if run.guard.half else loss).backward()
+    loss = descend(batch_loss(run, batch, embeds))
+    if run.args.preserve_class:
+        descend(run.args.preserve_weight * preservation_loss(run, batch))
     for part in run.parts:
         part.collect()
-    return loss.detach()
+    return loss
 
 
 def batch_loss(run: Run, batch: dict, embeds: dict):
@@ -650,6 +658,28 @@ def batch_loss(run: Run, batch: dict, embeds: dict):
     embeds = {name: value.to(run.denoiser.dtype) for name, value in embeds.items()}
     with run.autocast():
         return compute_loss(batch, latents, embeds, run.denoiser, run.scheduler, run.args)
+
+
+def preservation_loss(run: Run, batch: dict):
+    """--preserve_class: mean square distance, (B,), of the predictions for the batch's pictures called by their class from
+    those of the base, the LoRA left out; with the same noise and timesteps.
+    """
+    embeds = run.prompts.lookup([class_caption(caption, run) for caption in batch["captions"]])
+    run.denoiser.disable_adapters()
+    with torch.no_grad():
+        _, wanted = predict(run, batch, embeds)
+    run.denoiser.enable_adapters()
+    _, found = predict(run, batch, embeds)
+    return (found - wanted).square().flatten(1).mean(dim=1)
+
+
+def predict(run: Run, batch: dict, embeds: dict) -> tuple:
+    """(loss of each sample (B,), the denoiser's prediction) of a batch, both in float32."""
+    seen = []
+    hook = run.denoiser.register_forward_hook(lambda module, given, result: seen.append(result[0].float()))
+    loss = batch_loss(run, batch, embeds)
+    hook.remove()
+    return loss, seen[0]
 
 
 def sample_latents(moments, noise, config: dict):
@@ -669,6 +699,31 @@ def elementwise_loss(model_pred, target, args: argparse.Namespace):
         return (model_pred - target.float()) ** 2
     c = args.huber_c
     return 2 * c * (torch.sqrt((model_pred - target.float()) ** 2 + c**2) - c)
+
+
+TIMESTEP_SAMPLING = ["weighting_scheme", "uniform", "sigmoid", "shift"]
+
+
+def draw_level(generator, args: argparse.Namespace, quantile: float | None = None) -> float:
+    """Where in a flow's table of noise levels one sample stands: from 0, all noise, to 1; `quantile` fixes it.
+
+    --min_timestep and --max_timestep bound it, in thousandths of the table, before a shift that the base has of its own.
+    """
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    if quantile is not None:
+        level = quantile
+    elif args.timestep_sampling == "weighting_scheme":
+        settings = (args.logit_mean, args.logit_std, args.mode_scale)
+        level = compute_density_for_timestep_sampling(args.weighting_scheme, 1, *settings, generator=generator).item()
+    elif args.timestep_sampling == "uniform":
+        level = torch.rand((), generator=generator).item()
+    else:
+        level = torch.randn((), generator=generator).sigmoid().item()
+    if args.timestep_sampling == "shift" and quantile is None:  # s' = S s / (1 + (S - 1) s) of the sigma s = 1 - level
+        level /= level + args.timestep_shift * (1 - level)
+    low, high = 1 - args.max_timestep / 1000, 1 - args.min_timestep / 1000
+    return low + level * (high - low)
 
 
 def active_parts(run: Run, step: int) -> list[Part]:
@@ -1696,6 +1751,7 @@ def fill_text_cache(run: Run) -> None:
             say("note: the text encoders stay on the GPU: --shuffle_tags makes new captions all the time")
         return
     captions = [with_trigger(c, args.trigger_word) for e in run.data.examples for c in e.captions]
+    captions += [class_caption(c, run) for c in captions] if args.preserve_class else []
     captions += [args.class_prompt] if args.with_prior_preservation else []
     captions = [insert_tokens(c, run.abstractions) for c in captions]
     for key in prompts.tokenizers:
@@ -1728,7 +1784,8 @@ def add_text_lora(run: Run) -> None:
         idle = idle_layers(key, encoder.config, args)
         names = [n for n, m in encoder.named_modules() if isinstance(m, torch.nn.Linear)]
         names = [n for n in names if n.endswith(TEXT_LORA_TARGETS)]
-        add_lora(encoder, [n for n in names if not n.removeprefix("text_model.").startswith(idle)], args)
+        targets = [n for n in names if not n.removeprefix("text_model.").startswith(idle)]
+        add_lora(encoder, targets, args, run.start.get(TEXT_ENCODERS[key][1]))
         prompts.altered.add(key)
         run.lora_modules[TEXT_ENCODERS[key][1]] = encoder
         encoder.train()
@@ -1747,6 +1804,14 @@ def abstraction_tokens(args: argparse.Namespace, tokenizer) -> dict[str, list[st
     if not words:
         raise UserError("--token_abstraction is empty")
     return {word: [f"<s{i * each + k}>" for k in range(each)] for i, word in enumerate(words)}
+
+
+def class_caption(caption: str, run: Run) -> str:
+    """The caption with trigger word and new tokens replaced by --preserve_class, its class: "a sks dog" -> "a dog"."""
+    name = run.args.preserve_class
+    for word in filter(None, (run.args.trigger_word, *run.abstractions)):
+        caption = caption.replace(f"{word} {name}", name).replace(word, name)
+    return caption
 
 
 def insert_tokens(text: str, abstractions: dict[str, list[str]]) -> str:
@@ -1774,7 +1839,8 @@ def add_tokens(run: Run) -> None:
             if width != each:  # another tokenizer splits the text otherwise: take as many of its pieces as fit
                 what = f"splits {args.initializer_concept!r} into {width} tokens, not {each}"
                 say(f"note: {key} {what}: cut or repeated to fit")
-        run.rows[key] = TokenRows(tokenizer, prompts.text_encoder(key), tokens, args.initializer_concept, args.seed)
+        place = tokenizer, prompts.text_encoder(key), tokens
+        run.rows[key] = TokenRows(*place, args.initializer_concept, args.seed, run.start.get("embeddings", {}).get(key))
         prompts.altered.add(key)
 
 
@@ -1785,7 +1851,8 @@ class TokenRows:
     the table itself, and with it every other token, can't change.
     """
 
-    def __init__(self, tokenizer, text_encoder, tokens: list[str], concept: str | None, seed: int) -> None:
+    def __init__(self, tokenizer, text_encoder, tokens: list[str], concept: str | None, seed: int, start=None) -> None:
+        """concept, start: what the rows are at first, a text's embeddings or a table (n, D); without both they are drawn."""
         self.tokens = tokens
         if tokenizer.add_tokens(tokens) != len(tokens):
             raise UserError(f"--train_text_encoder_ti: the base's tokenizer already has one of {tokens}")
@@ -1794,7 +1861,13 @@ class TokenRows:
             text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             text_encoder.requires_grad_(False)
         table = text_encoder.get_input_embeddings().weight.detach().float().cpu()[: self.first]
-        if concept:
+        if start is not None:
+            if start.shape != (len(tokens), table.shape[1]):
+                raise UserError(
+                    f"--init_lora: {tuple(start.shape)} embeddings for {len(tokens)} tokens of {table.shape[1]}"
+                )
+            rows = start.float()
+        elif concept:
             ids = self.concept_ids(tokenizer, concept)
             rows = table[ids].repeat(len(tokens) // len(ids), 1)
         else:
@@ -1843,8 +1916,9 @@ def add_trained_parts(run: Run) -> None:
         values = {f"{part}.{n}": p for part, m in run.lora_modules.items() for n, p in lora_parameters(m).items()}
         add_part("text_encoder", values, text_lr, args.adam_weight_decay_text_encoder, args.train_text_encoder_frac)
     if args.train_transformer_frac > 0:
-        targets = lora_targets(run.denoiser, args)
-        add_lora(run.denoiser, targets, args)
+        own = sorted({key.split(".lora_")[0] for key in run.start.get(DENOISER, ())})
+        targets = own if own and not args.lora_layers and not args.lora_blocks else lora_targets(run.denoiser, args)
+        add_lora(run.denoiser, targets, args, run.start.get(DENOISER))
         run.lora_modules = {DENOISER: run.denoiser} | run.lora_modules
         rate, values = args.learning_rate * factor, lora_parameters(run.denoiser)
         add_part("denoiser", values, rate, args.adam_weight_decay, args.train_transformer_frac)
@@ -1925,21 +1999,82 @@ def block_prefixes(denoiser) -> list[str]:
     return names
 
 
-def add_lora(module, targets: list[str], args: argparse.Namespace) -> None:
-    """Adds a LoRA to a module; its parameters are float32 whatever the base is.
+def read_initial_lora(run: Run) -> dict[str, dict]:
+    """--init_lora: {pipeline name: weights with peft's keys}; rank, alpha, DoRA and layers are set from the file.
+
+    New tokens that lie beside it come under "embeddings". Errors: UserError for a file that isn't a LoRA of this family, or
+    has layers of several ranks.
+    """
+    args, file = run.args, Path(run.args.init_lora)
+    file = file / "pytorch_lora_weights.safetensors" if file.is_dir() else file
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            weights, metadata = read_safetensors(file)
+            if not all(key.startswith((f"{DENOISER}.", "text_encoder")) for key in weights):  # not diffusers' spelling
+                if not CONVERT.is_file():
+                    raise UserError(f"--init_lora {file}: its keys aren't diffusers'; convert it with {CONVERT.name}")
+                words = ["--to", "diffusers", "--family", FAMILY, "--base", str(run.components.folder)]
+                if runpy.run_path(str(CONVERT))["main"]([str(file), f"{folder}/{file.name}", *words]):
+                    raise UserError(f"--init_lora {file} can't be used: see the line above")
+                weights, metadata = read_safetensors(Path(folder) / file.name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"--init_lora {file}: {brief(error)}") from None
+    start: dict[str, dict] = {}
+    for key, value in weights.items():
+        part, _, name = key.partition(".")
+        for ours, theirs in DIFFUSERS_SPELLING if part == DENOISER else DIFFUSERS_SPELLING[:0]:
+            name = name.replace(theirs, ours)
+        start.setdefault(part, {})[name] = value
+    if DENOISER not in start:
+        raise UserError(f"--init_lora {file}: no layer of a {DENOISER} in it: is it a LoRA for another family?")
+    said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    ranks = {len(value) for state in start.values() for key, value in state.items() if ".lora_A." in key}
+    alphas = {said.get(f"{part}.lora_alpha", max(ranks)) for part in start}
+    uneven = any(said.get(f"{part}.{name}") for part in start for name in ("rank_pattern", "alpha_pattern"))
+    if len(ranks) != 1 or len(alphas) != 1 or uneven:
+        raise UserError(
+            f"--init_lora {file}: layers of several ranks or alphas; scripts/lora/resize_lora.py makes them equal"
+        )
+    found = {"rank": ranks.pop(), "lora_alpha": float(alphas.pop())}
+    found["use_dora"] = any("magnitude" in key for key in start[DENOISER])
+    for name, value in found.items():
+        if args.settings[name] not in (args.defaults[name], value):
+            raise UserError(f"--{name} {args.settings[name]}: --init_lora {file} has {value}; leave the flag out")
+    vars(args).update(found)
+    say(f"starting from {file}: rank {args.rank}, alpha {args.lora_alpha:g}")
+    if start.keys() - {DENOISER} and not args.train_text_encoder:
+        say(f"warning: {file} has a LoRA for the text encoder too; without --train_text_encoder it is left out")
+    tokens = file.with_name(f"{file.resolve().parent.name}_emb.safetensors")
+    if args.train_text_encoder_ti and tokens.is_file():
+        start["embeddings"] = load_file(tokens)
+        say(f"new tokens start from {tokens}")
+    return start
+
+
+def read_safetensors(file: Path) -> tuple[dict, dict]:
+    """Tensors and metadata of a file."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+
+
+def add_lora(module, targets: list[str], args: argparse.Namespace, start: dict | None = None) -> None:
+    """Adds a LoRA to a module; its parameters are float32 whatever the base is. start: weights with peft's keys.
 
     Every process draws the same start: the seed depends on nothing else.
     """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
+    from peft.utils import set_peft_model_state_dict
 
     torch.manual_seed(stable_seed(args.seed, "lora", len(targets)))
-    start = args.init_lora_weights
+    kind = args.init_lora_weights
     config = LoraConfig(
         r=args.rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        init_lora_weights={"default": True, "true": True}.get(start.lower(), start),
+        init_lora_weights={"default": True, "true": True}.get(kind.lower(), kind),
         target_modules=targets,
         use_dora=args.use_dora,
         use_rslora=args.use_rslora,
@@ -1947,7 +2082,18 @@ def add_lora(module, targets: list[str], args: argparse.Namespace) -> None:
     try:
         module.add_adapter(config)
     except ValueError as error:
-        raise UserError(f"--init_lora_weights {start}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"--init_lora_weights {kind}: {' '.join(str(error).split())[:200]}") from None
+    if start:
+        prefix = "text_model." if hasattr(module, "text_model") else ""
+        own = {prefix + key.removeprefix("text_model."): value for key, value in start.items()}
+        try:
+            strays = set_peft_model_state_dict(module, own).unexpected_keys
+        except RuntimeError as error:
+            raise UserError(f"--init_lora {args.init_lora}: its layers are of another size: {brief(error)}") from None
+        if strays:
+            raise UserError(
+                f"--init_lora {args.init_lora}: {len(strays)} keys fit no layer trained, such as {strays[0]}"
+            )
     cast_training_params(module, torch.float32)
 
 
@@ -2935,11 +3081,9 @@ class Probe:
 
     def look(self, batch: dict, caption: str) -> tuple[float, object]:
         """(loss, the denoiser's prediction) of a batch."""
-        run, seen = self.run, []
-        hook = run.denoiser.register_forward_hook(lambda module, given, result: seen.append(result[0].float()))
-        loss = batch_loss(run, to_device(batch, run.accelerator.device), run.prompts.lookup([caption]))
-        hook.remove()
-        return loss.item(), seen[0]
+        device = self.run.accelerator.device
+        loss, prediction = predict(self.run, to_device(batch, device), self.run.prompts.lookup([caption]))
+        return loss.item(), prediction
 
     def measure(self) -> dict[str, float]:
         """learned, forgotten and, with held-out images, held_out_loss and learned_held_out."""
@@ -3455,6 +3599,8 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--num_class_images", type=count, default=100, help="class images (100)")
     add("--prior_loss_weight", type=amount, default=1.0, help="weight of the class images' loss (1)")
     add("--sample_batch_size", type=count, default=4, help="class images generated at a time (4)")
+    add("--preserve_class", metavar="WORD", help="keep what the base draws for WORD, the class, without class images: one more pass forward and back")
+    add("--preserve_weight", type=amount, default=1.0, help="weight of its loss (1)")
     add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="precision while generating them (default: the training's)")
 
     add = parser.add_argument_group("LoRA").add_argument
@@ -3465,6 +3611,7 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--lora_blocks", nargs="+", metavar="N", help="numbers of the blocks that get a LoRA (default: all); names are taken as --lora_layers")
     add("--use_dora", action="store_true", help="weight-decomposed LoRA (DoRA)")
     add("--use_rslora", action="store_true", help="scale by alpha/sqrt(rank)")
+    add("--init_lora", "--network_weights", metavar="FILE", help="start from this LoRA, of any tool; rank, alpha and layers are its own")
     add("--init_lora_weights", default="gaussian", help="gaussian, default, olora, pissa, pissa_niter_N, orthogonal, ... as peft (gaussian)")
     add("--merge_lora", action="store_true", help="also write the base with the LoRA merged in, to merged/")
 
@@ -3482,6 +3629,8 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("loss").add_argument
     add("--loss_type", choices=["l2", "huber"], default="l2", help="(l2)")
     add("--huber_c", type=amount, default=0.1, help="where huber turns from square to linear (0.1)")
+    add("--min_timestep", type=natural, default=0, help="no timestep below: 0 is the picture (0)")
+    add("--max_timestep", type=count, default=1000, help="no timestep from here on: 1000 is noise alone (1000)")
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--optimizer", type=str.lower, default="adamw", choices=["adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree"], help="(adamw)")
@@ -3568,7 +3717,6 @@ NAMES_ELSEWHERE = {  # what kohya's scripts, Olive and Transformer Lab call our 
     **dict.fromkeys(("output_name", "adaptor_name"), "--output_dir (its last folder names the files)"),
     **dict.fromkeys(("save_every_n_steps", "save_steps"), "--checkpointing_steps"),
     "network_alpha": "--lora_alpha",
-    "network_weights": "--resume_from_checkpoint",
     "network_dropout": "--lora_dropout",
     "network_train_unet_only": "no flag: that is the default",
     "caption_dropout_rate": "--caption_dropout",
@@ -3585,7 +3733,7 @@ NAMES_ELSEWHERE = {  # what kohya's scripts, Olive and Transformer Lab call our 
 # (flags, when they are wrong, why): a reason that begins with "with" is one for which they would have no effect
 PRIOR = "class_data_dir class_prompt num_class_images prior_loss_weight sample_batch_size prior_generation_precision"
 TOKENS = "train_text_encoder_ti_frac token_abstraction num_new_tokens_per_abstraction initializer_concept"
-NO_LORA = "lora_alpha lora_dropout lora_layers lora_blocks use_dora use_rslora init_lora_weights merge_lora use_ema"
+NO_LORA = "lora_alpha lora_dropout lora_layers lora_blocks use_dora use_rslora init_lora_weights merge_lora use_ema preserve_class init_lora"
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
 # fmt: off
 RULES = (
@@ -3604,6 +3752,9 @@ RULES = (
     ("random_rotation_prob", lambda a: not a.random_rotation, "without --random_rotation"),
     ("tag_separator", lambda a: not a.shuffle_tags, "without --shuffle_tags"),
     (PRIOR, lambda a: not a.with_prior_preservation, "without --with_prior_preservation"),
+    ("preserve_weight", lambda a: not a.preserve_class, "without --preserve_class"),
+    ("preserve_class", lambda a: not a.trigger_word and not a.train_text_encoder_ti, "{flag} needs --trigger_word, or new tokens: the class stands in their place"),
+    ("preserve_class", lambda a: a.train_text_encoder, "{flag} and --train_text_encoder exclude each other: what the base makes of the text would change"),
     ("prior_generation_precision", lambda a: a.quantize_base, "with --quantize_base, which draws the class images too"),
     ("with_prior_preservation", lambda a: not a.class_prompt, '{flag} needs --class_prompt, such as "a photo of a dog"'),
     ("cache_latents", lambda a: a.color_jitter is not None or a.random_rotation, "{flag} can't be combined with --color_jitter or --random_rotation: they change each image each time"),
@@ -3620,9 +3771,12 @@ RULES = (
     (NO_LORA, lambda a: a.train_transformer_frac == 0, "with --train_transformer_frac 0, which adds no LoRA"),
     ("", lambda a: 0 < a.train_transformer_frac < 1 and text_frac(a) < 1, "--train_transformer_frac below 1 leaves steps in which nothing is trained; raise it or a text fraction to 1"),
     ("", lambda a: a.lora_alpha == 0, "--lora_alpha 0 scales the update to nothing"),
+    ("init_lora", lambda a: not Path(a.init_lora).exists(), "{flag} {a.init_lora}: no such file"),
+    ("init_lora_weights use_rslora", lambda a: a.init_lora, "with --init_lora, whose weights are the start"),
     ("quantize_base", lambda a: a.merge_lora or a.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq")), "{flag} can't be combined with --merge_lora or an initialisation that changes the base's weights"),
     # loss and optimizer
     ("huber_c", lambda a: a.loss_type != "huber", "without --loss_type huber"),
+    ("min_timestep max_timestep", lambda a: not a.min_timestep < a.max_timestep <= 1000, "--min_timestep {a.min_timestep} and --max_timestep {a.max_timestep}: the first must be below the second, both within 0 to 1000"),
     ("use_8bit_adam use_prodigy", lambda a: a.use_8bit_adam and a.use_prodigy, "--use_8bit_adam and --use_prodigy contradict each other"),
     ("use_8bit_adam use_prodigy", lambda a: a.optimizer not in ("adamw", optimizer_of(a)), "{flag} and --optimizer {a.optimizer} contradict each other"),
     ("prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup", lambda a: optimizer_of(a) != "prodigy", "without --optimizer prodigy"),
