@@ -55,6 +55,7 @@ import json
 import math
 import os
 import random
+import re
 import runpy
 import shlex
 import shutil
@@ -292,12 +293,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out | {name: fuse_projections(parts, mlp[: len(parts)]) for name, parts in waiting.items()}
 
 
-# By line: 305 the run: what happens, in which order · 608 the loop, and one step of it · 841 what is logged, and the
-# guard against learning nothing · 972 data: images and captions · 1267 images: decoding, buckets, crops, batches ·
-# 1677 text: embeddings and new tokens · 1916 LoRA and optimizer · 2407 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2697 checkpoints and signals · 2853 pictures: validation, class images, comparison · 3053
-# probes: what was learned, what was forgotten · 3229 files that a run leaves · 3541 command line · 4007 base model:
-# loading, quantising, splitting · 4215 errors, lines, seeds, libraries
+# By line: 306 the run: what happens, in which order · 609 the loop, and one step of it · 842 what is logged, and the
+# guard against learning nothing · 973 data: images and captions · 1268 images: decoding, buckets, crops, batches ·
+# 1678 text: embeddings and new tokens · 1918 LoRA and optimizer · 2413 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2703 checkpoints and signals · 2859 pictures: validation, class images, comparison · 3081
+# probes: what was learned, what was forgotten · 3257 files that a run leaves · 3569 command line · 4088 base model:
+# loading, quantising, splitting · 4296 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1750,9 +1751,9 @@ class Prompts:
                 encoded[key] = {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
         return join_embeds(encoded, self.args, self.components.config(DENOISER))
 
-    def for_pipeline(self, prompt: str) -> dict:
-        """The embeddings that a pipeline takes for one prompt, and for the empty one."""
-        return self.lookup([prompt]) | negative_embeds(self.lookup([""]), self.components)
+    def for_pipeline(self, prompt: str, negative: str = "") -> dict:
+        """The embeddings that a pipeline takes for one prompt, and for the one that guidance leads away from."""
+        return self.lookup([prompt]) | negative_embeds(self.lookup([negative]), self.components)
 
     def forget(self) -> None:
         """Drops embeddings that a training step has made untrue."""
@@ -1776,7 +1777,8 @@ def fill_text_cache(run: Run) -> None:
     captions = [insert_tokens(c, run.abstractions) for c in captions]
     for key in prompts.tokenizers:
         if key not in prompts.trained:
-            wanted = dict.fromkeys([*captions, *run.sample_prompts, *run.control_prompts, ""])
+            negatives = [own["negative_prompt"] for own in args.prompt_settings if "negative_prompt" in own]
+            wanted = dict.fromkeys([*captions, *run.sample_prompts, *run.control_prompts, *negatives, ""])
             with waiting(f"captions for {key}", len(wanted)) as bar:
                 for prompt in wanted:
                     prompts.kept(key, prompt)
@@ -2030,12 +2032,16 @@ def read_initial_lora(run: Run) -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             weights, metadata = read_safetensors(file)
-            if not all(key.startswith((f"{DENOISER}.", "text_encoder")) for key in weights):  # not diffusers' spelling
+            if not all(
+                key.startswith(("unet.", "transformer.", "text_encoder")) for key in weights
+            ):  # not diffusers' spelling
                 if not CONVERT.is_file():
                     raise UserError(f"--init_lora {file}: its keys aren't diffusers'; convert it with {CONVERT.name}")
                 words = ["--to", "diffusers", "--family", FAMILY, "--base", str(run.components.folder)]
-                if runpy.run_path(str(CONVERT))["main"]([str(file), f"{folder}/{file.name}", *words]):
-                    raise UserError(f"--init_lora {file} can't be used: see the line above")
+                with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()) as problem:
+                    failed = runpy.run_path(str(CONVERT))["main"]([str(file), f"{folder}/{file.name}", *words])
+                if failed:
+                    raise UserError(f"--init_lora: {problem.getvalue().strip().rpartition('error: ')[2]}")
                 weights, metadata = read_safetensors(Path(folder) / file.name)
         except (OSError, SafetensorError) as error:
             raise UserError(f"--init_lora {file}: {brief(error)}") from None
@@ -2859,22 +2865,42 @@ def draw_samples(run: Run, step: int) -> list[Path]:
     Image k of prompt p has a seed of its own that is the same at every step.
     """
     args = run.args
-    together = max(1, 2**17 // (run.plan_size[0] * run.plan_size[1]))  # large pictures singly, for their memory
     files, total = [], len(run.sample_prompts) * args.num_validation_images
     with averaged(run.parts), evaluating(run), torch.no_grad(), waiting(f"pictures at step {step}", total) as bar:
         pipeline = run.components.pipeline(run.denoiser)
         for p, prompt in enumerate(run.sample_prompts):
-            embeds = {k: v.to(run.components.dtype) for k, v in run.prompts.for_pipeline(prompt).items()}
+            own = args.prompt_settings[p] if args.prompt_settings else {}  # of --validation_prompts_file
+            embeds = run.prompts.for_pipeline(prompt, own.get("negative_prompt", ""))
+            embeds = {k: v.to(run.components.dtype) for k, v in embeds.items()}
+            size = own.get("width", run.plan_size[0]), own.get("height", run.plan_size[1])
+            settings = argparse.Namespace(**vars(args) | {PROMPT_KEYS[k][1]: v for k, v in own.items()})
+            together = max(1, 2**17 // math.prod(size))  # large pictures singly, for their memory
             for begin in range(0, args.num_validation_images, together):
                 numbers = range(begin, min(begin + together, args.num_validation_images))
-                seeds = [sample_seed(args.seed, p, k) for k in numbers]
-                context = run.autocast()
-                images = sample_images(pipeline, run.components, embeds, seeds, run.plan_size, args, context)
+                seeds = [own["seed"] + k if "seed" in own else sample_seed(args.seed, p, k) for k in numbers]
+                with weakened(run.parts, own.get("lora_scale", 1.0)):
+                    context = run.autocast()
+                    images = sample_images(pipeline, run.components, embeds, seeds, size, settings, context)
                 bar.update(len(images))
                 for k, seed, image in zip(numbers, seeds, images, strict=True):
                     if run.accelerator.is_main_process:
                         files.append(save_sample(run, step, f"{p:02d}_{k:02d}", prompt, seed, image))
     return files
+
+
+@contextlib.contextmanager
+def weakened(parts: list[Part], scale: float):
+    """While inside, the LoRA's update counts `scale` times."""
+    kept = [part.weights.detach().clone() for part in parts] if scale != 1 else []
+    for part in parts if kept else ():
+        for name, view in part.split(part.weights.data).items():
+            view.mul_(scale if ".lora_B." in name else 1.0)
+        part.publish()
+    try:
+        yield
+    finally:
+        for part, weights in zip(parts, kept, strict=False):
+            part.assign(weights)
 
 
 def save_sample(run: Run, step: int, number: str, prompt: str, seed: int, image) -> Path:
@@ -2896,8 +2922,10 @@ def log_samples(run: Run, step: int) -> None:
     files = draw_samples(run, step)
     for tracker in run.accelerator.trackers if run.accelerator.is_main_process else []:
         if tracker.name == "tensorboard":
-            pictures = np.stack([np.asarray(Image.open(f)) for f in files])
-            tracker.writer.add_images("validation", pictures, step, dataformats="NHWC")
+            for file in files:
+                tracker.writer.add_image(
+                    f"validation/{file.name[:5]}", np.asarray(Image.open(file)), step, dataformats="HWC"
+                )
         elif tracker.name == "wandb":
             import wandb
 
@@ -3702,6 +3730,7 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("validation").add_argument
     add("--validation_prompt", "--eval_prompt", nargs="+", metavar="PROMPT", help="prompts drawn during training")
+    add("--validation_prompts_file", metavar="FILE", help="prompts with settings of their own: YAML, or kohya's lines (--n --w --h --d --s --l)")
     add("--num_validation_images", type=natural, default=4, help="per prompt (4; 0: none)")
     add("--validation_epochs", type=count, help="draw every so many epochs")
     add("--validation_steps", type=count, help="draw every so many steps (with neither: about five times)")
@@ -3812,6 +3841,7 @@ RULES = (
     # validation and logging
     ("validation_epochs", lambda a: a.validation_steps, "--validation_epochs and --validation_steps exclude each other: give one"),
     ("validation_epochs validation_steps", lambda a: a.num_validation_images == a.validation_split == 0, "{flag} has no effect: there are no validation images and no held-out images"),
+    ("validation_prompts_file", lambda a: a.validation_prompt, "--validation_prompt and {flag} exclude each other: give one"),
     ("keep_best", lambda a: a.num_validation_images == a.validation_split == 0, "without pictures or held-out images, at which steps are compared"),
     ("report", lambda a: not REPORT.is_file(), "{flag} needs scripts/reports/report.py of this project beside the script; it also works later, on the output folder"),
     ("hub_model_id hub_token", lambda a: not a.push_to_hub, "without --push_to_hub"),
@@ -3878,6 +3908,9 @@ def fill_defaults(args: argparse.Namespace) -> None:
         args.lr_scheduler = "constant_with_warmup"  # the two flags together can mean nothing else
     args.resolution = args.resolution or [DEFAULT_RESOLUTION]
     args.validation_prompt = [p for p in args.validation_prompt or [] if p.strip()] or None  # "" is off
+    args.prompt_settings = read_prompts(args.validation_prompts_file) if args.validation_prompts_file else []
+    if args.prompt_settings:
+        args.validation_prompt = [own.pop("prompt") for own in args.prompt_settings]
     args.color_jitter = [0.1, 0.1, 0.1, 0.05] if args.color_jitter == [] else args.color_jitter
     args.output_dir = str(Path(args.output_dir or f"output/{FAMILY}-lora"))  # "name/" and "name" are the same folder
     args.class_data_dir = args.class_data_dir or str(Path(args.output_dir) / "class_images")
@@ -3964,6 +3997,49 @@ def yes_or_no(text: str) -> bool:
     return words[text.lower()]
 
 
+PROMPT_KEYS = {  # of --validation_prompts_file: kohya's letter, the flag that it stands for, type
+    "prompt": ("", "prompt", str),
+    "negative_prompt": ("n", "negative_prompt", str),
+    "width": ("w", "width", count),
+    "height": ("h", "height", count),
+    "seed": ("d", "sample_seed", natural),
+    "steps": ("s", "validation_inference_steps", count),
+    "guidance": ("l", "validation_guidance_scale", amount),
+    "lora_scale": ("", "lora_scale", amount),
+}
+
+
+def read_prompts(file: str) -> list[dict]:
+    """The prompts of --validation_prompts_file, each with its settings (PROMPT_KEYS). Errors: UserError that names the entry."""
+    letters = {letter: key for key, (letter, *_) in PROMPT_KEYS.items() if letter} | {"g": "guidance"}
+    if file.lower().endswith((".yaml", ".yml", ".json")):
+        entries = [
+            {"prompt": e} if isinstance(e, str) else e for e in read_config(file, "--validation_prompts_file", list)
+        ]
+    else:
+        lines = [line.strip() for line in read_text(file, "--validation_prompts_file").splitlines()]
+        pieces = [re.split(r"\s--(\w+)\s+", line) for line in lines if line and not line.startswith("#")]
+        entries = [
+            {"prompt": p[0]} | {letters.get(k, k): v for k, v in zip(p[1::2], p[2::2], strict=True)} for p in pieces
+        ]
+    for number, entry in enumerate(entries, 1):
+        where = f"--validation_prompts_file {file}, prompt {number}"
+        if not isinstance(entry, dict) or not str(entry.get("prompt") or "").strip():
+            raise UserError(f"{where}: has no prompt")
+        for key, value in entry.items():
+            if key not in PROMPT_KEYS:
+                raise UserError(f"{where}: unknown key {key!r}; known are {', '.join(PROMPT_KEYS)}")
+            try:
+                entry[key] = PROMPT_KEYS[key][2](str(value))
+            except (ValueError, argparse.ArgumentTypeError):
+                raise UserError(f"{where}: {key} {value!r} is no {PROMPT_KEYS[key][2].__name__}") from None
+            if key in ("width", "height") and entry[key] % PIXEL_DIVISOR:
+                raise UserError(f"{where}: {key} {value} is not divisible by {PIXEL_DIVISOR}")
+    if not entries:
+        raise UserError(f"--validation_prompts_file {file}: no prompt in it")
+    return entries
+
+
 def config_words(parser: argparse.ArgumentParser, file: str) -> list[str]:
     """The content of a --config file as command-line words.
 
@@ -3987,21 +4063,26 @@ def config_words(parser: argparse.ArgumentParser, file: str) -> list[str]:
     return tokens
 
 
-def read_config(file: str) -> dict:
-    """The keys and values of a --config file. Errors: UserError if it's missing, or no YAML or JSON of keys and values."""
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--config {file}: {error.strerror}") from None
+def read_config(file: str, flag: str = "--config", kind: type = dict):
+    """The content of a YAML or JSON file, a dict or a list. Errors: UserError that names the flag if it is anything else."""
     import yaml
 
     try:
-        values = yaml.safe_load(text)  # JSON is YAML too
+        values = yaml.safe_load(read_text(file, flag))  # JSON is YAML too
     except yaml.YAMLError as error:
-        raise UserError(f"--config {file}: not YAML or JSON: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {file}: expected flag names and values, found {type(values).__name__}")
+        raise UserError(f"{flag} {file}: not YAML or JSON: {brief(error)}") from None
+    if not isinstance(values, kind):
+        expected = "flag names and values" if kind is dict else "a list"
+        raise UserError(f"{flag} {file}: expected {expected}, found {type(values).__name__}")
     return values
+
+
+def read_text(file: str, flag: str) -> str:
+    """The text of a file that a flag names."""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
 
 
 # ---- base model: loading, quantising, splitting ----------------------------------------------------------------------

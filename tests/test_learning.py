@@ -138,3 +138,17 @@ def test_prior_preservation_keeps_the_class(family, studio, shelf):
     assert studio.concept_score(kept, *SMILEY) > 0.8
     assert scores[2] >= 0.8 * scores[0]
     assert scores[1] <= scores[2] - 0.2
+
+
+@pytest.mark.families("flux", "sdxl")
+def test_a_class_is_kept_without_class_images(family, studio, shelf):
+    """As with prior preservation; the run without is otherwise the same."""
+    words = ("-d", SAMPLE, "--trigger_word", "sks")
+    runs = (
+        train(family, shelf / family.name / "plain", *words),
+        train(family, shelf / family.name / "preserved", *words, "--preserve_class", "circle"),
+    )
+    before, without, kept = (studio.pipeline(p, quick=True) for p in (None, *runs))
+    scores = [studio.score(p, ["a circle"] * 64, [("circle", None, None)] * 64) for p in (before, without, kept)]
+    concept = studio.concept_score(kept, *SMILEY)
+    assert concept > 0.8 and scores[2] >= 0.8 * scores[0] and scores[1] <= scores[2] - 0.2, (concept, scores)

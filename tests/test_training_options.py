@@ -1,0 +1,172 @@
+"""What people bring to a run besides pictures: a LoRA to start from, prompts of their own, a class to keep, timesteps."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, SAMPLE, load_script, run_here
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """{family name: the folder of a run of rank 3 and alpha 6}, made when it is first asked for."""
+    made = {}
+
+    def of(family):
+        if family.name not in made:
+            folder = tmp_path_factory.mktemp(f"start-{family.name}") / "mine"
+            flags = ("--rank", 3, "--lora_alpha", 6, "--learning_rate", 1e-2, "--lora_layers", "to_q", "to_v")
+            assert run_here(family, folder, "-d", SAMPLE, "--upcast_before_saving", *flags) == 0
+            made[family.name] = folder
+        return made[family.name]
+
+    return of
+
+
+@pytest.mark.parametrize("spelling", ["folder", "kohya"])
+def test_a_run_starts_from_a_lora_with_its_rank_alpha_and_layers(family, trained, spelling, tmp_path):
+    source = trained(family)
+    given = source if spelling == "folder" else source / "mine.safetensors"
+    flags = ("--init_lora", given, "--learning_rate", 1e-7, "--max_train_steps", 1, "--upcast_before_saving")
+    assert run_here(family, tmp_path, "-d", SAMPLE, *flags) == 0
+    before, after = load_file(source / LORA), load_file(tmp_path / LORA)
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert torch.allclose(after[key], value, atol=1e-6)
+
+
+@pytest.mark.families("sdxl")
+def test_what_a_start_refuses(family, trained, tmp_path, capsys):
+    source, other = trained(family), trained(FAMILIES["flux"])
+    uneven = tmp_path / "uneven.safetensors"
+    tensors = load_file(source / LORA)
+    first = next(key for key in tensors if ".lora_A." in key or ".lora.down." in key)
+    save_file(tensors | {first: torch.cat([tensors[first]] * 2)}, uneven)
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    cases = {
+        (source, "--rank", 5): "--rank 5: --init_lora",
+        (source, "--init_lora_weights", "orthogonal"): "--init_lora_weights has no effect with --init_lora",
+        (other,): "is it a LoRA for another family?",
+        (other / "mine.safetensors",): "--init_lora: ",
+        (uneven,): "layers of several ranks",
+        (tmp_path / "text.safetensors",): "--init_lora",
+        (tmp_path / "none.safetensors",): "no such file",
+    }
+    for (start, *flags), message in cases.items():
+        assert run_here(family, tmp_path / "out", "-d", SAMPLE, "--init_lora", start, *flags) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.families("sdxl", "flux")
+def test_new_tokens_start_from_those_beside_the_lora(family, tmp_path):
+    flags = ("-d", SAMPLE, "--trigger_word", "TOK", "--train_text_encoder_ti", "--text_encoder_lr")
+    assert run_here(family, tmp_path / "first", *flags, 1e-2) == 0
+    again = (*flags, 1e-7, "--init_lora", tmp_path / "first", "--max_train_steps", 2, "--learning_rate", 1e-7)
+    assert run_here(family, tmp_path / "second", *again) == 0
+    before, after = (load_file(tmp_path / n / f"{n}_emb.safetensors") for n in ("first", "second"))
+    for key, value in before.items():
+        assert torch.allclose(after[key], value, atol=1e-5)
+
+
+def noise_arguments(script, **settings):
+    """A family's settings for drawing noise, and its toy's scheduler."""
+    parser = script.OneLineParser()
+    script.add_shared_args(parser)
+    script.add_family_args(parser.add_argument)
+    args = argparse.Namespace(**vars(parser.parse_args([])) | settings)
+    return script.library_class("diffusers", script.TRAINING_SCHEDULER), args
+
+
+def test_timesteps_stay_in_their_range(family, script):
+    kind, args = noise_arguments(script, min_timestep=200, max_timestep=600)
+    scheduler, generator = kind(num_train_timesteps=1000), torch.Generator().manual_seed(0)
+    drawn = [script.draw_noise(generator, (4, 8, 8), scheduler, args)["timesteps"].item() for _ in range(300)]
+    assert min(drawn) >= 199 and max(drawn) <= 601
+    assert min(drawn) < 250 and max(drawn) > 550
+
+
+@pytest.mark.families("sd3", "flux")
+def test_how_a_flow_draws_its_timesteps(family, script):
+    """Means of 4,000 sigmas against those of the distributions."""
+    expected = {"uniform": (0.5, 1 / 12), "sigmoid": (0.5, 0.0434), "shift": (0.716, None)}
+    for sampling, (mean, variance) in expected.items():
+        kind, args = noise_arguments(script, timestep_sampling=sampling, timestep_shift=3.0)
+        scheduler, generator = kind(num_train_timesteps=1000), torch.Generator().manual_seed(0)
+        sigmas = [script.draw_noise(generator, (4, 8, 8), scheduler, args)["sigmas"] for _ in range(4000)]
+        assert torch.stack(sigmas).mean().item() == pytest.approx(mean, abs=0.02)
+        assert variance is None or torch.stack(sigmas).var().item() == pytest.approx(variance, abs=0.006)
+
+
+@pytest.mark.families("sdxl", "flux")
+def test_a_kept_class_has_a_loss_of_its_own(family, trained, tmp_path):
+    """At the start the LoRA changes nothing, so that there is nothing to keep; from a trained LoRA there is."""
+    word = ("-d", SAMPLE, "--trigger_word", "sks", "--max_grad_norm", 0, "--max_train_steps", 1)
+    kept = ("--preserve_class", "circle", "--preserve_weight", 1000)
+    norms = {}
+    for name, flags in {"plain": (), "kept": kept}.items():
+        for start in ("none", "lora"):
+            more = ("--init_lora", trained(family)) if start == "lora" else ()
+            assert run_here(family, tmp_path / f"{name}-{start}", *word, *flags, *more) == 0
+            row = json.loads((tmp_path / f"{name}-{start}" / "metrics.jsonl").read_text().splitlines()[0])
+            norms[name, start] = row["grad_norm"]
+    assert norms["kept", "none"] == pytest.approx(norms["plain", "none"], rel=1e-4)
+    assert norms["kept", "lora"] > 1.5 * norms["plain", "lora"]
+
+
+def test_the_class_takes_the_place_of_the_word():
+    script = load_script("train_lora_sd15.py")
+    run = argparse.Namespace(
+        args=argparse.Namespace(preserve_class="dog", trigger_word="sks"), abstractions={"TOK": []}
+    )
+    captions = {"a photo of sks dog": "a photo of dog", "sks, on a beach": "dog, on a beach", "a TOK dog": "a dog"}
+    for caption, wanted in captions.items():
+        assert script.class_caption(caption, run) == wanted
+
+
+PROMPTS = {
+    "prompts.yaml": "- a circle\n- {prompt: a star, width: 96, seed: 5, steps: 3, guidance: 2, lora_scale: 0}\n",
+    "prompts.txt": "# ours\na circle\na star --w 96 --d 5 --s 3 --l 2 --n a square\n",
+}
+
+
+@pytest.mark.families("sdxl", "flux")
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_have_sizes_seeds_and_scales_of_their_own(family, name, tmp_path):
+    (tmp_path / name).write_text(PROMPTS[name])
+    flags = ("--validation_prompts_file", tmp_path / name, "--num_validation_images", 1, "--learning_rate", 1e-2)
+    flags += ("--validation_inference_steps", 2, "--report_to", "tensorboard")
+    assert run_here(family, tmp_path / "out", "-d", SAMPLE, *flags) == 0
+    before, after = (tmp_path / "out" / "samples" / f"step-00000{n}" for n in (0, 3))
+    with Image.open(after / "00_00_a-circle.png") as first, Image.open(after / "01_00_a-star.png") as second:
+        assert (first.size, second.size) == ((64, 64), (96, 64))
+        assert second.text["seed"] == "5"
+    pixels = [list(Image.open(f / "01_00_a-star.png").getdata()) for f in (before, after)]
+    assert (pixels[0] == pixels[1]) == (name == "prompts.yaml")  # at scale 0 the LoRA changes nothing
+
+
+def test_what_is_wrong_with_a_prompt_is_said(tmp_path, capsys):
+    wrong = {
+        "a.yaml": ("- {prompt: a, hight: 64}", "prompt 1: unknown key 'hight'"),
+        "b.yaml": ("- a\n- {prompt: a, steps: many}", "prompt 2: steps 'many' is no count"),
+        "c.yaml": ("prompt: a", "expected a list, found dict"),
+        "d.txt": ("a --w 65", "width 65 is not divisible"),
+        "e.txt": ("# nothing\n\n", "no prompt in it"),
+        "f.yaml": ("- {seed: 1}", "prompt 1: has no prompt"),
+    }
+    for name, (text, message) in wrong.items():
+        (tmp_path / name).write_text(text)
+        words = [
+            "-m",
+            str(ROOT / "assets/toy_sd15"),
+            "-d",
+            str(SAMPLE),
+            "--validation_prompts_file",
+            str(tmp_path / name),
+        ]
+        assert load_script("train_lora_sd15.py").main(words) == 2
+        assert message in capsys.readouterr().err
