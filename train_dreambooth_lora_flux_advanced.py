@@ -294,11 +294,11 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 
 # By line: 306 the run: what happens, in which order · 609 the loop, and one step of it · 842 what is logged, and the
-# guard against learning nothing · 973 data: images and captions · 1268 images: decoding, buckets, crops, batches ·
-# 1678 text: embeddings and new tokens · 1918 LoRA and optimizer · 2413 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2703 checkpoints and signals · 2859 pictures: validation, class images, comparison · 3081
-# probes: what was learned, what was forgotten · 3257 files that a run leaves · 3569 command line · 4088 base model:
-# loading, quantising, splitting · 4296 errors, lines, seeds, libraries
+# guard against learning nothing · 969 data: images and captions · 1264 images: decoding, buckets, crops, batches ·
+# 1674 text: embeddings and new tokens · 1914 LoRA and optimizer · 2409 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2699 checkpoints and signals · 2855 pictures: validation, class images, comparison · 3072
+# probes: what was learned, what was forgotten · 3248 files that a run leaves · 3553 command line · 4072 base model:
+# loading, quantising, splitting · 4280 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -911,12 +911,8 @@ class Meter:
         """Appends a row to metrics.jsonl and sends it to the trackers."""
         if self.run.accelerator.is_main_process:
             with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(
-                    json.dumps(
-                        {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
-                    )
-                    + "\n"
-                )
+                legal = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+                stream.write(json.dumps(legal) + "\n")
         self.run.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def pause(self) -> None:
@@ -3039,41 +3035,36 @@ def comparison_sheet(run: Run):
     samples, shown = Path(run.args.output_dir) / "samples", min(run.args.num_validation_images, 4)
     before, after = (samples / f"step-{step:06d}" for step in (0, run.max_steps))
     what = "with the\nLoRA" if run.lora_modules else "with the\nnew tokens"
-    blocks = [("trained on", [("", sorted((samples.parent / "training_pictures").glob("*.png")))])]
     groups = [(prompt, f"{p:02d}_*") for p, prompt in enumerate(run.sample_prompts[:6])]
-    for heading, pattern in (*groups, (f"should not change: {', '.join(run.control_prompts)}", "control_*")):
-        blocks.append((heading, [(name, sorted(f.glob(pattern))) for name, f in (("before", before), (what, after))]))
+    groups += [(f"should not change: {', '.join(run.control_prompts)}", "control_*")]
+    blocks = [("trained on", [("", sorted((samples.parent / "training_pictures").glob("*.png")))])]
+    for heading, files in groups:
+        blocks.append((heading, [(name, sorted(f.glob(files))) for name, f in (("before", before), (what, after))]))
     if not run.compares or any(len(files) < shown for _, rows in blocks[1:] for _, files in rows):
         return None
     with Image.open(blocks[1][1][0][1][0]) as first:
-        larger = max(1, 224 // max(first.size))  # toys draw 64 pixels
-        tile = (
-            ImageOps.contain(first, (384, 384)).size if larger == 1 else (first.width * larger, first.height * larger)
-        )
+        drawn, side = first.size, max(first.size)
+    scale = 224 // side if side <= 112 else 384 / side  # toys draw 64 pixels, which stay sharp
+    tile = round(drawn[0] * scale), round(drawn[1] * scale)
     font, small = ImageFont.load_default(20), ImageFont.load_default(16)
     margin, label, head, columns = 12, 120, 34, max(4, shown)
-    width = label + columns * (tile[0] + margin) + margin
-    sheet = Image.new(
-        "RGB", (width, sum(head + margin + (tile[1] + margin) * len(rows) for _, rows in blocks)), "white"
-    )
+    width, row = label + columns * (tile[0] + margin) + margin, tile[1] + margin
+    sheet = Image.new("RGB", (width, sum(head + margin + row * len(rows) for _, rows in blocks)), "white")
     pen, y = ImageDraw.Draw(sheet), margin
     for heading, rows in blocks:
-        fitting = int(len(heading) * (width - 2 * margin) / max(1, pen.textlength(heading, font=font)))
-        text = heading if fitting >= len(heading) else heading[: fitting - 2].rstrip() + "…"
-        pen.text((margin, y), text, fill="black", font=font)
+        while pen.textlength(heading, font=font) > width - 2 * margin:
+            heading = heading[:-2] + "…"
+        pen.text((margin, y), heading, fill="black", font=font)
         y += head
         for name, files in rows:
             pen.text((margin, y + tile[1] // 2 - 16), name, fill="#444", font=small)
             for k, file in enumerate(files[:columns]):
                 with Image.open(file) as image:
-                    fitted = ImageOps.pad(image.convert("RGB"), tile, Image.Resampling.LANCZOS, color="white")
-                    drawn = (
-                        image.resize(tile, Image.Resampling.NEAREST)
-                        if larger > 1 and image.width == first.width
-                        else fitted
-                    )
-                    sheet.paste(drawn, (label + k * (tile[0] + margin), y))
-            y += tile[1] + margin
+                    sharp = image.size == drawn and side <= 112
+                    resampling = Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS
+                    fitted = ImageOps.pad(image.convert("RGB"), tile, resampling, color="white")
+                    sheet.paste(fitted, (label + k * (tile[0] + margin), y))
+            y += row
         y += margin
     return sheet
 
@@ -3312,18 +3303,16 @@ def write_run_files(run: Run) -> None:
     (output / "config.yaml").write_text("\n".join([*head, body]), encoding="utf-8")
     sizes = ["{} x {}".format(*bucket) for bucket in buckets]
     rows = [[e.name, e.captions[0], "{} x {}".format(*e.size), sizes[e.bucket]] for e in examples[:500]]
-    inside = Counter(e.bucket for e in examples)
-    used = [
-        [sizes[b], n, sum(lost_to_crop(e.size, buckets[b]) for e in examples if e.bucket == b) / n]
-        for b, n in inside.items()
-    ]
+    lost = {b: [lost_to_crop(e.size, buckets[b]) for e in examples if e.bucket == b] for b in range(len(buckets))}
+    used = [[sizes[b], len(shares), sum(shares) / len(shares)] for b, shares in lost.items() if shares]
+    held_out = sum(e.held_out for e in examples)
     summary = {
         "images": len(examples),
-        "held_out": sum(e.held_out for e in examples),
+        "held_out": held_out,
         "captions": rows,
         "buckets": used,
+        "findings": run.findings,
     }
-    summary["findings"] = run.findings
     (output / "data.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
     folder = output / "training_pictures"
     shutil.rmtree(folder, ignore_errors=True)
@@ -3555,13 +3544,8 @@ def push_to_hub(args: argparse.Namespace) -> None:
         repo = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
         public = ["*.safetensors", "README.md", "comparison.png", "samples/*"]
         hidden = ["checkpoint-*", "merged/*", "class_images/*"]
-        upload_folder(
-            repo_id=repo,
-            folder_path=args.output_dir,
-            allow_patterns=public,
-            ignore_patterns=hidden,
-            token=args.hub_token,
-        )
+        place = {"repo_id": repo, "folder_path": args.output_dir, "token": args.hub_token}
+        upload_folder(**place, allow_patterns=public, ignore_patterns=hidden)
     except Exception as error:  # whatever the hub's client raises, the results are already on the disk
         raise UserError(f"--push_to_hub failed ({brief(error)}); the results are in {args.output_dir}") from None
 
