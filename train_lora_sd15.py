@@ -43,6 +43,7 @@ run first. Exit codes: 0 done, 1 failed, 2 wrong arguments or input, 130, 138, 1
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import csv
 import difflib
@@ -200,12 +201,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line: 213 the run: what happens, in which order · 516 the loop, and one step of it · 749 what is logged, and the
-# guard against learning nothing · 876 data: images and captions · 1171 images: decoding, buckets, crops, batches ·
-# 1581 text: embeddings and new tokens · 1821 LoRA and optimizer · 2316 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2606 checkpoints and signals · 2762 pictures: validation, class images, comparison · 2979
-# probes: what was learned, what was forgotten · 3155 files that a run leaves · 3460 command line · 3979 base model:
-# loading, quantising, splitting · 4187 errors, lines, seeds, libraries
+# By line: 214 the run: what happens, in which order · 517 the loop, and one step of it · 750 what is logged, and the
+# guard against learning nothing · 877 data: images and captions · 1172 images: decoding, buckets, crops, batches ·
+# 1582 text: embeddings and new tokens · 1822 LoRA and optimizer · 2339 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2629 checkpoints and signals · 2785 pictures: validation, class images, comparison · 3002
+# probes: what was learned, what was forgotten · 3178 files that a run leaves · 3483 command line · 4030 base model:
+# loading, quantising, splitting · 4238 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2069,9 +2070,9 @@ class Part:
     def allocate(self, dtype=None) -> None:
         """Makes the buffers and points the modules' parameters into them. dtype: the modules' precision; None: float32.
 
-        LoRA's A matrices come first, so that those of one attention follow each other.
+        LoRA's A matrices come first, so that those of one attention follow each other, its B matrices last.
         """
-        self.parameters = dict(sorted(self.parameters.items(), key=lambda item: ".lora_A." not in item[0]))
+        self.parameters = dict(sorted(self.parameters.items(), key=lambda item: ".lora_B." in item[0]))
         values = torch.cat([p.detach().flatten().float() for p in self.parameters.values()])
         self.weights, self.gradients, self.initial = torch.nn.Parameter(values), torch.zeros_like(values), values.cpu()
         self.weights.grad, self.initial = self.gradients, self.initial.clone()
@@ -2140,7 +2141,10 @@ def prepare_parts(parts: list[Part], args: argparse.Namespace, dtype=None) -> No
     for part in parts:
         exact = part.name == "embeddings" or args.use_dora  # DoRA's magnitudes would be rounded
         part.allocate(None if exact else dtype)
-        part.optimizer = make_optimizer(part, args)
+        try:
+            part.optimizer = make_optimizer(part, args)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"--optimizer {args.optimizer}: {brief(error)}") from None
         part.schedule = get_scheduler(
             args.lr_scheduler,
             part.optimizer,
@@ -2155,8 +2159,11 @@ def prepare_parts(parts: list[Part], args: argparse.Namespace, dtype=None) -> No
 
 def make_optimizer(part: Part, args: argparse.Namespace):
     """The optimizer of --optimizer for one part. Each part has its own, so that Prodigy finds a step size for each."""
-    common = {"params": [part.weights], "lr": part.learning_rate, "weight_decay": part.weight_decay}
-    adam = common | {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    common = {"params": parameter_groups(part, args.loraplus_lr_ratio), "lr": part.learning_rate}
+    common |= {"weight_decay": part.weight_decay} | args.optimizer_args
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon} | common
+    if "." in args.optimizer:
+        return library_class(*args.optimizer.rsplit(".", 1))(**common)
     if args.optimizer == "adamw":
         return torch.optim.AdamW(**adam, fused=part.weights.is_cuda)
     if args.optimizer == "adamw8bit":
@@ -2182,6 +2189,22 @@ def make_optimizer(part: Part, args: argparse.Namespace):
     optimizer = AdamWScheduleFree(**adam, warmup_steps=args.lr_warmup_steps)
     optimizer.train()
     return optimizer
+
+
+def parameter_groups(part: Part, ratio: float) -> list:
+    """What a part's optimizer steps: its flat weights or, for LoRA+, those of the B matrices with a rate `ratio` times as high.
+
+    https://arxiv.org/abs/2402.12354
+    """
+    later = sum(p.numel() for name, p in part.parameters.items() if ".lora_B." in name)
+    if ratio == 1 or not later:
+        return [part.weights]
+    sizes = [len(part.gradients) - later, later]
+    groups = [{"params": [torch.nn.Parameter(weights)]} for weights in part.weights.detach().split(sizes)]
+    for group, gradient in zip(groups, part.gradients.split(sizes), strict=True):
+        group["params"][0].grad = gradient
+    groups[1]["lr"] = part.learning_rate * ratio
+    return groups
 
 
 def waitless_adamw8bit(base: type) -> type:
@@ -3572,7 +3595,9 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--max_timestep", type=count, default=1000, help="no timestep from here on: 1000 is noise alone (1000)")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--optimizer", type=str.lower, default="adamw", choices=["adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree"], help="(adamw)")
+    add("--optimizer", type=optimizer_name, default="adamw", help=f"{', '.join(OPTIMIZERS)}, or any class by its dotted name, such as torch.optim.RAdam (adamw)")
+    add("--optimizer_args", nargs="+", metavar="KEY=VALUE", help="more arguments of the optimizer; they win")
+    add("--loraplus_lr_ratio", type=amount, default=1.0, help="LoRA+: the B matrices' learning rate is so many times as high, 16 is usual (1: off)")
     add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
     add("--use_prodigy", action="store_true", help="the same as --optimizer prodigy")
     add("--learning_rate", type=amount, default=1e-4, help="(1e-4; for prodigy use 1)")
@@ -3643,7 +3668,7 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
 
 
 # What a checkpoint must agree with, or be refused; and what makes the rest of a run another one, which is said
-RESUME_FLAGS = ("rank", "lora_alpha", "use_dora", "use_rslora", "init_lora_weights", "optimizer")
+RESUME_FLAGS = ("rank", "lora_alpha", "use_dora", "use_rslora", "init_lora_weights", "optimizer", "loraplus_lr_ratio")
 RESUME_NOTES = (
     *("seed", "gradient_accumulation_steps", "learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps"),
     *("resolution", "center_crop", "random_flip", "repeats", "trigger_word", "caption_dropout", "shuffle_tags"),
@@ -3721,6 +3746,8 @@ RULES = (
     ("use_8bit_adam use_prodigy", lambda a: a.optimizer not in ("adamw", optimizer_of(a)), "{flag} and --optimizer {a.optimizer} contradict each other"),
     ("prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup", lambda a: optimizer_of(a) != "prodigy", "without --optimizer prodigy"),
     ("", lambda a: optimizer_of(a) == "schedulefree" and (a.lr_scheduler != "constant" or a.use_ema), "--optimizer schedulefree averages by itself: use --lr_scheduler constant and no --use_ema"),
+    ("loraplus_lr_ratio", lambda a: optimizer_of(a) in ("prodigy", "adafactor", "schedulefree"), "with --optimizer {a.optimizer}: it takes one rate for all"),
+    ("adam_beta1 adam_beta2 adam_epsilon", lambda a: "." in a.optimizer, "with --optimizer {a.optimizer}: give its own with --optimizer_args"),
     ("adam_beta2 adam_epsilon", lambda a: a.optimizer == "adafactor", "with --optimizer adafactor"),
     ("lr_num_cycles", lambda a: a.lr_scheduler != "cosine_with_restarts", "without --lr_scheduler cosine_with_restarts"),
     ("lr_power", lambda a: a.lr_scheduler != "polynomial", "without --lr_scheduler polynomial"),
@@ -3794,6 +3821,7 @@ def check_trackers(report_to: str) -> None:
 def fill_defaults(args: argparse.Namespace) -> None:
     """Fills in what depends on other flags."""
     args.optimizer = optimizer_of(args)
+    args.optimizer_args = dict(map(key_and_value, args.optimizer_args or ()))
     args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
     if args.lr_warmup_steps and args.lr_scheduler == "constant" and args.optimizer != "schedulefree":
         args.lr_scheduler = "constant_with_warmup"  # the two flags together can mean nothing else
@@ -3878,6 +3906,29 @@ count = number("count", int, 1, math.inf, "is below 1")
 natural = number("whole number", int, 0, math.inf, "must not be negative")
 share = number("share", float, 0, 1, "is not between 0 and 1")
 amount = number("amount", float, 0, sys.float_info.max, "is not a finite number from 0 on")
+
+
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree")
+
+
+def optimizer_name(text: str) -> str:
+    """One of OPTIMIZERS in small letters, or a dotted name as it is."""
+    if "." not in text and text.lower() not in OPTIMIZERS:
+        raise argparse.ArgumentTypeError(
+            f"{text} is none of {', '.join(OPTIMIZERS)}; others take a dotted name, such as torch.optim.RAdam"
+        )
+    return text if "." in text else text.lower()
+
+
+def key_and_value(text: str) -> tuple[str, object]:
+    """key=value -> (key, the value as Python means it, else as text)."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise UserError(f"--optimizer_args {text} is not key=value")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
 
 
 def yes_or_no(text: str) -> bool:

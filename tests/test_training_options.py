@@ -128,6 +128,45 @@ def test_the_class_takes_the_place_of_the_word():
         assert script.class_caption(caption, run) == wanted
 
 
+@pytest.mark.families("sdxl", "flux")
+def test_b_matrices_learn_at_a_rate_of_their_own(family, tmp_path):
+    """AdamW's first step is as large as the rate, whatever the gradient."""
+    flags = ("-d", SAMPLE, "--learning_rate", 1e-4, "--loraplus_lr_ratio", 16, "--max_train_steps", 1)
+    assert run_here(family, tmp_path, *flags, "--upcast_before_saving", "--adam_weight_decay", 0) == 0
+    steps = [v.abs().max().item() for k, v in load_file(tmp_path / LORA).items() if ".up." in k or ".lora_B." in k]
+    assert max(steps) == pytest.approx(1.6e-3, rel=0.01)
+
+
+OPTIMIZERS = {  # flags: how large a first step is, or what is said
+    ("--optimizer", "torch.optim.RMSprop", "--optimizer_args", "alpha=0.75"): 2e-4,
+    ("--optimizer", "adamw", "--optimizer_args", "lr=3e-4", "amsgrad=True"): 3e-4,
+    ("--optimizer", "torch.optim.Nix"): "--optimizer torch.optim.Nix",
+    ("--optimizer", "torch.optim.SGD", "--optimizer_args", "betas=(0,1)"): "unexpected keyword argument 'betas'",
+    ("--optimizer_args", "eps"): "--optimizer_args eps is not key=value",
+    ("--optimizer", "lion"): "dotted name",
+    ("--optimizer", "prodigy", "--loraplus_lr_ratio", "4"): "one rate for all",
+}
+
+
+@pytest.mark.families("sdxl")
+@pytest.mark.parametrize("flags", OPTIMIZERS, ids=" ".join)
+def test_any_optimizer_with_its_own_arguments(family, flags, tmp_path, capsys):
+    given = ("-d", SAMPLE, "--max_train_steps", 1, "--upcast_before_saving", "--adam_weight_decay", 0)
+    wanted = OPTIMIZERS[flags]
+    try:
+        code = run_here(family, tmp_path, *given, *flags)
+    except SystemExit as stop:
+        code = stop.code
+    if isinstance(wanted, str):
+        assert code == 2 and wanted in capsys.readouterr().err
+        return
+    again = (*given, "-o", tmp_path / "again", "--config", tmp_path / "config.yaml")
+    assert code == 0 and run_here(family, tmp_path, *again) == 0
+    for folder in (tmp_path, tmp_path / "again"):
+        steps = [v.abs().max().item() for k, v in load_file(folder / LORA).items() if ".up." in k]
+        assert max(steps) == pytest.approx(wanted, rel=0.02)
+
+
 PROMPTS = {
     "prompts.yaml": "- a circle\n- {prompt: a star, width: 96, seed: 5, steps: 3, guidance: 2, lora_scale: 0}\n",
     "prompts.txt": "# ours\na circle\na star --w 96 --d 5 --s 3 --l 2 --n a square\n",
