@@ -79,6 +79,7 @@ KEYS = {
         "true_cfg_scale": ("amount", None, "FLUX.1: above 1, negative prompts work, at twice the time"),
         "max_sequence_length": ("count", None, "T5 tokens (SD3, FLUX.1); as in training"),
         "clip_skip": ("layers", None, "SD 1.x/2.x, SDXL: text layers skipped, as in training (null or 0: none)"),
+        "max_token_length": ("count", 75, "75, 150 or 225; SD 1.x/2.x, SDXL: tokens of a prompt that are read, as in training"),
         "scheduler": ("text", None, "such as EulerDiscreteScheduler (null: the base's own)"),
         "prediction_type": (("epsilon", "v_prediction", "sample"), None, "as in training (null: the base's own)"),
         "rescale_betas_zero_snr": ("switch", None, "zero terminal SNR, as in training (null: the base's own)"),
@@ -99,9 +100,24 @@ OF_TRAINING = {
     "paths.pretrained_vae_model_name_or_path": "pretrained_vae_model_name_or_path",
     "num_inference_steps": "validation_inference_steps",
     "guidance_scale": "validation_guidance_scale",
-    **{key: key for key in ("max_sequence_length", "clip_skip", "prediction_type", "rescale_betas_zero_snr", "seed")},
+    **{
+        key: key
+        for key in (
+            "max_sequence_length",
+            "max_token_length",
+            "clip_skip",
+            "prediction_type",
+            "rescale_betas_zero_snr",
+            "seed",
+        )
+    },
 }
-ONLY_UNET = ("clip_skip", "prediction_type", "rescale_betas_zero_snr")  # what SD3 and FLUX.1 have not
+ONLY_UNET = (
+    "clip_skip",
+    "max_token_length",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)  # what SD3 and FLUX.1 have not
 
 
 class Family(NamedTuple):
@@ -1094,7 +1110,7 @@ def draw(
         if weights and not settings.fuse:
             set_scale(pipeline, weights, row.scale)
         for p, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
-            text = text_arguments(pipeline, prompt, negative, settings.clip_skip)
+            text = text_arguments(pipeline, prompt, negative, settings.clip_skip, settings.max_token_length)
             for begin in range(0, count, settings.batch_size):
                 numbers = range(begin, min(begin + settings.batch_size, count))
                 seeds = [image_seed(settings.seed, k) for k in numbers]
@@ -1132,22 +1148,28 @@ def repeated(value, times: int):
     return [value] * times if isinstance(value, str) else value.repeat_interleave(times, dim=0)
 
 
-def text_arguments(pipeline, prompt: str, negative: str | None, clip_skip: int | None) -> dict[str, object]:
-    """The pipeline's arguments for one prompt: text, or embeddings if layers are skipped.
+def text_arguments(
+    pipeline, prompt: str, negative: str | None, clip_skip: int | None, length: int
+) -> dict[str, object]:
+    """The pipeline's arguments for one prompt: text, or embeddings if layers are skipped or more than 75 tokens are read.
 
     The pipelines' own clip_skip needs an older transformers, and skips for the prompt alone; training skips for both
     halves of guidance, and so does this. Errors: UserError for more layers than there are.
     """
-    if not clip_skip:
+    if length not in (75, 150, 225):
+        raise UserError(f"max_token_length: {length} is none of 75, 150, 225")
+    if not clip_skip and length == 75:
         return {"prompt": prompt} | ({"negative_prompt": negative} if negative else {})
-    out = encoded(pipeline, prompt, clip_skip)
+    out = encoded(pipeline, prompt, clip_skip or 0, length // 75)
     zeros = negative is None and pipeline.config.get("force_zeros_for_empty_prompt")
-    other = {k: v * 0 for k, v in out.items()} if zeros else encoded(pipeline, negative or "", clip_skip)
+    other = (
+        {k: v * 0 for k, v in out.items()} if zeros else encoded(pipeline, negative or "", clip_skip or 0, length // 75)
+    )
     return out | {f"negative_{key}": value for key, value in other.items()}
 
 
-def encoded(pipeline, prompt: str, clip_skip: int) -> dict[str, object]:
-    """{"prompt_embeds": (1, 77, D)} and, of SDXL, {"pooled_prompt_embeds": (1, P)}, as the training scripts encode."""
+def encoded(pipeline, prompt: str, clip_skip: int, chunks: int) -> dict[str, object]:
+    """{"prompt_embeds": (1, 75 * chunks + 2, D)} and, of SDXL, {"pooled_prompt_embeds": (1, P)}, as the training scripts encode."""
     import torch
 
     hidden, pooled = [], {}
@@ -1157,14 +1179,19 @@ def encoded(pipeline, prompt: str, clip_skip: int) -> dict[str, object]:
         layers = encoder.config.num_hidden_layers
         if clip_skip >= layers:
             raise UserError(f"clip_skip: {clip_skip}: the text encoder has {layers} layers")
-        cut = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-        ids = tokenizer(prompt, **cut, return_tensors="pt").input_ids.to(pipeline._execution_device)
+        ids, size, rows = tokenizer(prompt, add_special_tokens=False).input_ids, tokenizer.model_max_length - 2, []
+        for piece in (ids[k * size : (k + 1) * size] for k in range(chunks)):
+            padding = [tokenizer.pad_token_id] * (size - len(piece))
+            rows.append([tokenizer.bos_token_id, *piece, tokenizer.eos_token_id, *padding])
         with torch.no_grad():
-            output = encoder(ids, output_hidden_states=True)
+            output = encoder(torch.tensor(rows, device=pipeline._execution_device), output_hidden_states=True)
             states = output.hidden_states[-(clip_skip + (2 if sdxl else 1))]
-            hidden.append(states if sdxl else encoder.final_layer_norm(states))
+            states = states if sdxl else encoder.final_layer_norm(states)
+        hidden.append(
+            torch.cat([states[:1, :1], states[:, 1:-1].reshape(1, -1, states.shape[-1]), states[-1:, -1:]], 1)
+        )
         if end:
-            pooled["pooled_prompt_embeds"] = output.text_embeds
+            pooled["pooled_prompt_embeds"] = output.text_embeds[:1]
     return {"prompt_embeds": torch.cat(hidden, dim=-1)} | pooled
 
 

@@ -275,11 +275,11 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 
 # By line: 287 the run: what happens, in which order · 590 the loop, and one step of it · 823 what is logged, and the
-# guard against learning nothing · 950 data: images and captions · 1245 images: decoding, buckets, crops, batches ·
-# 1655 text: embeddings and new tokens · 1895 LoRA and optimizer · 2412 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2702 checkpoints and signals · 2858 pictures: validation, class images, comparison · 3075
-# probes: what was learned, what was forgotten · 3251 files that a run leaves · 3556 command line · 4103 base model:
-# loading, quantising, splitting · 4311 errors, lines, seeds, libraries
+# guard against learning nothing · 950 data: images and captions · 1248 images: decoding, buckets, crops, batches ·
+# 1658 text: embeddings and new tokens · 1898 LoRA and optimizer · 2415 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2705 checkpoints and signals · 2861 pictures: validation, class images, comparison · 3078
+# probes: what was learned, what was forgotten · 3254 files that a run leaves · 3559 command line · 4120 base model:
+# loading, quantising, splitting · 4328 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -991,13 +991,13 @@ def source_examples(args: argparse.Namespace, missing: list[str] | None = None) 
     tables = (".arrow", ".parquet", "dataset_dict.json", "state.json", "dataset_infos.json")
     if args.dataset_name and not (folder.is_dir() and not any(f.name.endswith(tables) for f in folder.rglob("*"))):
         return dataset_examples(args)
-    return folder_examples(folder, args.caption_column, missing)
+    return folder_examples(folder, args.caption_column, missing, vars(args).get("caption_per_line", False))
 
 
-def folder_examples(folder: Path, caption_column: str | None, missing: list[str] | None = None) -> list[Example]:
+def folder_examples(folder: Path, caption_column: str | None, missing: list[str] | None = None, per_line: bool = False):
     """Images below a folder with captions from metadata files, or from a .txt or .caption beside each image.
 
-    Where both are there and differ, the text file is taken, for it's what people edit; a named column wins over it.
+    per_line: each line of a text file is a caption, else the whole is one. Where both are there and differ, the text file is taken, for it's what people edit; a named column wins over it.
     Files that the metadata name and that are not there are an error, or are noted in `missing`, if it's given.
     """
     folder = folder.resolve()
@@ -1024,7 +1024,8 @@ def folder_examples(folder: Path, caption_column: str | None, missing: list[str]
         name, captions = str(file.relative_to(folder)), described.get(file, [])
         if not captions or caption_column is None:
             beside = [b for b in (file.with_suffix(".txt"), file.with_suffix(".caption")) if b.is_file()][:1]
-            written = [c for b in beside for c in as_captions(decode_text(b.read_bytes(), b))]
+            texts = [decode_text(b.read_bytes(), b) for b in beside]
+            written = [c for text in texts for c in as_captions(text.splitlines() if per_line else text)]
             if written and written[0] not in captions:
                 edited += [name] if captions else []
                 captions = written
@@ -1151,12 +1152,14 @@ def hold_out(examples: list[Example], args: argparse.Namespace) -> None:
 def draw_caption(captions: list[str], rng: random.Random, args: argparse.Namespace) -> str:
     """One caption as it is trained: picked, tags shuffled, trigger word in front, or dropped."""
     caption = rng.choice(captions)
-    if args.shuffle_tags:
+    if args.captions_vary:
         tags = caption.split(args.tag_separator)
         first = bool(args.trigger_word) and with_trigger(tags[0], args.trigger_word) == tags[0]  # it stays in front
-        rest = tags[first:]
-        rng.shuffle(rest)
-        caption = args.tag_separator.join(tags[:first] + rest)
+        kept = max(args.keep_tokens, first)
+        rest = [tag for tag in tags[kept:] if not args.tag_dropout or rng.random() >= args.tag_dropout]
+        if args.shuffle_tags:
+            rng.shuffle(rest)
+        caption = args.tag_separator.join(tags[:kept] + rest)
     caption = with_trigger(caption, args.trigger_word)
     return "" if rng.random() < args.caption_dropout else caption
 
@@ -1196,7 +1199,7 @@ def report_findings(examples: list[Example], buckets: list[tuple[int, int]], tok
     if not args.instance_prompt and not args.default_caption:
         findings += unvaried_captions(examples)
     captions = [with_trigger(c, args.trigger_word) for e in examples for c in e.captions]
-    findings += truncated_captions(captions, tokenizers)
+    findings += truncated_captions(captions, tokenizers, vars(args).get("max_token_length", 75))
     sizes = ["{} x {}".format(*size) for size in sorted((e.size for e in examples), key=math.prod)]
     say(f"{len(examples)} images from {sizes[0]} to {sizes[-1]} pixels")
     lines = [f"{finding.what}; {finding.advice}" for finding in findings]
@@ -1230,12 +1233,12 @@ def unvaried_captions(examples: list[Example]) -> list[Finding]:
     return [Finding(f"all captions are the same ({examples[0].captions[0][:60]!r})", advice)]
 
 
-def truncated_captions(captions: list[str], tokenizers: dict) -> list[Finding]:
-    """Captions that are longer than a CLIP encoder reads. tokenizers: {"clip_l": tokenizer, ...}, others are skipped."""
+def truncated_captions(captions: list[str], tokenizers: dict, read: int = 75) -> list[Finding]:
+    """Captions of more tokens than are read of CLIP's. tokenizers: {"clip_l": tokenizer, ...}, others are skipped."""
     findings = []
     for key, tokenizer in tokenizers.items():
         if key.startswith("clip"):
-            limit, ids = tokenizer.model_max_length, tokenizer(captions, truncation=False).input_ids
+            limit, ids = read + 2, tokenizer(captions, truncation=False).input_ids
             long = [f"{len(i)} tokens: {c[:60]}…" for c, i in zip(captions, ids, strict=True) if len(i) > limit]
             what = f"captions longer than the {limit} tokens that {key} reads"
             findings += found(what, long, len(captions), "their ends are not seen; shorten them")
@@ -1690,7 +1693,7 @@ class Prompts:
 
     def key(self, key: str, prompt: str) -> tuple:
         """What an embedding depends on."""
-        settings = [vars(self.args).get(name) for name in ("clip_skip", "max_sequence_length")]
+        settings = [vars(self.args).get(name) for name in ("clip_skip", "max_sequence_length", "max_token_length")]
         return (FAMILY, key, prompt, *self.identity[key], self.components.dtype, *settings)
 
     def compute(self, key: str, prompts: list[str]) -> dict:
@@ -1709,7 +1712,7 @@ class Prompts:
             if on_disk:
                 self.disk.store(found, *self.key(key, prompt))
         found = {k: v.to(self.components.device) for k, v in found.items()}
-        if not self.args.shuffle_tags:  # hardly a caption would come twice
+        if not self.args.captions_vary:  # hardly a caption would come twice
             self.known[key, prompt] = found
         return found
 
@@ -1744,9 +1747,9 @@ class Prompts:
 def fill_text_cache(run: Run) -> None:
     """Encodes every prompt that can come up with the encoders that aren't trained, and frees these."""
     args, prompts = run.args, run.prompts
-    if args.shuffle_tags:
+    if args.captions_vary:
         if args.offload:
-            say("note: the text encoders stay on the GPU: --shuffle_tags makes new captions all the time")
+            say("note: the text encoders stay on the GPU: shuffled or dropped tags make new captions all the time")
         return
     captions = [with_trigger(c, args.trigger_word) for e in run.data.examples for c in e.captions]
     captions += [class_caption(c, run) for c in captions] if args.preserve_class else []
@@ -3610,6 +3613,9 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--caption_dropout", type=share, default=0.0, help="share of captions replaced by the empty one (0: off)")
     add("--shuffle_tags", action="store_true", help="shuffle the tags of a caption anew in each epoch")
     add("--tag_separator", default=", ", help="what stands between tags (', ')")
+    add("--tag_dropout", type=share, default=0.0, help="share of a caption's tags left out each time (0: off)")
+    add("--keep_tokens", type=natural, default=0, help="the first so many tags are neither shuffled nor dropped (0)")
+    add("--caption_per_line", action="store_true", help="each line of a .txt is a caption, one of which is drawn each time")
     add("--validation_split", type=share, default=0.0, help="share of images held out for the held-out loss (0: none)")
 
     add = parser.add_argument_group("image").add_argument
@@ -3744,7 +3750,16 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
 RESUME_FLAGS = ("rank", "lora_alpha", "use_dora", "use_rslora", "init_lora_weights", "optimizer", "loraplus_lr_ratio")
 RESUME_NOTES = (
     *("seed", "gradient_accumulation_steps", "learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps"),
-    *("resolution", "center_crop", "random_flip", "repeats", "trigger_word", "caption_dropout", "shuffle_tags"),
+    *(
+        "resolution",
+        "center_crop",
+        "random_flip",
+        "repeats",
+        "trigger_word",
+        "caption_dropout",
+        "shuffle_tags",
+        "tag_dropout",
+    ),
     *("loss_type", "huber_c", "snr_gamma", "noise_offset", "adam_weight_decay", "max_grad_norm", "cache_latents"),
     *("lora_dropout", "use_ema", "ema_decay", "prior_loss_weight", "mixed_precision", "quantize_base"),
 )
@@ -3788,7 +3803,8 @@ RULES = (
     ("default_caption", lambda a: a.instance_prompt, "--instance_prompt and --default_caption say the same thing: give one"),
     ("validation_split", lambda a: a.validation_split == 1, "--validation_split 1 leaves no image to train on"),
     ("random_rotation_prob", lambda a: not a.random_rotation, "without --random_rotation"),
-    ("tag_separator", lambda a: not a.shuffle_tags, "without --shuffle_tags"),
+    ("tag_separator keep_tokens", lambda a: not a.shuffle_tags and not a.tag_dropout, "without --shuffle_tags or --tag_dropout"),
+    ("caption_per_line", lambda a: a.dataset_name and not Path(a.dataset_name).is_dir(), "with --dataset_name: it is for .txt files in a folder"),
     (PRIOR, lambda a: not a.with_prior_preservation, "without --with_prior_preservation"),
     ("preserve_weight", lambda a: not a.preserve_class, "without --preserve_class"),
     ("preserve_class", lambda a: not a.trigger_word and not a.train_text_encoder_ti, "{flag} needs --trigger_word, or new tokens: the class stands in their place"),
@@ -3796,8 +3812,8 @@ RULES = (
     ("prior_generation_precision", lambda a: a.quantize_base, "with --quantize_base, which draws the class images too"),
     ("with_prior_preservation", lambda a: not a.class_prompt, '{flag} needs --class_prompt, such as "a photo of a dog"'),
     ("cache_latents", lambda a: a.color_jitter is not None or a.random_rotation, "{flag} can't be combined with --color_jitter or --random_rotation: they change each image each time"),
-    ("train_text_encoder train_text_encoder_ti shuffle_tags", lambda a: a.cache_text_embeddings, "--cache_text_embeddings can't be combined with {flag}: the embeddings change"),
-    ("cache_folder", lambda a: not a.cache_latents and (trains_text(a) or a.shuffle_tags), "without --cache_latents or captions whose embeddings can't change"),
+    ("train_text_encoder train_text_encoder_ti shuffle_tags tag_dropout", lambda a: a.cache_text_embeddings, "--cache_text_embeddings can't be combined with {flag}: the embeddings change"),
+    ("cache_folder", lambda a: not a.cache_latents and (trains_text(a) or a.shuffle_tags or a.tag_dropout), "without --cache_latents or captions whose embeddings can't change"),
     # LoRA and text encoders
     ("train_text_encoder", lambda a: a.train_text_encoder_ti, "--train_text_encoder and --train_text_encoder_ti exclude each other: give one"),
     ("train_text_encoder_frac", lambda a: not a.train_text_encoder, "without --train_text_encoder"),
@@ -3894,6 +3910,7 @@ def check_trackers(report_to: str) -> None:
 def fill_defaults(args: argparse.Namespace) -> None:
     """Fills in what depends on other flags."""
     args.optimizer = optimizer_of(args)
+    args.captions_vary = args.shuffle_tags or args.tag_dropout > 0
     args.optimizer_args = dict(map(key_and_value, args.optimizer_args or ()))
     args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
     if args.lr_warmup_steps and args.lr_scheduler == "constant" and args.optimizer != "schedulefree":

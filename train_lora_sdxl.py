@@ -113,6 +113,13 @@ def add_family_args(add) -> None:
         type=count,
         help="use the text encoders' outputs so many layers before the usual one (default: 0 before)",
     )
+    add(
+        "--max_token_length",
+        type=int,
+        choices=[75, 150, 225],
+        default=75,
+        help="tokens of a caption that are read (75)",
+    )
     add("--snr_gamma", type=amount, help="min-SNR weighting, 5 is usual (default: off)")
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="(default: the scheduler's)")
     add("--noise_offset", type=amount, default=0.0, help="noise added per channel and image, 0.05 is usual (0: off)")
@@ -160,21 +167,35 @@ def compute_loss(batch: dict, latents, embeds: dict, denoiser, scheduler, args: 
 
 
 def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: argparse.Namespace) -> dict:
-    """Prompts -> one encoder's {"hidden": (B, 77, D)} and, of the second, {"pooled": (B, P)}, as the pipeline encodes them.
+    """Prompts -> one encoder's {"hidden": (B, L, D)}, L = --max_token_length + 2, and, of the second, {"pooled": (B, P)}, as the pipeline encodes them.
 
     The hidden states are those of the layer before the last, or --clip_skip before it; the pooled ones are the second
     encoder's projection. Differentiable in the text encoder.
     """
-    ids = tokenizer(
-        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    ).input_ids.to(text_encoder.device)
-    output = text_encoder(ids, output_hidden_states=True)
-    hidden = {"hidden": output.hidden_states[-2 - (args.clip_skip or 0)]}
-    return hidden | ({"pooled": output.text_embeds} if key == "clip_g" else {})
+    chunks = args.max_token_length // 75
+    output = text_encoder(chunk_ids(tokenizer, prompts, chunks).to(text_encoder.device), output_hidden_states=True)
+    hidden = {"hidden": join_chunks(output.hidden_states[-2 - (args.clip_skip or 0)], chunks)}
+    return hidden | ({"pooled": output.text_embeds[::chunks]} if key == "clip_g" else {})
+
+
+def chunk_ids(tokenizer, prompts: list[str], chunks: int):
+    """Prompts -> ids (B * chunks, 77): up to 75 tokens each between start and end, as kohya's scripts and the WebUIs cut them."""
+    size, out = tokenizer.model_max_length - 2, []
+    for ids in tokenizer(prompts, add_special_tokens=False, truncation=False).input_ids:
+        for piece in (ids[k * size : (k + 1) * size] for k in range(chunks)):
+            padding = [tokenizer.pad_token_id] * (size - len(piece))
+            out.append([tokenizer.bos_token_id, *piece, tokenizer.eos_token_id, *padding])
+    return torch.tensor(out)
+
+
+def join_chunks(hidden, chunks: int):
+    """(B * chunks, 77, D) -> (B, 75 * chunks + 2, D): the first chunk's start, all tokens, the last chunk's end."""
+    hidden = hidden.unflatten(0, (-1, chunks))
+    return torch.cat([hidden[:, 0, :1], hidden[:, :, 1:-1].flatten(1, 2), hidden[:, -1, -1:]], dim=1)
 
 
 def join_embeds(encoded: dict[str, dict], args: argparse.Namespace, config: dict) -> dict:
-    """What each encoder gave, by key -> {"prompt_embeds": (B, 77, D_l + D_g), "pooled_prompt_embeds": (B, P)}."""
+    """What each encoder gave, by key -> {"prompt_embeds": (B, L, D_l + D_g), "pooled_prompt_embeds": (B, P)}."""
     hidden = torch.cat([encoded["clip_l"]["hidden"], encoded["clip_g"]["hidden"]], dim=-1)
     return {"prompt_embeds": hidden, "pooled_prompt_embeds": encoded["clip_g"]["pooled"]}
 
@@ -259,12 +280,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 272 the run: what happens, in which order · 575 the loop, and one step of it · 808 what is logged, and the
-# guard against learning nothing · 935 data: images and captions · 1230 images: decoding, buckets, crops, batches ·
-# 1640 text: embeddings and new tokens · 1880 LoRA and optimizer · 2397 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2687 checkpoints and signals · 2843 pictures: validation, class images, comparison · 3060
-# probes: what was learned, what was forgotten · 3236 files that a run leaves · 3541 command line · 4088 base model:
-# loading, quantising, splitting · 4296 errors, lines, seeds, libraries
+# By line: 293 the run: what happens, in which order · 596 the loop, and one step of it · 829 what is logged, and the
+# guard against learning nothing · 956 data: images and captions · 1254 images: decoding, buckets, crops, batches ·
+# 1664 text: embeddings and new tokens · 1904 LoRA and optimizer · 2421 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2711 checkpoints and signals · 2867 pictures: validation, class images, comparison · 3084
+# probes: what was learned, what was forgotten · 3260 files that a run leaves · 3565 command line · 4126 base model:
+# loading, quantising, splitting · 4334 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -976,13 +997,13 @@ def source_examples(args: argparse.Namespace, missing: list[str] | None = None) 
     tables = (".arrow", ".parquet", "dataset_dict.json", "state.json", "dataset_infos.json")
     if args.dataset_name and not (folder.is_dir() and not any(f.name.endswith(tables) for f in folder.rglob("*"))):
         return dataset_examples(args)
-    return folder_examples(folder, args.caption_column, missing)
+    return folder_examples(folder, args.caption_column, missing, vars(args).get("caption_per_line", False))
 
 
-def folder_examples(folder: Path, caption_column: str | None, missing: list[str] | None = None) -> list[Example]:
+def folder_examples(folder: Path, caption_column: str | None, missing: list[str] | None = None, per_line: bool = False):
     """Images below a folder with captions from metadata files, or from a .txt or .caption beside each image.
 
-    Where both are there and differ, the text file is taken, for it's what people edit; a named column wins over it.
+    per_line: each line of a text file is a caption, else the whole is one. Where both are there and differ, the text file is taken, for it's what people edit; a named column wins over it.
     Files that the metadata name and that are not there are an error, or are noted in `missing`, if it's given.
     """
     folder = folder.resolve()
@@ -1009,7 +1030,8 @@ def folder_examples(folder: Path, caption_column: str | None, missing: list[str]
         name, captions = str(file.relative_to(folder)), described.get(file, [])
         if not captions or caption_column is None:
             beside = [b for b in (file.with_suffix(".txt"), file.with_suffix(".caption")) if b.is_file()][:1]
-            written = [c for b in beside for c in as_captions(decode_text(b.read_bytes(), b))]
+            texts = [decode_text(b.read_bytes(), b) for b in beside]
+            written = [c for text in texts for c in as_captions(text.splitlines() if per_line else text)]
             if written and written[0] not in captions:
                 edited += [name] if captions else []
                 captions = written
@@ -1136,12 +1158,14 @@ def hold_out(examples: list[Example], args: argparse.Namespace) -> None:
 def draw_caption(captions: list[str], rng: random.Random, args: argparse.Namespace) -> str:
     """One caption as it is trained: picked, tags shuffled, trigger word in front, or dropped."""
     caption = rng.choice(captions)
-    if args.shuffle_tags:
+    if args.captions_vary:
         tags = caption.split(args.tag_separator)
         first = bool(args.trigger_word) and with_trigger(tags[0], args.trigger_word) == tags[0]  # it stays in front
-        rest = tags[first:]
-        rng.shuffle(rest)
-        caption = args.tag_separator.join(tags[:first] + rest)
+        kept = max(args.keep_tokens, first)
+        rest = [tag for tag in tags[kept:] if not args.tag_dropout or rng.random() >= args.tag_dropout]
+        if args.shuffle_tags:
+            rng.shuffle(rest)
+        caption = args.tag_separator.join(tags[:kept] + rest)
     caption = with_trigger(caption, args.trigger_word)
     return "" if rng.random() < args.caption_dropout else caption
 
@@ -1181,7 +1205,7 @@ def report_findings(examples: list[Example], buckets: list[tuple[int, int]], tok
     if not args.instance_prompt and not args.default_caption:
         findings += unvaried_captions(examples)
     captions = [with_trigger(c, args.trigger_word) for e in examples for c in e.captions]
-    findings += truncated_captions(captions, tokenizers)
+    findings += truncated_captions(captions, tokenizers, vars(args).get("max_token_length", 75))
     sizes = ["{} x {}".format(*size) for size in sorted((e.size for e in examples), key=math.prod)]
     say(f"{len(examples)} images from {sizes[0]} to {sizes[-1]} pixels")
     lines = [f"{finding.what}; {finding.advice}" for finding in findings]
@@ -1215,12 +1239,12 @@ def unvaried_captions(examples: list[Example]) -> list[Finding]:
     return [Finding(f"all captions are the same ({examples[0].captions[0][:60]!r})", advice)]
 
 
-def truncated_captions(captions: list[str], tokenizers: dict) -> list[Finding]:
-    """Captions that are longer than a CLIP encoder reads. tokenizers: {"clip_l": tokenizer, ...}, others are skipped."""
+def truncated_captions(captions: list[str], tokenizers: dict, read: int = 75) -> list[Finding]:
+    """Captions of more tokens than are read of CLIP's. tokenizers: {"clip_l": tokenizer, ...}, others are skipped."""
     findings = []
     for key, tokenizer in tokenizers.items():
         if key.startswith("clip"):
-            limit, ids = tokenizer.model_max_length, tokenizer(captions, truncation=False).input_ids
+            limit, ids = read + 2, tokenizer(captions, truncation=False).input_ids
             long = [f"{len(i)} tokens: {c[:60]}…" for c, i in zip(captions, ids, strict=True) if len(i) > limit]
             what = f"captions longer than the {limit} tokens that {key} reads"
             findings += found(what, long, len(captions), "their ends are not seen; shorten them")
@@ -1675,7 +1699,7 @@ class Prompts:
 
     def key(self, key: str, prompt: str) -> tuple:
         """What an embedding depends on."""
-        settings = [vars(self.args).get(name) for name in ("clip_skip", "max_sequence_length")]
+        settings = [vars(self.args).get(name) for name in ("clip_skip", "max_sequence_length", "max_token_length")]
         return (FAMILY, key, prompt, *self.identity[key], self.components.dtype, *settings)
 
     def compute(self, key: str, prompts: list[str]) -> dict:
@@ -1694,7 +1718,7 @@ class Prompts:
             if on_disk:
                 self.disk.store(found, *self.key(key, prompt))
         found = {k: v.to(self.components.device) for k, v in found.items()}
-        if not self.args.shuffle_tags:  # hardly a caption would come twice
+        if not self.args.captions_vary:  # hardly a caption would come twice
             self.known[key, prompt] = found
         return found
 
@@ -1729,9 +1753,9 @@ class Prompts:
 def fill_text_cache(run: Run) -> None:
     """Encodes every prompt that can come up with the encoders that aren't trained, and frees these."""
     args, prompts = run.args, run.prompts
-    if args.shuffle_tags:
+    if args.captions_vary:
         if args.offload:
-            say("note: the text encoders stay on the GPU: --shuffle_tags makes new captions all the time")
+            say("note: the text encoders stay on the GPU: shuffled or dropped tags make new captions all the time")
         return
     captions = [with_trigger(c, args.trigger_word) for e in run.data.examples for c in e.captions]
     captions += [class_caption(c, run) for c in captions] if args.preserve_class else []
@@ -3595,6 +3619,9 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--caption_dropout", type=share, default=0.0, help="share of captions replaced by the empty one (0: off)")
     add("--shuffle_tags", action="store_true", help="shuffle the tags of a caption anew in each epoch")
     add("--tag_separator", default=", ", help="what stands between tags (', ')")
+    add("--tag_dropout", type=share, default=0.0, help="share of a caption's tags left out each time (0: off)")
+    add("--keep_tokens", type=natural, default=0, help="the first so many tags are neither shuffled nor dropped (0)")
+    add("--caption_per_line", action="store_true", help="each line of a .txt is a caption, one of which is drawn each time")
     add("--validation_split", type=share, default=0.0, help="share of images held out for the held-out loss (0: none)")
 
     add = parser.add_argument_group("image").add_argument
@@ -3729,7 +3756,16 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
 RESUME_FLAGS = ("rank", "lora_alpha", "use_dora", "use_rslora", "init_lora_weights", "optimizer", "loraplus_lr_ratio")
 RESUME_NOTES = (
     *("seed", "gradient_accumulation_steps", "learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps"),
-    *("resolution", "center_crop", "random_flip", "repeats", "trigger_word", "caption_dropout", "shuffle_tags"),
+    *(
+        "resolution",
+        "center_crop",
+        "random_flip",
+        "repeats",
+        "trigger_word",
+        "caption_dropout",
+        "shuffle_tags",
+        "tag_dropout",
+    ),
     *("loss_type", "huber_c", "snr_gamma", "noise_offset", "adam_weight_decay", "max_grad_norm", "cache_latents"),
     *("lora_dropout", "use_ema", "ema_decay", "prior_loss_weight", "mixed_precision", "quantize_base"),
 )
@@ -3773,7 +3809,8 @@ RULES = (
     ("default_caption", lambda a: a.instance_prompt, "--instance_prompt and --default_caption say the same thing: give one"),
     ("validation_split", lambda a: a.validation_split == 1, "--validation_split 1 leaves no image to train on"),
     ("random_rotation_prob", lambda a: not a.random_rotation, "without --random_rotation"),
-    ("tag_separator", lambda a: not a.shuffle_tags, "without --shuffle_tags"),
+    ("tag_separator keep_tokens", lambda a: not a.shuffle_tags and not a.tag_dropout, "without --shuffle_tags or --tag_dropout"),
+    ("caption_per_line", lambda a: a.dataset_name and not Path(a.dataset_name).is_dir(), "with --dataset_name: it is for .txt files in a folder"),
     (PRIOR, lambda a: not a.with_prior_preservation, "without --with_prior_preservation"),
     ("preserve_weight", lambda a: not a.preserve_class, "without --preserve_class"),
     ("preserve_class", lambda a: not a.trigger_word and not a.train_text_encoder_ti, "{flag} needs --trigger_word, or new tokens: the class stands in their place"),
@@ -3781,8 +3818,8 @@ RULES = (
     ("prior_generation_precision", lambda a: a.quantize_base, "with --quantize_base, which draws the class images too"),
     ("with_prior_preservation", lambda a: not a.class_prompt, '{flag} needs --class_prompt, such as "a photo of a dog"'),
     ("cache_latents", lambda a: a.color_jitter is not None or a.random_rotation, "{flag} can't be combined with --color_jitter or --random_rotation: they change each image each time"),
-    ("train_text_encoder train_text_encoder_ti shuffle_tags", lambda a: a.cache_text_embeddings, "--cache_text_embeddings can't be combined with {flag}: the embeddings change"),
-    ("cache_folder", lambda a: not a.cache_latents and (trains_text(a) or a.shuffle_tags), "without --cache_latents or captions whose embeddings can't change"),
+    ("train_text_encoder train_text_encoder_ti shuffle_tags tag_dropout", lambda a: a.cache_text_embeddings, "--cache_text_embeddings can't be combined with {flag}: the embeddings change"),
+    ("cache_folder", lambda a: not a.cache_latents and (trains_text(a) or a.shuffle_tags or a.tag_dropout), "without --cache_latents or captions whose embeddings can't change"),
     # LoRA and text encoders
     ("train_text_encoder", lambda a: a.train_text_encoder_ti, "--train_text_encoder and --train_text_encoder_ti exclude each other: give one"),
     ("train_text_encoder_frac", lambda a: not a.train_text_encoder, "without --train_text_encoder"),
@@ -3879,6 +3916,7 @@ def check_trackers(report_to: str) -> None:
 def fill_defaults(args: argparse.Namespace) -> None:
     """Fills in what depends on other flags."""
     args.optimizer = optimizer_of(args)
+    args.captions_vary = args.shuffle_tags or args.tag_dropout > 0
     args.optimizer_args = dict(map(key_and_value, args.optimizer_args or ()))
     args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
     if args.lr_warmup_steps and args.lr_scheduler == "constant" and args.optimizer != "schedulefree":

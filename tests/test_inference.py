@@ -329,42 +329,44 @@ def test_checkpoints_make_a_grid(family, trained, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 @pytest.mark.parametrize("negative", [None, "a red star"])
-def test_clip_skip_encodes_both_halves_as_training_does(name, negative, tmp_path):
+@pytest.mark.parametrize(("skip", "length"), [(1, 75), (None, 150)])
+def test_both_halves_are_encoded_as_training_does(name, negative, skip, length, tmp_path):
     import argparse
 
     import diffusers
 
     family = FAMILIES[name]
-    script, skip = load_script(family.script), argparse.Namespace(clip_skip=1)
+    script, settings = load_script(family.script), argparse.Namespace(clip_skip=skip, max_token_length=length)
+    prompt = "a red circle" + ", a circle" * (20 if length > 75 else 0)
     pipeline = getattr(diffusers, family.pipeline).from_pretrained(family.base)
     pipeline.set_progress_bar_config(disable=True)
 
     def embeds(text):
         parts = {key: [getattr(pipeline, n) for n in names] for key, names in script.TEXT_ENCODERS.items()}
         with torch.no_grad():
-            encoded = {k: script.encode_prompts(k, [text], *part, skip) for k, part in parts.items()}
-        return script.join_embeds(encoded, skip, {})
+            encoded = {k: script.encode_prompts(k, [text], *part, settings) for k, part in parts.items()}
+        return script.join_embeds(encoded, settings, {})
 
     other = embeds(negative or "")
     if negative is None and pipeline.config.get("force_zeros_for_empty_prompt"):
         other = {key: torch.zeros_like(value) for key, value in other.items()}
     wanted = pipeline(
-        **embeds("a red circle"),
+        **embeds(prompt),
         **{f"negative_{key}": value for key, value in other.items()},
         **{"width": 64, "height": 64, "num_inference_steps": 2, "guidance_scale": 3.0},
         generator=torch.Generator().manual_seed(5),
     ).images[0]
-    words = ["--prompt", "a red circle", "--num_inference_steps", "2", "--guidance_scale", "3", "--seed", "5"]
+    words = ["--prompt", prompt, "--num_inference_steps", "2", "--guidance_scale", "3", "--seed", "5"]
     words += ["--resolution.width", "64", "--resolution.height", "64", "--paths.base_model_path", family.base]
     (tmp_path / "c.yaml").write_text("paths: {}\n")
     words += ["--config", str(tmp_path / "c.yaml"), *(["--negative_prompt", negative] if negative else [])]
     infer, pictures = load_script("infer_lora.py"), {}
-    for value in (1, 0):
-        out = tmp_path / str(value) / "out"
-        assert infer.main([*words, "--clip_skip", str(value), "--paths.infer_path", str(out)]) == 0
-        pictures[value] = drawn(tmp_path / str(value))["000_scale1_000.png"]
-    assert np.abs(np.asarray(wanted).astype(int) - pictures[1]).max() <= 1
-    assert np.abs(pictures[0] - pictures[1]).max() > 2
+    for name, (layers, read) in {"same": (skip or 0, length), "usual": (0, 75)}.items():
+        own = ["--clip_skip", str(layers), "--max_token_length", str(read)]
+        assert infer.main([*words, *own, "--paths.infer_path", str(tmp_path / name / "out")]) == 0
+        pictures[name] = drawn(tmp_path / name)["000_scale1_000.png"]
+    assert np.abs(np.asarray(wanted).astype(int) - pictures["same"]).max() <= 1
+    assert np.abs(pictures["usual"] - pictures["same"]).max() > 2
 
 
 @pytest.mark.parametrize("name", ["flux", "sd15", "sdxl"])  # SD3's default layers make no file for other tools

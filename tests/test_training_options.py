@@ -73,6 +73,71 @@ def test_new_tokens_start_from_those_beside_the_lora(family, tmp_path):
         assert torch.allclose(after[key], value, atol=1e-5)
 
 
+@pytest.mark.families("sd15", "sdxl")
+def test_long_captions_are_read_in_chunks(family, script):
+    """One chunk is what the tokenizer makes by itself; of three, each is what its own 75 tokens give alone."""
+    from transformers import CLIPTokenizer
+
+    tokenizer, words = CLIPTokenizer.from_pretrained(f"{family.base}/tokenizer"), "a red circle on a blue background, "
+    prompts = ["", "a circle", words * 40]
+    cut = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
+    assert torch.equal(script.chunk_ids(tokenizer, prompts, 1), tokenizer(prompts, **cut).input_ids)
+    ids = script.chunk_ids(tokenizer, prompts, 3).view(3, 3, 77)
+    content = tokenizer(words * 40, add_special_tokens=False).input_ids
+    assert ids[2, :, 1:-1].flatten().tolist() == content[:225]
+    hidden = script.join_chunks(ids.view(9, 77, 1).float(), 3)
+    assert hidden.shape == (3, 227, 1)
+    assert hidden[2, 1:-1, 0].tolist() == content[:225]
+
+
+@pytest.mark.families("sd15", "sdxl")
+def test_what_stands_after_75_tokens_is_learned_from(family, tmp_path):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "data" / "a.png")
+    found = {}
+    for length in (75, 225):
+        for end in ("star", "heart"):
+            (tmp_path / "data" / "a.txt").write_text(
+                "a red circle, " * 50 + end if length == 75 else "a red circle, " * 30 + end
+            )
+            folder = tmp_path / f"{length}-{end}"
+            assert run_here(family, folder, "-d", tmp_path / "data", "--max_token_length", length) == 0
+            found[length, end] = (
+                (folder / "metrics.jsonl").read_text().splitlines()[0].split('"loss": ')[1].split(",")[0]
+            )
+    assert found[75, "star"] == found[75, "heart"]
+    assert found[225, "star"] != found[225, "heart"]
+
+
+def captions_drawn(words, *flags):
+    """What a caption is trained as, over 400 draws."""
+    import random
+
+    script = load_script("train_lora_sd15.py")
+    args = script.parse_args(["-m", "base", "-d", str(SAMPLE), *flags])
+    return [script.draw_caption(words, random.Random(k), args) for k in range(400)]
+
+
+def test_tags_are_dropped_and_the_first_ones_kept():
+    drawn = captions_drawn(["1girl, hat, sea, sun"], "--tag_dropout", "0.25", "--keep_tokens", "2")
+    assert all(caption.startswith("1girl, hat") for caption in drawn)
+    assert sum("sea" in c for c in drawn) / 400 == pytest.approx(0.75, abs=0.06)
+    assert sum("sea" in c and "sun" in c for c in drawn) / 400 == pytest.approx(0.5625, abs=0.07)
+    assert not any("sun, sea" in c for c in drawn)
+    shuffled = captions_drawn(["1girl, hat, sea, sun"], "--shuffle_tags", "--keep_tokens", "1")
+    assert all(c.startswith("1girl, ") for c in shuffled) and len(set(shuffled)) == 6
+    word = captions_drawn(["1girl, hat"], "--tag_dropout", "1", "--trigger_word", "sks")
+    assert set(word) == {"sks"}
+
+
+def test_each_line_may_be_a_caption(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a dog\n\nan animal\nin a field\n")
+    script = load_script("train_lora_sd15.py")
+    found = [script.folder_examples(tmp_path, None, None, per_line)[0].captions for per_line in (True, False)]
+    assert found == [["a dog", "an animal", "in a field"], ["a dog an animal in a field"]]
+
+
 def noise_arguments(script, **settings):
     """A family's settings for drawing noise, and its toy's scheduler."""
     parser = script.OneLineParser()

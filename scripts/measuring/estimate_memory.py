@@ -176,7 +176,7 @@ def estimate(family: str, args, script) -> Estimate:
             kept, _ = kept_bytes(denoiser, inputs_of(family, rows, size, tokens), blocks)
             total = kept + largest
     others = 0.0 if args.cache_latents else OTHERS[family]["vae"] * 1e6 * (2 if half else 4)
-    if args.train_text_encoder or args.train_text_encoder_ti or args.shuffle_tags:
+    if args.train_text_encoder or args.train_text_encoder_ti or args.shuffle_tags or args.tag_dropout:
         others += OTHERS[family]["text"] * 1e6 * (2 if half else 4)
     return Estimate(
         base / GIB,
