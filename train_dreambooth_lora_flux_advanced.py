@@ -116,15 +116,13 @@ def add_family_args(add) -> None:
     """Flags that only this family has."""
     schemes = ["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"]
     add("--weighting_scheme", default="none", choices=schemes, help="how timesteps are drawn or weighted (none)")
-    add("--logit_mean", type=float, default=0.0, help="of logit_normal (0)")
+    add("--logit_mean", type=signed, default=0.0, help="of logit_normal (0)")
     add("--logit_std", type=amount, default=1.0, help="of logit_normal (1)")
-    add("--mode_scale", type=amount, default=1.29, help="of mode (1.29)")
-    # fmt: off
-    add("--timestep_sampling", default="weighting_scheme", choices=TIMESTEP_SAMPLING, help="how timesteps are drawn (weighting_scheme)")
-    # fmt: on
+    add("--mode_scale", type=mode_scale, default=1.29, help="of mode (1.29)")
+    add("--timestep_sampling", default="weighting_scheme", choices=TIMESTEP_SAMPLING, help="how timesteps are drawn")
     add("--timestep_shift", type=amount, default=3.0, help="of shift: above 1 more noise (3)")
     add("--guidance_scale", type=amount, default=3.5, help="guidance that dev is told while it trains (3.5)")
-    add("--max_sequence_length", type=count, default=512, help="tokens that T5 reads (512; pass the same when drawing)")
+    add("--max_sequence_length", type=tokens, default=512, help="tokens that T5 reads (512; draw with the same)")
     add("--enable_t5_ti", action="store_true", help="new tokens for T5 too")
 
 
@@ -143,9 +141,8 @@ def draw_noise(
     sigma = scheduler.sigmas[min(int(draw_level(generator, args, quantile) * steps), steps - 1)].clone()
     if config.use_dynamic_shifting:  # sigma' = e^mu / (e^mu + 1/sigma - 1), mu linear in the number of image tokens
         tokens = shape[1] * shape[2] // 4
-        mu = calculate_shift(
-            tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-        )
+        line = (config[k] for k in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"))
+        mu = calculate_shift(tokens, *line)
         sigma = scheduler.time_shift(mu, 1.0, sigma)
     return {"noise": noise, "sigmas": sigma, "timesteps": sigma * steps}
 
@@ -294,12 +291,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out | {name: fuse_projections(parts, mlp[: len(parts)]) for name, parts in waiting.items()}
 
 
-# By line: 307 the run: what happens, in which order · 610 the loop, and one step of it · 843 what is logged, and the
-# guard against learning nothing · 970 data: images and captions · 1268 images: decoding, buckets, crops, batches ·
-# 1678 text: embeddings and new tokens · 1918 LoRA and optimizer · 2435 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2725 checkpoints and signals · 2881 pictures: validation, class images, comparison · 3098
-# probes: what was learned, what was forgotten · 3274 files that a run leaves · 3579 command line · 4140 base model:
-# loading, quantising, splitting · 4348 errors, lines, seeds, libraries
+# By line: 304 the run: what happens, in which order · 610 the loop, and one step of it · 864 what is logged, and the
+# guard against learning nothing · 992 data: images and captions · 1320 images: decoding, buckets, crops, batches ·
+# 1793 text: embeddings and new tokens · 2035 LoRA and optimizer · 2590 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2882 checkpoints and signals · 3177 pictures: validation, class images, comparison · 3402
+# probes: what was learned, what was forgotten · 3578 files that a run leaves · 3902 command line · 4502 base model:
+# loading, quantising, splitting · 4761 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -314,27 +311,37 @@ def main(argv: list[str] | None = None) -> int:
     program, args = Path(sys.argv[0]).name, None
     try:
         args = parse_args(argv)
-        say(f"{FAMILY_TITLE}: importing torch and diffusers")
-        import_libraries()
-        with temporary_output(args) if args.dry_run else contextlib.nullcontext():
-            execute(args)
+        with temporary_output(args) if args.dry_run else locked_output(args):
+            if args.dry_run or not finished_before(args):
+                say(f"{FAMILY_TITLE}: importing torch and diffusers")
+                import_libraries()
+                execute(args)
         return 0
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        # one that a loader's process has raised comes with its stack
+        line = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+        print(f"{program}: error: {line}", file=sys.stderr)
         return 2
     except Interrupted as stop:
         return stop.args[0]
     except KeyboardInterrupt:  # before the signals were answered
         return 130
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
             advice = "--gradient_checkpointing, --cache_latents, --mixed_precision bf16, --optimizer adamw8bit,"
             advice += " --quantize_base nf4, a lower --train_batch_size or --resolution"
-            print(f"{program}: error: out of GPU memory; try, in this order, {advice}", file=sys.stderr)
+            print(f"{program}: error: out of memory; try, in this order, {advice}", file=sys.stderr)
             return 1
-        written = args is not None and Path(args.output_dir).is_dir()
-        log = Path(args.output_dir if written else tempfile.gettempdir()) / "crash.log"
-        log.write_text(traceback.format_exc(), encoding="utf-8")
+        if isinstance(error, OSError) and error.errno:  # a full disk, a folder that is no more, missing rights
+            where = error.filename or (args.output_dir if args else "")
+            kept = last_good(Path(args.output_dir)) if args else ""
+            print(f"{program}: error: {where}: {error.strerror}{kept}", file=sys.stderr)
+            return 1
+        for folder in [args.output_dir] * (args is not None) + [tempfile.gettempdir()]:
+            with contextlib.suppress(OSError):
+                log = Path(folder) / "crash.log"
+                log.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
+                break
         print(f"{program}: error: a fault of this script ({brief(error)}); {log} has the traceback", file=sys.stderr)
         return 1
 
@@ -361,7 +368,6 @@ def execute(args: argparse.Namespace) -> None:
             rehearse(run)
         else:
             train(run, first_step)
-    check_results(run)
     if run.control_prompts and run.compares:
         on_main(run, draw_control, run, run.max_steps)
     on_main(run, save_results, run)
@@ -370,13 +376,13 @@ def execute(args: argparse.Namespace) -> None:
     summarise(run)
     if args.push_to_hub and run.accelerator.is_main_process:
         push_to_hub(args)
+    on_main(run, mark_finished, run)
 
 
 def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None]:
     """Everything up to the first step: base, data, text, what is trained. Returns (run, the checkpoint to go on from)."""
     stop = StopSignal()  # first, so that a signal during the preparations is answered too
     run = Run(args, start_accelerator(args), stop)
-    make_output_folder(args)
     resume = find_checkpoint(args)
     settle_seed(args, resume)
     run.components = open_base(run)
@@ -384,6 +390,8 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
     load_data(run)
     load_text(run)
     add_trained_parts(run)
+    if not resume and run.accelerator.is_main_process:
+        clear_output(Path(args.output_dir))
     on_main(run, write_run_files, run)
     return run, resume
 
@@ -397,6 +405,7 @@ RESULTS = {  # what a finished run has to show, in the order in which a person w
     "pictures": "comparison.png",
     "report": "report.html",
 }
+FINISHED = "# finished: step "
 
 
 @dataclass
@@ -467,15 +476,6 @@ def start_accelerator(args: argparse.Namespace):
     return accelerator
 
 
-def make_output_folder(args: argparse.Namespace) -> None:
-    """Makes the output folder and sees that it can be written to."""
-    try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.output_dir).close()
-    except OSError as error:
-        raise UserError(f"--output_dir {args.output_dir} can't be written to: {error.strerror}") from None
-
-
 def settle_seed(args: argparse.Namespace, resume: tuple[Path, dict] | None) -> None:
     """Without --seed: the checkpoint's, or one that is drawn, the same on every process."""
     from accelerate.utils import broadcast_object_list
@@ -514,14 +514,14 @@ def load_data(run: Run) -> None:
     if args.with_prior_preservation:
         generate_class_images(args, components, run.prompts, run.accelerator)
         class_store = prepare_examples(load_class_examples(args), buckets, args)
-    run.plan = BatchPlan(examples, args, processes, len(class_store.examples) if class_store else 0)
+    run.data = TrainingData(store, class_store, args, components.config("vae"), components.training_scheduler())
+    run.plan = BatchPlan(examples, args, processes, len(run.data.class_examples))
     steps_per_epoch = run.plan.per_epoch / args.gradient_accumulation_steps
     run.max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
     if args.num_validation_images or args.validation_split:
         run.validation_steps = validation_schedule(args, run.max_steps, steps_per_epoch)
     run.plan_size = buckets[Counter(e.bucket for e in examples).most_common(1)[0][0]]
-    run.scheduler = library_class("diffusers", TRAINING_SCHEDULER).from_config(components.get("scheduler").config)
-    run.data = TrainingData(store, class_store, args, components.config("vae"), run.scheduler)
+    run.scheduler = run.data.scheduler
     if args.cache_latents:
         cache_latents(run.data, run.plan, components, args)
 
@@ -560,8 +560,8 @@ def summarise(run: Run) -> None:
         found = json.loads(file.read_text(encoding="utf-8"))
         say("\n".join(f"advice: {line}" for line in (found["text"], *found["warnings"])))
     for what, pattern in RESULTS.items():
-        if files := sorted(output.glob(pattern.format(name=name))):
-            say(f"{what:12}{files[0]}")
+        if (file := output / pattern.format(name=name)).is_file():
+            say(f"{what:12}{file}")
     say(
         f"{'draw':12}bash run_lora_infer.sh {shlex.quote(str(output))} --prompt {shlex.quote((run.sample_prompts or ['…'])[0])}"
     )
@@ -614,10 +614,13 @@ def train(run: Run, first_step: int) -> None:
     """The loop: batches, loss, backward, step, log, save, validate. Between two logs it never waits for the GPU."""
     args, meter, witness = run.args, Meter(run, first_step), GradientWitness(run, first_step)
     run.stop.in_loop = True
+    run.accelerator.wait_for_everyone()  # metrics.jsonl is as it was at the first step
     with (
         waiting("training", run.max_steps, initial=first_step, leave=True, delay=0) as bar,
         batches_ahead(run, first_step) as batches,
     ):
+        if is_due(run, first_step) and first_step < run.max_steps:  # killed between a checkpoint and its pictures
+            validate(run, first_step, meter)
         for step in range(first_step, run.max_steps):
             active = active_parts(run, step)
             for micro in range(args.gradient_accumulation_steps):
@@ -640,11 +643,15 @@ def train(run: Run, first_step: int) -> None:
                 say(f"stopped by signal {stopping} after step {done}; checkpoint-{done} is written")
                 say("the same command with --resume_from_checkpoint latest goes on")
                 raise Interrupted(128 + stopping)
-            if done in run.validation_steps:
+            if done in run.validation_steps and done < run.max_steps:
                 meter.write_pending()
                 validate(run, done, meter)
     run.stop.in_loop = False
     meter.close()
+    check_results(run)
+    on_main(run, save_weights, run)  # first: whatever befalls the pictures, the LoRA is there
+    if is_due(run, run.max_steps):
+        validate(run, run.max_steps, meter)
 
 
 def backward(run: Run, batch: dict, step: int, micro: int):
@@ -777,7 +784,14 @@ def batches_ahead(run: Run, first_step: int):
     def upcoming(pool):
         prepared = pool.submit(next, batches)
         for number in range(start, stop):
-            batch = to_device(prepared.result(), device)
+            try:
+                batch = to_device(prepared.result(), device)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise UserError(
+                    "a process that prepares images has died (out of memory?): fewer --dataloader_num_workers"
+                ) from None
             if number + 1 < stop:
                 prepared = pool.submit(next, batches)
             yield batch
@@ -794,15 +808,22 @@ def to_device(batch: dict, device) -> dict:
 def validate(run: Run, step: int, meter: Meter) -> None:
     """Held-out loss and validation images, on the main process."""
     run.accelerator.wait_for_everyone()
-    if run.probe:
-        found = run.probe.measure()
-        meter.write({"step": step} | found)
-        say(f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items()))
     draws = run.compares if step == run.max_steps else run.args.validation_prompt
     if draws and run.sample_prompts:
         on_main(run, log_samples, run, step)
+    if run.probe:  # its row comes last: it says that the pictures are there
+        found = run.probe.measure()
+        meter.write({"step": step} | found)
+        say(f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items()))
     on_main(run, write_report, run)
     meter.pause()
+
+
+def is_due(run: Run, step: int) -> bool:
+    """Whether a step's validation is still to be done, or to be finished: its row in metrics.jsonl is the last that it writes."""
+    if step not in run.validation_steps:
+        return False
+    return not any(row["step"] == step and "learned" in row for row in read_metrics(run.args.output_dir))
 
 
 def validation_schedule(args: argparse.Namespace, max_steps: int, steps_per_epoch: float) -> set[int]:
@@ -853,7 +874,8 @@ class Meter:
         self.file = Path(run.args.output_dir) / "metrics.jsonl"
         if run.accelerator.is_main_process:
             kept = [row for row in read_metrics(run.args.output_dir) if first_step and row["step"] <= first_step]
-            self.file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            with written(self.file) as part:
+                part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
     def add(self, loss) -> None:
         """Takes one batch's share of the loss, without waiting for it."""
@@ -1011,37 +1033,53 @@ def source_examples(args: argparse.Namespace, missing: list[str] | None = None) 
     tables = (".arrow", ".parquet", "dataset_dict.json", "state.json", "dataset_infos.json")
     if args.dataset_name and not (folder.is_dir() and not any(f.name.endswith(tables) for f in folder.rglob("*"))):
         return dataset_examples(args)
-    return folder_examples(folder, args.caption_column, missing, vars(args).get("caption_per_line", False))
+    examples = folder_examples(folder, args.caption_column, missing, vars(args).get("caption_per_line", False))
+    if not examples:
+        raise UserError(f"no images in {folder} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    return examples
 
 
 def folder_examples(folder: Path, caption_column: str | None, missing: list[str] | None = None, per_line: bool = False):
     """Images below a folder with captions from metadata files, or from a .txt or .caption beside each image.
 
-    per_line: each line of a text file is a caption, else the whole is one. Where both are there and differ, the text file is taken, for it's what people edit; a named column wins over it.
-    Files that the metadata name and that are not there are an error, or are noted in `missing`, if it's given.
+    per_line: each line of a text file is a caption, else the whole is one. Where both are there and differ, the text file
+    is taken, for it's what people edit; a named column wins over it. Files that the metadata name and that are not there
+    are an error, or are noted in `missing`, if it's given. A picture that is a link is read wherever it leads; a folder
+    that is one is not entered, which is said.
     """
     folder = folder.resolve()
-    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and "/." not in f"/{f.relative_to(folder).as_posix()}"]
+    paths = [f for f in sorted(folder.rglob("*")) if "/." not in f"/{f.relative_to(folder).as_posix()}"]
+    if lost := [printable(f.name) for f in paths if f.is_symlink() and not f.is_file()]:
+        say(f"warning: {listed(lost)}: a link to a folder, which is not entered, or to nothing")
+    files = [f for f in paths if f.is_file()]
     described: dict[Path, list[str]] = {}
-    for meta in (f for f in files if f.name in ("metadata.jsonl", "metadata.csv")):
-        for row in read_metadata(meta):
-            image = (meta.parent / row["file_name"]).resolve()
+    metas, again = [f for f in files if f.name in ("metadata.jsonl", "metadata.csv")], []
+    for meta in metas:
+        for line, row in read_metadata(meta):
+            image = Path(os.path.normpath(meta.parent / row["file_name"]))
             if not image.is_relative_to(folder):
-                raise UserError(f"{meta}: file_name {row['file_name']!r} leads out of the data folder")
+                raise UserError(f"{meta} line {line}: file_name {row['file_name']!r} leads out of the data folder")
+            captions = caption_of_row(row, caption_column, f"{meta} line {line}")
             if image.is_file():
-                described[image] = caption_of_row(row, caption_column, str(meta))
+                if described.get(image, captions) != captions:
+                    again.append(f"{meta.name} line {line}: {row['file_name']}")
+                described[image] = captions
             elif missing is not None:
                 missing.append(row["file_name"])
             else:
-                raise UserError(f"{meta}: file_name {row['file_name']!r}: there is no such file")
+                raise UserError(f"{meta} line {line}: file_name {row['file_name']!r}: there is no such file")
+    if again:
+        say(f"warning: described before, with another caption; the later one is taken: {listed(again)}")
+    if caption_column and not metas:
+        raise UserError(f"--caption_column {caption_column} has no effect: {folder} has no metadata.jsonl or .csv")
     examples, strays, edited = [], Counter(), []
     for file in files:
         suffix = file.suffix.lower()
         if suffix not in IMAGE_SUFFIXES and file not in described:
             if suffix not in (".txt", ".caption", ".jsonl", ".csv", ".json", ".md", ".html"):
-                strays[file.suffix or file.name] += 1
+                strays[printable(file.suffix or file.name)] += 1
             continue
-        name, captions = str(file.relative_to(folder)), described.get(file, [])
+        name, captions = printable(str(file.relative_to(folder))), described.get(file, [])
         if not captions or caption_column is None:
             beside = [b for b in (file.with_suffix(".txt"), file.with_suffix(".caption")) if b.is_file()][:1]
             texts = [decode_text(b.read_bytes(), b) for b in beside]
@@ -1054,22 +1092,26 @@ def folder_examples(folder: Path, caption_column: str | None, missing: list[str]
         say(f"{listed(edited)}: the text file and the metadata differ; the text file's caption is taken")
     if strays:
         say("not images, left alone: " + ", ".join(f"{n} x {what}" for what, n in strays.items()))
-    if not examples:
-        raise UserError(f"no images in {folder} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     return examples
 
 
-def read_metadata(file: Path) -> list[dict]:
-    """Rows of a metadata.jsonl or metadata.csv, with a key `file_name` each."""
-    text, is_csv, rows = decode_text(file.read_bytes(), file), file.suffix == ".csv", []
-    for number, line in enumerate(csv.DictReader(io.StringIO(text)) if is_csv else text.splitlines(), 1):
-        if is_csv or line.strip():
-            try:
-                rows.append(line if is_csv else json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file} line {number}: not JSON: {error}") from None
-            if not isinstance(rows[-1], dict) or not rows[-1].get("file_name"):
-                raise UserError(f"{file} row {len(rows)}: no file_name")
+def read_metadata(file: Path) -> list[tuple[int, dict]]:
+    """(line, row) of a metadata.jsonl or metadata.csv; each row has a file_name that can be one. Errors: UserError."""
+    rows, number, is_csv = [], 0, file.suffix == ".csv"
+    stream = io.StringIO(decode_text(file.read_bytes(), file), newline=None)  # U+2028 ends no line of JSON
+    csv.field_size_limit(2**31 - 1)  # its own limit is 131,072 characters
+    try:
+        for number, line in enumerate(reader := csv.DictReader(stream) if is_csv else stream, 1):
+            number = reader.line_num if is_csv else number
+            if is_csv or line.strip():
+                rows.append((number, line if is_csv else json.loads(line)))
+    except (ValueError, RecursionError, csv.Error) as error:
+        kind, number = ("CSV", number + 1) if is_csv else ("JSON", number)
+        raise UserError(f"{file} line {number}: not {kind}: {brief(error)}") from None
+    for number, row in rows:
+        name = row.get("file_name") if isinstance(row, dict) else None
+        if not isinstance(name, str) or not name.strip() or "\0" in name or printable(name) != name:
+            raise UserError(f"{file} line {number}: no file_name" + (f" can be {name!r}" if name else ""))
     return rows
 
 
@@ -1077,7 +1119,10 @@ def caption_of_row(row: dict, column: str | None, where: str) -> list[str]:
     """The captions in a row: of the given column, or of the one of text, caption, prompt that exists."""
     if column is not None and column not in row:
         raise UserError(f"--caption_column {column}: {where} has the columns {', '.join(map(str, row))}")
-    return as_captions(row[column] if column else next((row[c] for c in CAPTION_COLUMNS if row.get(c)), None))
+    value = row[column] if column else next((row[c] for c in CAPTION_COLUMNS if row.get(c)), None)
+    if not all(isinstance(v, str | int | float | None) for v in (value if isinstance(value, list) else [value])):
+        raise UserError(f"{where}: a caption is text, or a list of texts, and not {brief(value)}")
+    return as_captions(value)
 
 
 def as_captions(value: object) -> list[str]:
@@ -1088,13 +1133,20 @@ def as_captions(value: object) -> list[str]:
 
 def clean_caption(text: object) -> str:
     """One line without needless spaces; None becomes the empty caption."""
-    return " ".join(unicodedata.normalize("NFC", str(text)).split()) if text is not None else ""
+    return " ".join(unicodedata.normalize("NFC", printable(str(text))).split()) if text is not None else ""
+
+
+def printable(text: str) -> str:
+    """Text that any file and terminal takes: what is no character, as in a file name that isn't UTF-8, is spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def decode_text(raw: bytes, file: Path) -> str:
-    """Text in UTF-8 or UTF-16 with a mark, else in Windows-1252, which is said."""
+    """Text in UTF-8 or UTF-16 with a mark, else in Windows-1252, which is said; as far as it goes where it is cut."""
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return raw.decode("utf-16")
+        if len(raw) % 2:
+            say(f"warning: {file} ends in the middle of a character")
+        return raw[: len(raw) // 2 * 2].decode("utf-16", errors="replace")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -1368,7 +1420,8 @@ def prepare_examples(examples: list[Example], buckets: list[tuple[int, int]], ar
             image = look_at(examples[index], buckets)
         except (ValueError, OSError) as error:
             return str(error)
-        store.cover(index, examples[index].bucket, image)
+        if not store.is_long(index, examples[index].bucket):
+            store.cover(index, examples[index].bucket, image)
         return None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -1392,20 +1445,48 @@ def look_at(example: Example, buckets: list[tuple[int, int]]):
 
 
 class ImageStore:
-    """Decoded images scaled to cover a bucket, as uint8 arrays; as many as fit into the budget stay in memory."""
+    """Decoded images scaled to cover a bucket, as uint8 arrays; as many as fit into the budget stay in memory.
+
+    Of a picture so long that its cover were over 16 times the bucket (1 x 4000 pixels: 3 GB) only a window is scaled.
+    """
 
     def __init__(self, examples: list[Example], buckets: list[tuple], interpolation: str, budget: int) -> None:
         self.examples, self.buckets = examples, buckets
         self.resample = getattr(Image.Resampling, interpolation.upper())
         self.left, self.kept = budget, {}  # bytes; by name and bucket
 
+    def is_long(self, index: int, bucket: int) -> bool:
+        """Whether only a window of the image is scaled."""
+        size, target = self.examples[index].size, self.buckets[bucket]
+        return math.prod(cover_size(size, target)) > 16 * math.prod(target)
+
+    def window(self, index: int, bucket: int, crop: Crop) -> tuple[object, Crop]:
+        """(what surrounds a crop, half the bucket on each side as turned pictures need it; the crop's place in it)."""
+        if not self.is_long(index, bucket):
+            return self.cover(index, bucket), crop
+        image, target = self.decoded(index), self.buckets[bucket]
+        cover, begin = cover_size(image.size, target), (crop.left, crop.top)
+        spans = [(max(0, b - t // 2), min(c, b + t + t // 2)) for b, t, c in zip(begin, target, cover, strict=True)]
+        (left, right), (top, bottom) = spans
+        box = [side / c * s for side, c, s in zip((left, top, right, bottom), cover * 2, image.size * 2, strict=True)]
+        part = image.resize((right - left, bottom - top), self.resample, box)
+        return part, Crop(crop.left - left, crop.top - top, crop.flip)
+
+    def decoded(self, index: int):
+        """Image `index` in its own size. Errors: UserError if it's no longer there, or has changed to what is none."""
+        try:
+            return decode_image(self.examples[index].read())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.examples[index].name} could be read when the run began, and can't now: {error}"
+            ) from None
+
     def cover(self, index: int, bucket: int, image=None):
         """Image `index` scaled so that it just covers `bucket`, as an RGB image."""
         example = self.examples[index]
         if (example.name, bucket) in self.kept:
             return Image.fromarray(self.kept[example.name, bucket])
-        if image is None:
-            image = decode_image(example.read())
+        image = image or self.decoded(index)
         size = cover_size(image.size, self.buckets[bucket])
         image = image if image.size == size else image.resize(size, self.resample)
         array = np.asarray(image)
@@ -1441,15 +1522,20 @@ class BatchPlan:
         self.seed, self.repeats, self.processes = args.seed, args.repeats, processes
         self.size, self.fixed_shapes = args.train_batch_size * processes, args.compile
         self.class_images, self.prior_loss_weight = class_images, args.prior_loss_weight
-        self.cached: tuple[int, list[list[Slot]]] = (-1, [])
-        self.per_epoch = len(self.epoch(0))
+        self.round = max(1, min(self.repeats, 65536 // len(self.buckets)))  # repeats that are shuffled together
+        whole, rest = divmod(self.repeats, self.round)
+        counts = Counter(self.buckets.values()).values()
+        self.per_round, last = (sum(-(-n * r // self.size) for n in counts) for r in (self.round, rest))
+        self.per_epoch = whole * self.per_round + last
+        self.cached: tuple[tuple, list[list[Slot]]] = ((), [])
 
-    def epoch(self, epoch: int) -> list[list[Slot]]:
-        """The global batches of an epoch, in order."""
-        if self.cached[0] == epoch:
+    def epoch(self, epoch: int, part: int = 0) -> list[list[Slot]]:
+        """The global batches of an epoch, in order; of its round `part`, if its repeats are many thousands."""
+        if self.cached[0] == (epoch, part):
             return self.cached[1]
-        rng = random.Random(stable_seed(self.seed, "order", epoch))
-        order = [(i, r) for i in self.buckets for r in range(self.repeats)]
+        rng = random.Random(stable_seed(self.seed, "order", epoch, *([part] if part else [])))
+        repeats = range(part * self.round, min((part + 1) * self.round, self.repeats))
+        order = [(i, r) for i in self.buckets for r in repeats]
         rng.shuffle(order)
         full, waiting = [], {}
         for index, repeat in order:
@@ -1463,21 +1549,23 @@ class BatchPlan:
         if self.class_images:
             rounds, numbers = -(-len(order) // self.class_images), range(self.class_images)
             classes = [i for _ in range(rounds) for i in rng.sample(numbers, len(numbers))]
+            shown = part * (len(order) + self.class_images)  # before this round, at most
             for batch in batches:
                 weight = self.prior_loss_weight / len(batch)
                 for _ in range(len(batch)):
-                    batch.append(Slot(classes.pop(), batch[0].bucket, epoch, len(classes), weight, True))
-        self.cached = (epoch, batches)
+                    batch.append(Slot(classes.pop(), batch[0].bucket, epoch, shown + len(classes), weight, True))
+        self.cached = ((epoch, part), batches)
         return batches
 
     def share(self, number: int, process: int) -> list[Slot]:
         """What `process` computes of the global batch `number`, counted over all epochs; instance images first."""
-        batch = self.epoch(number // self.per_epoch)[number % self.per_epoch]
+        epoch, place = divmod(number, self.per_epoch)
+        batch = self.epoch(epoch, place // self.per_round)[place % self.per_round]
         out = []
         for kind in (False, True):
             slots = [s for s in batch if s.is_class == kind]
             each = -(-(self.size if self.fixed_shapes else len(slots)) // self.processes)
-            spare = (slots * self.size)[: each * self.processes - len(slots)]
+            spare = [slots[k % len(slots)] for k in range(each * self.processes - len(slots))]
             filler = [Slot(s.index, s.bucket, s.epoch, s.repeat, 0.0, kind) for s in spare]
             out += (slots + filler)[process * each : (process + 1) * each]
         return out
@@ -1551,6 +1639,7 @@ class TrainingData:
     def __init__(self, store: ImageStore, class_store: ImageStore | None, args, vae_config: dict, scheduler) -> None:
         self.stores = (store, class_store)  # by Slot.is_class
         self.examples, self.buckets, self.args = store.examples, store.buckets, args
+        self.class_examples = class_store.examples if class_store else []
         self.vae_config, self.scheduler = vae_config, scheduler
         self.moments: dict[tuple, object] = {}  # (is_class, index, bucket, flip) -> (2C, H, W), if cached
 
@@ -1567,8 +1656,8 @@ class TrainingData:
 
     def view(self, slot: Slot, crop: Crop, rng: random.Random):
         """The slot's pixels (3, H, W) in [-1, 1]."""
-        cover = self.stores[slot.is_class].cover(slot.index, slot.bucket)
-        return to_pixels(cropped(cover, self.buckets[slot.bucket], crop, rng, self.args))
+        around, crop = self.stores[slot.is_class].window(slot.index, slot.bucket, crop)
+        return to_pixels(cropped(around, self.buckets[slot.bucket], crop, rng, self.args))
 
     def __getitem__(self, slot: Slot) -> dict:
         example, target = self.stores[slot.is_class].examples[slot.index], self.buckets[slot.bucket]
@@ -1588,7 +1677,8 @@ class TrainingData:
         else:
             item["pixels"] = self.view(slot, crop, rng)
         text_rng = random.Random(stable_seed("caption", *place))
-        item["caption"] = example.captions[0] if slot.is_class else draw_caption(example.captions, text_rng, self.args)
+        own = text_rng.choice if slot.is_class else functools.partial(draw_caption, rng=text_rng, args=self.args)
+        item["caption"] = own(example.captions)
         generator = torch.Generator().manual_seed(stable_seed("noise", *place))
         shape = latent_shape(target, self.vae_config)
         item["posterior_noise"] = torch.randn(shape, generator=generator)
@@ -1648,31 +1738,56 @@ def cache_latents(data: TrainingData, plan: BatchPlan, components: Components, a
 
 
 class DiskCache:
-    """safetensors files in a folder, named by a hash of what they were computed from; without a folder, nothing."""
+    """safetensors files in a folder, named by a hash of what they were computed from; without a folder, nothing.
+
+    Each has a hash of its key and its tensors in its metadata: one that is damaged, or another's, is computed anew.
+    """
 
     def __init__(self, folder: str | None, kind: str) -> None:
-        self.folder = Path(folder) / kind if folder else None
+        self.folder, self.damaged, self.full = Path(folder) / kind if folder else None, 0, False
 
     def load(self, *place: object) -> dict | None:
         """The tensors stored under this key, or None; a damaged file counts as missing."""
         if self.folder is None or not (file := self.file(place)).is_file():
             return None
         try:
-            return load_file(file)
-        except Exception as error:  # safetensors has no public base class for damage
-            say(f"warning: cache file {file.name} is damaged and made anew ({error})")
-            return None
+            with safe_open(file, framework="pt") as stored:
+                names, digest = stored.keys(), (stored.metadata() or {}).get("sha256")
+                tensors = {name: stored.get_tensor(name) for name in names}
+            if digest == tensors_hash(tensors, place):
+                return tensors
+        except Exception:  # safetensors has no public base class for damage
+            pass
+        self.damaged += 1
+        if self.damaged <= 3:
+            more = "; further ones are not named" if self.damaged == 3 else ""
+            say(f"warning: cache file {file.name} is damaged and made anew{more}")
+        return None
 
     def store(self, tensors: dict, *place: object) -> None:
-        """Writes tensors under this key, so that a reader never sees half a file."""
-        if self.folder is not None:
+        """Writes tensors under this key, so that a reader never sees half a file; what can't be written is done without."""
+        if self.folder is None or self.full:
+            return
+        tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            part = self.file(place).with_suffix(f".{os.getpid()}.part")
-            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part)
-            part.rename(self.file(place))
+            with written(self.file(place)) as part:
+                save_file(tensors, part, metadata={"sha256": tensors_hash(tensors, place)})
+        except (OSError, SafetensorError) as error:
+            self.full = True
+            say(f"warning: {self.folder} can't be written to ({brief(error)}): the rest is kept in memory alone")
 
     def file(self, place: tuple) -> Path:
         return self.folder / (hashlib.sha256("|".join(map(str, place)).encode()).hexdigest() + ".safetensors")
+
+
+def tensors_hash(tensors: dict, place: tuple) -> str:
+    """SHA-256 of tensors, their names, types and shapes, and of the key that they belong to."""
+    digest = hashlib.sha256("|".join(map(str, place)).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"|{name} {tensor.dtype} {tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 # ---- text: embeddings and new tokens ---------------------------------------------------------------------------------
@@ -1773,7 +1888,7 @@ def fill_text_cache(run: Run) -> None:
         return
     captions = [with_trigger(c, args.trigger_word) for e in run.data.examples for c in e.captions]
     captions += [class_caption(c, run) for c in captions] if args.preserve_class else []
-    captions += [args.class_prompt] if args.with_prior_preservation else []
+    captions += [c for e in run.data.class_examples for c in e.captions]
     captions = [insert_tokens(c, run.abstractions) for c in captions]
     for key in prompts.tokenizers:
         if key not in prompts.trained:
@@ -1822,6 +1937,8 @@ def abstraction_tokens(args: argparse.Namespace, tokenizer) -> dict[str, list[st
     each = args.num_new_tokens_per_abstraction
     if args.initializer_concept:
         each = len(TokenRows.concept_ids(tokenizer, args.initializer_concept))
+        if not each:
+            raise UserError(f"--initializer_concept {args.initializer_concept!r}: the tokenizer finds no token in it")
     words = [w.strip() for w in args.token_abstraction.split(",") if w.strip()]
     if not words:
         raise UserError("--token_abstraction is empty")
@@ -1987,7 +2104,7 @@ def lora_targets(denoiser, args: argparse.Namespace) -> list[str]:
     prefixes = block_prefixes(denoiser)
     chosen = []
     for block in (b.strip() for text in args.lora_blocks or [] for b in text.split(",")):
-        if not block.isdigit():
+        if not block.isdecimal():
             entries.append(block)
         elif int(block) >= len(prefixes):
             raise UserError(f"--lora_blocks {block}: the blocks are 0 to {len(prefixes) - 1}")
@@ -2072,7 +2189,7 @@ def read_initial_lora(run: Run) -> dict[str, dict]:
         say(f"warning: {file} has a LoRA for the text encoder too; without --train_text_encoder it is left out")
     tokens = file.with_name(f"{file.resolve().parent.name}_emb.safetensors")
     if args.train_text_encoder_ti and tokens.is_file():
-        start["embeddings"] = load_file(tokens)
+        start["embeddings"] = read_safetensors(tokens)[0]
         say(f"new tokens start from {tokens}")
     return start
 
@@ -2096,16 +2213,16 @@ def add_lora(module, targets: list[str], args: argparse.Namespace, start: dict |
 
     torch.manual_seed(stable_seed(args.seed, "lora", len(targets)))
     kind = args.init_lora_weights
-    config = LoraConfig(
-        r=args.rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        init_lora_weights={"default": True, "true": True}.get(kind.lower(), kind),
-        target_modules=targets,
-        use_dora=args.use_dora,
-        use_rslora=args.use_rslora,
-    )
     try:
+        config = LoraConfig(
+            r=args.rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            init_lora_weights={"default": True, "true": True}.get(kind.lower(), kind.lower()),
+            target_modules=targets,
+            use_dora=args.use_dora,
+            use_rslora=args.use_rslora,
+        )
         module.add_adapter(config)
     except ValueError as error:
         raise UserError(f"--init_lora_weights {kind}: {' '.join(str(error).split())[:200]}") from None
@@ -2159,6 +2276,7 @@ class Part:
     shadow: object = None  # (N,) the weights in the modules' precision; None where that is float32
     fresh: object = None  # (N,) gradients of the last micro-batch, in the same precision
     initial: object = None  # (N,) on the CPU, the weights at the start
+    spreads: list[float] = field(default_factory=list)  # of new tokens: each table's standard deviation at the start
     optimizer: object = None
     schedule: object = None
     ema: object = None
@@ -2172,6 +2290,8 @@ class Part:
         values = torch.cat([p.detach().flatten().float() for p in self.parameters.values()])
         self.weights, self.gradients, self.initial = torch.nn.Parameter(values), torch.zeros_like(values), values.cpu()
         self.weights.grad, self.initial = self.gradients, self.initial.clone()
+        if self.name == "embeddings":
+            self.spreads = [rows.std().item() for rows in self.split(self.initial).values()]
         read, written = values, self.gradients
         if dtype not in (None, torch.float32):
             self.shadow, self.fresh = read, written = values.to(dtype), self.gradients.to(dtype)
@@ -2208,13 +2328,48 @@ class Part:
         self.optimizer.step()
         self.schedule.step()
         self.gradients.zero_()
+        if self.spreads:
+            self.pull_back()
         if self.ema is not None:
             self.ema.step([self.weights])
         self.publish()
 
+    def pull_back(self) -> None:
+        """Draws new tokens' rows a tenth of the way (in logarithms) to the spread they began with: Adam makes them grow,
+        and an encoder reads rows of the size of its own.
+        """
+        views = [self.split(self.weights.data)]
+        views += [
+            self.split(s["z"]) for s in self.optimizer.state.values() if "z" in s
+        ]  # schedule-free's other weights
+        for spread, *tensors in zip(self.spreads, *(view.values() for view in views), strict=False):
+            factor = (spread / tensors[0].std()).pow(0.1)
+            for tensor in tensors:
+                tensor.mul_(factor)
+
     def group(self) -> dict:
         """The optimizer's settings: the learning rate in use, lr, and Prodigy's estimate d, which multiplies it."""
         return self.optimizer.param_groups[0]
+
+    def load_state_dict(self, saved: dict, ema_decay: float) -> None:
+        """Takes what `training_state` has of this part. Rates and decays are this run's own, where they have changed."""
+        from diffusers.training_utils import EMAModel
+
+        self.assign(saved["weights"])
+        self.initial = saved["initial"]
+        if saved["optimizer"] is not None:
+            own = "weight_decay betas eps initial_lr beta3 decouple use_bias_correction safeguard_warmup warmup_steps"
+            mine = [{k: v for k, v in g.items() if k in own.split()} for g in self.optimizer.param_groups]
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.schedule.load_state_dict(saved["schedule"] | {"base_lrs": self.schedule.base_lrs})
+            rate = self.schedule.lr_lambdas[0](self.schedule.last_epoch)
+            for group, values in zip(self.optimizer.param_groups, mine, strict=True):
+                group.update(values, lr=values["initial_lr"] * rate)
+        if self.ema is not None:  # frozen, newly asked for, or gone on with
+            self.ema = None if saved["optimizer"] is None else EMAModel([self.weights], decay=ema_decay)
+        if self.ema is not None and saved["ema"] is not None:
+            self.ema.load_state_dict(saved["ema"] | {"decay": ema_decay})
+            self.ema.to(self.weights.device)
 
     def freeze(self) -> None:
         """Ends the training of this part: no gradients, no optimizer state; it stays at its average, if it has one."""
@@ -2685,16 +2840,18 @@ def load_quantized(kind, folder: Path, quantize: str, dtype, device, variant: st
     (embeddings, the last layer) are few and sensitive, and stay in `dtype`. Errors: UserError if weights are missing.
     """
     from accelerate import init_empty_weights
-    from safetensors import safe_open
 
     with init_empty_weights():
         model = kind.from_config(kind.load_config(folder)).requires_grad_(False).eval()
     middle, stem = f".{variant}" if variant else "", "diffusion_pytorch_model"
     index, files = folder / f"{stem}.safetensors.index{middle}.json", [f"{stem}{middle}.safetensors"]
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        with reading_base(index.name):
+            files = sorted(set(read_json(index)["weight_map"].values()))
     for file in files:
-        with safe_open(folder / file, framework="pt") as shard:
+        with reading_base(file):
+            opened = safe_open(folder / file, framework="pt")
+        with opened as shard:
             names = shard.keys()
             sizes = {name: ("block" in name, math.prod(shard.get_slice(name).get_shape())) for name in names}
             for name in sorted(names, key=sizes.get, reverse=True):
@@ -2762,9 +2919,10 @@ def save_checkpoint(run: Run, step: int) -> None:
         part.rename(final)
         flush(output)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own, for a full disk
-        shutil.rmtree(part, ignore_errors=True)
         kept = next((f"the last one is {folder.name}" for folder in checkpoints_in(output)), "there is none yet")
         raise UserError(f"checkpoint-{step} could not be written to {output} ({error}); {kept}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     if run.args.checkpoints_total_limit:
         for stale in checkpoints_in(output)[run.args.checkpoints_total_limit :]:
             shutil.rmtree(stale)
@@ -2781,47 +2939,51 @@ def training_state(run: Run, step: int) -> dict:
 
 
 def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
-    """Restores a checkpoint; returns the number of steps done. Errors: UserError if it fits other settings."""
-    before, now = manifest["settings"], resume_settings(run)
-    for name in (*RESUME_FLAGS, "targets", "tokens", "layout"):
-        if before.get(name) != now[name]:
-            settings = f"{name} {before.get(name)}, now {now[name]}"
-            raise UserError(f"{folder.name} was trained with other settings: {settings}")
-    changed = ", ".join(name for name in now if before.get(name) != now[name])
+    """Restores a checkpoint; returns the number of steps done. Errors: UserError if it is another's, or can't be read.
+
+    Settings that have changed are named. Those that its tensors don't fit end the run; the others need --resume_anyway.
+    """
+    before, now = manifest["settings"], json.loads(json.dumps(resume_settings(run)))
+    changed = {n: f"{n} {before[n]}, now {now[n]}" for n in now if n in before and before[n] != now[n]}
+    if hindered := [what for name, what in changed.items() if name in RESUME_FLAGS.split()]:
+        raise UserError(f"{folder.name} was trained with other settings: {', '.join(hindered)}")
+    if changed and not run.args.resume_anyway:
+        ways = "set them as they were, or let --resume_anyway go on as they are now"
+        raise UserError(f"{folder.name} was trained with other settings ({', '.join(changed.values())}): {ways}")
     if changed:
-        say(f"note: {changed} changed since {folder.name}: the rest of the run is not what it would have been")
-    state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-    run.guard.load_state_dict(state["guard"])
-    for part in run.parts:
-        saved = state["parts"][part.name]
-        part.assign(saved["weights"])
-        part.initial = saved["initial"]
-        if saved["optimizer"] is not None:
-            part.optimizer.load_state_dict(saved["optimizer"])
-            part.schedule.load_state_dict(saved["schedule"])
-        if saved["ema"] is None:
-            part.ema = None
-        else:
-            part.ema.load_state_dict(saved["ema"])
-            part.ema.to(run.accelerator.device)
+        say(f"note: changed since {folder.name}: {', '.join(changed.values())}")
+    try:
+        state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+        run.guard.load_state_dict(state["guard"])
+        for part in run.parts:
+            part.load_state_dict(state["parts"][part.name], run.args.ema_decay)
+        step = int(state["step"])
+    except Exception as error:  # unpickling fails in many ways
+        raise UserError(f"{folder.name}: training_state.pt can't be read: {brief(error)}") from None
     say(f"going on from {folder.name}")
-    return state["step"]
+    return step
 
 
 def resume_settings(run: Run) -> dict:
-    """What a checkpoint must agree with to be gone on from: the flags of RESUME_FLAGS and what follows from data and base."""
-    named = {name: vars(run.args)[name] for name in (*RESUME_FLAGS, *RESUME_NOTES) if name in vars(run.args)}
+    """What a checkpoint must agree with to be gone on from: all flags but those of FREE_FLAGS, and what follows from
+    data, base and launcher.
+    """
+    args, base = run.args, run.components
     layers = "|".join(n for p in run.parts for n in p.parameters)
-    data = "|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in run.data.examples)
-    own = {
-        "targets": hashlib.sha256(layers.encode()).hexdigest()[:16],
+    examples = (run.data.examples, run.data.class_examples)
+    data = ["|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in kind) for kind in examples]
+    decays = args.lr_scheduler not in ("constant", "constant_with_warmup")
+    identity = [base.identity(DENOISER), base.identity("vae"), str(sorted(run.scheduler.config.items(), key=str))]
+    short = {"targets": layers, "data": data[0], "class_images": data[1], "base": "|".join(identity)}
+    return {
+        **{name: vars(args)[name] for name in args.settings if name in vars(args) and name not in FREE_FLAGS.split()},
+        **{name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in short.items()},
+        "mixed_precision": run.accelerator.mixed_precision,
         "tokens": [t for tokens in run.abstractions.values() for t in tokens],
         "layout": "flat",  # of the weights in training_state.pt
         "global_batch_size": run.plan.size,
-        "steps": run.max_steps,
-        "data": hashlib.sha256(data.encode()).hexdigest()[:16],
+        "last_steps": [p.last_step for p in run.parts if decays or p.last_step < run.max_steps],
     }
-    return named | own
 
 
 def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict] | None:
@@ -2851,9 +3013,11 @@ def check_checkpoint(folder: Path) -> dict:
         for name, digest in manifest["files"].items():
             if file_hash(folder / name) != digest:
                 raise ValueError(f"{name} is damaged")
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"manifest or file missing ({error})") from None
-    return manifest
+        if not isinstance(manifest["settings"], dict) or "training_state.pt" not in manifest["files"]:
+            raise ValueError("its manifest is no checkpoint's")
+        return manifest | {"step": int(manifest["step"]), "seed": int(manifest["seed"])}
+    except (OSError, KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+        raise ValueError(f"manifest or file missing ({brief(error)})") from None
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -2876,6 +3040,138 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def written(file: Path):
+    """Gives a path to write to; the file appears under its own name in one step, when all of it is written."""
+    part = file.with_name(f".{os.getpid()}.{file.name}")
+    try:
+        yield part
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked_output(args: argparse.Namespace):
+    """Makes the folders of a run and holds the output folder's lock, which says who writes there.
+
+    The system lets go of a lock when its process ends, however it ends: a dead run's is taken over. Errors: UserError if
+    a folder can't be used, or another run writes to it.
+    """
+    folders = {"output_dir": args.output_dir, "cache_folder": args.cache_folder}
+    logs = {"tensorboard", "all"} & set(args.report_to.split(","))
+    folders["logging_dir"] = Path(args.output_dir, args.logging_dir) if logs else None
+    folders["class_data_dir"] = args.class_data_dir if args.with_prior_preservation else None
+    for flag, folder in folders.items():
+        try:
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            if flag in ("output_dir", "logging_dir") and folder is not None:
+                tempfile.TemporaryFile(dir=folder).close()
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"--{flag} {folder} can't be written to: {why}") from None
+    if int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    import platform
+
+    file = Path(args.output_dir, ".lock")
+    with file.open("a+", encoding="utf-8", errors="replace") as lock:
+        if not takes_lock(lock):
+            lock.seek(0)
+            raise UserError(f"--output_dir {args.output_dir}: another run writes there ({lock.read().strip()})")
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        lock.flush()
+        try:
+            yield
+        finally:
+            if os.name != "nt":
+                file.unlink(missing_ok=True)
+
+
+def takes_lock(file) -> bool:
+    """Takes the system's lock of an open file, if no living process has it; a file system without locks gives it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(1 << 20)  # beyond the text, which others read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the loader's processes
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        say("note: this file system has no locks: see that no second run writes to the output folder")
+    return True
+
+
+def finished_before(args: argparse.Namespace) -> bool:
+    """Whether the folder holds this very run, finished, which is said. Errors: UserError if it holds something that would
+    be lost: without --overwrite, results are gone on from, and never written over.
+    """
+    output, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    found = [f for f in (output / name.format(name=output.resolve().name) for name in RESULTS.values()) if f.is_file()]
+    found = [f for f in found if f.suffix == ".safetensors"]
+    there = checkpoints_in(output)
+    if args.overwrite or not (found or there):
+        return False
+    ways = "another --output_dir, or --overwrite"
+    before, step = earlier_settings(output)
+    now = kept_settings(args) | ({} if args.seed is not None else {"seed": before.get("seed")})
+    changed = [f"{name} {before[name]}, now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    if found and step and not changed and wanted in (None, "latest"):
+        say(f"this run is finished, at step {step}: {found[0]}; {ways}, trains anew")
+        return True
+    if not wanted and found and (changed or not before):
+        raise UserError(f"{output} holds another run's results ({', '.join(changed) or found[0].name}): {ways}")
+    if not wanted:
+        what = there[0].name if there else found[0].name
+        ways = "--resume_from_checkpoint latest goes on, --overwrite begins anew"
+        raise UserError(f"{output} holds {what} of a run that has not finished: {ways}")
+    begin = there[0].name if wanted == "latest" and there else Path(wanted).name
+    begin = int(begin.removeprefix("checkpoint-")) if begin.removeprefix("checkpoint-").isdecimal() else 0
+    if found and changed and begin < step:
+        raise UserError(f"{output} holds the results of step {step}, and {wanted} begins at {begin}: {ways}")
+    return False
+
+
+def kept_settings(args: argparse.Namespace) -> dict:
+    """The settings as they were given, but for what is secret and what is not the run's own: what config.yaml holds."""
+    left_out = {"hub_token", "config", "dry_run", "resume_from_checkpoint", "resume_anyway", "local_rank", "overwrite"}
+    return {name: value for name, value in args.settings.items() if value is not None and name not in left_out}
+
+
+def earlier_settings(output: Path) -> tuple[dict, int]:
+    """(what config.yaml says, the last step if that run has finished, else 0); ({}, 0) where there is none."""
+    import yaml
+
+    try:
+        text = (output / "config.yaml").read_text(encoding="utf-8")
+        settings, _, step = yaml.safe_load(text), *text.rpartition(FINISHED)[1:]
+        return (settings if isinstance(settings, dict) else {}), int(step or 0) if FINISHED in text else 0
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}, 0
+
+
+def mark_finished(run: Run) -> None:
+    """Notes in config.yaml that this run has come to its end."""
+    with Path(run.args.output_dir, "config.yaml").open("a", encoding="utf-8") as file:
+        file.write(f"{FINISHED}{run.max_steps}\n")
+
+
+def clear_output(output: Path) -> None:
+    """Before the first step: removes what another run has left, and nothing that is a person's own."""
+    for folder in (*checkpoints_in(output), *output.glob("samples/step-[0-9]*")):
+        shutil.rmtree(folder, ignore_errors=True)
+    for name in (*RESULTS.values(), "verdict.json", "metrics.jsonl", "crash.log"):
+        (output / name.format(name=output.resolve().name)).unlink(missing_ok=True)
 
 
 # ---- pictures: validation, class images, comparison ------------------------------------------------------------------
@@ -2935,7 +3231,8 @@ def save_sample(run: Run, step: int, number: str, prompt: str, seed: int, image)
     for key, value in {"prompt": prompt, "seed": seed, "step": step, "kind": kind}.items():
         text.add_itxt(key, str(value))
     file = folder / f"{number}_{words}.png"
-    image.save(file, pnginfo=text)
+    with written(file) as part:
+        image.save(part, pnginfo=text)
     return file
 
 
@@ -3016,13 +3313,14 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
     """
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    there = len(load_class_examples(args))
-    missing = [i for i in range(args.num_class_images) if not (folder / f"class_{i:05d}.png").exists()]
-    missing = missing[: args.num_class_images - there]
+    there = [example.name for example in load_class_examples(args)]
+    missing = [i for i in range(args.num_class_images) if f"class_{i:05d}.png" not in there]
+    missing = missing[: args.num_class_images - len(there)]
     accelerator.wait_for_everyone()
     if not missing:
         return
-    say(f"{there} of {args.num_class_images} class images in {folder}: drawing {len(missing)} of {args.class_prompt!r}")
+    wanted = f"{len(there)} of {args.num_class_images} class images in {folder}"
+    say(f"{wanted}: drawing {len(missing)} of {args.class_prompt!r}")
     precision = args.prior_generation_precision
     dtype = torch_dtype(precision) if precision else components.dtype
     embeds = {k: v.to(accelerator.device, dtype) for k, v in prompts.for_pipeline(args.class_prompt).items()}
@@ -3036,8 +3334,8 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
         seeds = [stable_seed(args.seed, "class", i) % 2**32 for i in numbers]
         images = sample_images(pipeline, components, embeds, seeds, size, args, contextlib.nullcontext())
         for number, image in zip(numbers, images, strict=True):
-            image.save(folder / f".class_{number:05d}.png")
-            (folder / f".class_{number:05d}.png").rename(folder / f"class_{number:05d}.png")
+            with written(folder / f"class_{number:05d}.png") as part:
+                image.save(part)
             bar.update()
     bar.close()
     del pipeline, base
@@ -3046,9 +3344,15 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
 
 
 def load_class_examples(args: argparse.Namespace) -> list[Example]:
-    """The class images that are there as examples, --num_class_images of them at most."""
-    files = sorted(f for f in Path(args.class_data_dir).iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
-    return [Example(f.name, [args.class_prompt], f.read_bytes) for f in files[: args.num_class_images]]
+    """The whole class images that are there, --num_class_images of them at most, each with its own caption if it has one."""
+    examples = []
+    for example in folder_examples(Path(args.class_data_dir), None):
+        if len(examples) < args.num_class_images:
+            example.captions = example.captions or [clean_caption(args.class_prompt)]
+            with contextlib.suppress(Exception), Image.open(io.BytesIO(example.read())) as image:
+                image.verify()  # a half-written one doesn't count
+                examples.append(example)
+    return examples
 
 
 def comparison_sheet(run: Run):
@@ -3274,40 +3578,54 @@ def base_alone(run: Run):
 # ---- files that a run leaves -----------------------------------------------------------------------------------------
 
 
-def save_results(run: Run) -> None:
-    """Writes the final files: weights, embeddings, verdict, comparison sheet, model card, merged base."""
-    args, output = run.args, Path(run.args.output_dir)
-    part, advice = output / ".saving", verdict(run) if run.probe else None
+@contextlib.contextmanager
+def publishing(run: Run):
+    """Gives a folder to write to, whose files then appear in the output folder, each in one step."""
+    output = Path(run.args.output_dir)
+    part = output / ".saving"
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
-        with averaged(run.parts):
-            write_weights(run, part, torch.float32 if args.upcast_before_saving else run.components.dtype)
-        if args.keep_best and advice and advice["step"] != run.max_steps:
-            best = output / f"checkpoint-{advice['step']}"
-            if best.is_dir():
-                for file in best.glob("*.safetensors"):
-                    shutil.copy(file, part / file.name)
-                say(
-                    f"the result is that of step {advice['step']}, in float32; the last's is in checkpoint-{run.max_steps}"
-                )
-            else:
-                say(
-                    f"warning: --keep_best: {best.name} is gone by --checkpoints_total_limit: the result is the last step's"
-                )
-        if sheet := comparison_sheet(run):
-            sheet.save(part / "comparison.png")
-        if advice:
-            (part / "verdict.json").write_text(json.dumps(advice, indent=1), encoding="utf-8")
-        (part / "README.md").write_text(model_card(run, sheet is not None, advice), encoding="utf-8")
-        for file in sorted(part.iterdir()):  # each in one step, so that no half-written one is ever seen
+        part.mkdir(parents=True)
+        yield part
+        for file in sorted(part.iterdir()):
             flush(file)
             os.replace(file, output / file.name)
     except (OSError, SafetensorError) as error:
-        saved = "".join(f"; the training itself is safe in {folder.name}" for folder in checkpoints_in(output)[:1])
-        raise UserError(f"the results could not be written to {output} ({error}){saved}") from None
+        raise UserError(f"the results could not be written to {output} ({error}){last_good(output)}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def last_good(output: Path) -> str:
+    """The end of an error's line: which checkpoint is the last."""
+    return "".join(f"; the last good checkpoint is {folder.name}" for folder in checkpoints_in(output)[:1])
+
+
+def save_weights(run: Run) -> None:
+    """Writes LoRA and embeddings to the output folder."""
+    with publishing(run) as part, averaged(run.parts):
+        write_weights(run, part, torch.float32 if run.args.upcast_before_saving else run.components.dtype)
+
+
+def save_results(run: Run) -> None:
+    """Writes what follows the weights: verdict, with --keep_best the weights it advises, sheet, model card, merged base."""
+    args, output, advice, sheet = run.args, Path(run.args.output_dir), verdict(run) if run.probe else None, None
+    with publishing(run) as part:
+        if args.keep_best and advice and advice["step"] != run.max_steps:
+            best = output / f"checkpoint-{advice['step']}"
+            for file in best.glob("*.safetensors"):
+                shutil.copy(file, part / file.name)
+            kept = f"the result is that of step {advice['step']}; the last's is in checkpoint-{run.max_steps}"
+            gone = f"warning: --keep_best: {best.name} is gone by --checkpoints_total_limit: the result is the last's"
+            say(kept if best.is_dir() else gone)
+        try:
+            if sheet := comparison_sheet(run):
+                sheet.save(part / "comparison.png")
+        except Exception as error:  # a picture is damaged
+            say(f"warning: comparison.png could not be made: {brief(error)}")
+        if advice:
+            (part / "verdict.json").write_text(json.dumps(advice, indent=1), encoding="utf-8")
+        (part / "README.md").write_text(model_card(run, sheet is not None, advice), encoding="utf-8")
     if args.merge_lora:
         save_merged(run, output / "merged")
 
@@ -3318,15 +3636,15 @@ def write_run_files(run: Run) -> None:
 
     args, output = run.args, Path(run.args.output_dir)
     examples, buckets = run.data.examples, run.data.buckets
-    secret = {"hub_token", "config", "dry_run", "resume_from_checkpoint", "local_rank", "overwrite"}
-    settings = {k: v for k, v in args.settings.items() if v is not None and k not in secret} | {"seed": args.seed}
+    settings = kept_settings(args) | {"seed": args.seed}
     from importlib.metadata import version
 
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "accelerate")}
     command = "" if args.hub_token else shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).replace("\n", " ")
     head = [f"# command: {command}", f"# versions: {json.dumps(versions)}", f"# defaults: {json.dumps(args.defaults)}"]
     body = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    (output / "config.yaml").write_text("\n".join([*head, body]), encoding="utf-8")
+    with written(output / "config.yaml") as part:
+        part.write_text("\n".join([*head, body]), encoding="utf-8")
     sizes = ["{} x {}".format(*bucket) for bucket in buckets]
     rows = [[e.name, e.captions[0], "{} x {}".format(*e.size), sizes[e.bucket]] for e in examples[:500]]
     lost = {b: [lost_to_crop(e.size, buckets[b]) for e in examples if e.bucket == b] for b in range(len(buckets))}
@@ -3346,7 +3664,7 @@ def write_run_files(run: Run) -> None:
     for k, index in enumerate(probed_images(run)):
         text = PngImagePlugin.PngInfo()
         text.add_itxt("prompt", with_trigger(examples[index].captions[0], args.trigger_word))
-        image = decode_image(examples[index].read())
+        image = run.data.stores[0].decoded(index)
         image.thumbnail((384, 384))
         image.save(folder / f"{k:02d}.png", pnginfo=text)
 
@@ -3354,6 +3672,11 @@ def write_run_files(run: Run) -> None:
 def write_weights(run: Run, folder: Path, dtype) -> None:
     """Writes the LoRA (diffusers, and kohya/ComfyUI keys) and the token embeddings into a folder."""
     args, name = run.args, Path(run.args.output_dir).resolve().name
+    for part in run.parts:
+        if not part.weights.isfinite().all():
+            advice = "a lower --learning_rate or weight decay, or a higher --adam_epsilon"
+            kept = last_good(Path(args.output_dir))
+            raise UserError(f"the {part.name}'s weights are no longer finite, and are not saved: try {advice}{kept}")
     if run.lora_modules:
         states = {part: lora_state(module, run.parts) for part, module in run.lora_modules.items()}
         states, alpha, rank = reference_free(states, run.initial_states, args)
@@ -3667,7 +3990,7 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", "--lora_r", "-r", type=count, default=4, help="rank (4)")
     add("--lora_alpha", "--alpha", type=amount, help="the update is scaled by alpha/rank (default: the rank)")
-    add("--lora_dropout", type=share, default=0.0, help="dropout before the LoRA layers (0: off)")
+    add("--lora_dropout", type=part_of_one, default=0.0, help="dropout before the LoRA layers (0: off)")
     add("--lora_layers", "--target_modules", nargs="+", metavar="NAME", help=f"module names or block prefixes ({','.join(LORA_TARGETS)})")
     add("--lora_blocks", nargs="+", metavar="N", help="numbers of the blocks that get a LoRA (default: all); names are taken as --lora_layers")
     add("--use_dora", action="store_true", help="weight-decomposed LoRA (DoRA)")
@@ -3679,7 +4002,7 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("text encoders").add_argument
     add("--train_text_encoder", action="store_true", help="LoRA on the text encoder too")
     add("--train_text_encoder_frac", type=share, default=1.0, help="share of the steps in which it is trained (1)")
-    add("--text_encoder_lr", type=amount, help="learning rate of text encoders and new tokens (default: --learning_rate)")
+    add("--text_encoder_lr", type=rate, help="learning rate of text encoders and new tokens (default: --learning_rate)")
     add("--train_text_encoder_ti", action="store_true", help="pivotal tuning: learn new tokens (textual inversion), then the LoRA alone")
     add("--train_text_encoder_ti_frac", type=share, default=0.5, help="share of the steps in which the tokens are trained (0.5)")
     add("--token_abstraction", default="TOK", help="word in prompts that stands for the new tokens; several with commas (TOK)")
@@ -3699,24 +4022,24 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--loraplus_lr_ratio", type=amount, default=1.0, help="LoRA+: the B matrices' learning rate is so many times as high, 16 is usual (1: off)")
     add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
     add("--use_prodigy", action="store_true", help="the same as --optimizer prodigy")
-    add("--learning_rate", type=amount, default=1e-4, help="(1e-4; for prodigy use 1)")
+    add("--learning_rate", type=rate, default=1e-4, help="(1e-4; for prodigy use 1)")
     add("--scale_lr", action="store_true", help="multiply it by processes, batch size and accumulation steps")
     add("--lr_scheduler", default="constant", choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"], help="(constant)")
     add("--lr_warmup_steps", type=natural, default=0, help="steps until the full learning rate (0)")
     add("--lr_num_cycles", type=count, default=1, help="restarts of cosine_with_restarts (1)")
     add("--lr_power", type=amount, default=1.0, help="of polynomial (1)")
-    add("--adam_beta1", type=share, default=0.9, help="(0.9)")
-    add("--adam_beta2", type=share, default=0.999, help="(0.999)")
+    add("--adam_beta1", type=part_of_one, default=0.9, help="(0.9)")
+    add("--adam_beta2", type=part_of_one, default=0.999, help="(0.999)")
     add("--adam_weight_decay", type=amount, default=1e-2, help="(1e-2)")
     add("--adam_weight_decay_text_encoder", type=amount, default=1e-3, help="of text encoders and new tokens (1e-3)")
     add("--adam_epsilon", type=amount, default=1e-8, help="(1e-8)")
-    add("--prodigy_beta3", type=share, help="for prodigy's step size (default: the square root of beta2)")
+    add("--prodigy_beta3", type=part_of_one, help="for prodigy's step size (default: the square root of beta2)")
     add("--prodigy_decouple", type=yes_or_no, default=True, nargs="?", const=True, help="weight decay as in AdamW (true)")
     add("--prodigy_use_bias_correction", type=yes_or_no, default=True, nargs="?", const=True, help="(true)")
     add("--prodigy_safeguard_warmup", type=yes_or_no, default=True, nargs="?", const=True, help="(true)")
     add("--max_grad_norm", type=amount, default=1.0, help="gradients are clipped to this norm (1; 0: off)")
     add("--use_ema", action="store_true", help="save and validate with a moving average of the LoRA")
-    add("--ema_decay", type=share, default=0.9999, help="(0.9999)")
+    add("--ema_decay", type=part_of_one, default=0.9999, help="(0.9999)")
 
     add = parser.add_argument_group("length and batch").add_argument
     add("--seed", type=int, help="same seed, same run (default: drawn, printed and stored)")
@@ -3741,6 +4064,8 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--checkpointing_steps", type=count, default=500, help="steps between checkpoints (500)")
     add("--checkpoints_total_limit", type=count, help="keep the latest so many (default: all)")
     add("--resume_from_checkpoint", metavar="PATH", help='a checkpoint, or "latest"')
+    add("--resume_anyway", action="store_true", help="go on with settings that have changed, as they are now; they are named")
+    add("--overwrite", action="store_true", help="write over the results of another run in the output folder")
     add("--upcast_before_saving", action="store_true", help="save the LoRA in float32 (default: in the precision of the base)")
 
     add = parser.add_argument_group("validation").add_argument
@@ -3766,22 +4091,19 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--hub_token", help="token for the hub; never stored or logged")
 
 
-# What a checkpoint must agree with, or be refused; and what makes the rest of a run another one, which is said
-RESUME_FLAGS = ("rank", "lora_alpha", "use_dora", "use_rslora", "init_lora_weights", "optimizer", "loraplus_lr_ratio")
-RESUME_NOTES = (
-    *("seed", "gradient_accumulation_steps", "learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps"),
-    *(
-        "resolution",
-        "center_crop",
-        "random_flip",
-        "repeats",
-        "trigger_word",
-        "caption_dropout",
-        "shuffle_tags",
-        "tag_dropout",
-    ),
-    *("loss_type", "huber_c", "snr_gamma", "noise_offset", "adam_weight_decay", "max_grad_norm", "cache_latents"),
-    *("lora_dropout", "use_ema", "ema_decay", "prior_loss_weight", "mixed_precision", "quantize_base"),
+# What a checkpoint's tensors must fit; all other flags must be as they were, or --resume_anyway given, but the free ones,
+# which change nothing of what is trained
+RESUME_FLAGS = "rank lora_alpha use_dora use_rslora init_lora_weights optimizer targets tokens layout"
+FREE_FLAGS = (  # data, base, precision and length are compared as what they come to
+    "config dry_run pretrained_model_name_or_path pretrained_vae_model_name_or_path revision variant cache_dir train_data_dir"
+    " dataset_name dataset_config_name dataset_split image_column caption_column instance_data_dir cache_text_embeddings"
+    " cache_folder class_data_dir num_class_images sample_batch_size prior_generation_precision lora_layers lora_blocks"
+    " merge_lora use_8bit_adam use_prodigy max_train_steps num_train_epochs train_batch_size mixed_precision local_rank"
+    " dataloader_num_workers gradient_checkpointing offload output_dir checkpointing_steps checkpoints_total_limit"
+    " resume_from_checkpoint resume_anyway overwrite"
+    " upcast_before_saving validation_prompt num_validation_images validation_epochs validation_steps"
+    " validation_prompts_file validation_inference_steps validation_guidance_scale control_prompt keep_best skip_final_inference report_to"
+    " logging_dir logging_steps report run_name push_to_hub hub_model_id hub_token"
 )
 NAMES_ELSEWHERE = {  # what kohya's scripts, Olive and Transformer Lab call our flags
     **dict.fromkeys(("network_dim", "lora_rank", "lora_r_dim"), "--rank"),
@@ -3807,10 +4129,12 @@ NAMES_ELSEWHERE = {  # what kohya's scripts, Olive and Transformer Lab call our 
 PRIOR = "class_data_dir class_prompt num_class_images prior_loss_weight sample_batch_size prior_generation_precision"
 TOKENS = "train_text_encoder_ti_frac token_abstraction num_new_tokens_per_abstraction initializer_concept"
 NO_LORA = "lora_alpha lora_dropout lora_layers lora_blocks use_dora use_rslora init_lora_weights merge_lora use_ema preserve_class init_lora"
+LORA_STARTS = ("gaussian", "default", "true", "orthogonal", "olora", "pissa")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
 # fmt: off
 RULES = (
     ("", lambda a: not a.pretrained_model_name_or_path, "--pretrained_model_name_or_path is missing: a hub id, a diffusers folder or a checkpoint file"),
+    ("revision", lambda a: Path(a.pretrained_model_name_or_path).exists(), "with a base on this machine"),
     # data
     ("train_data_dir", lambda a: not Path(a.train_data_dir).is_dir(), "{flag} {a.train_data_dir}: no such folder"),
     ("instance_data_dir", lambda a: not Path(a.instance_data_dir).is_dir(), "{flag} {a.instance_data_dir}: no such folder"),
@@ -3824,6 +4148,7 @@ RULES = (
     ("validation_split", lambda a: a.validation_split == 1, "--validation_split 1 leaves no image to train on"),
     ("random_rotation_prob", lambda a: not a.random_rotation, "without --random_rotation"),
     ("tag_separator keep_tokens", lambda a: not a.shuffle_tags and not a.tag_dropout, "without --shuffle_tags or --tag_dropout"),
+    ("", lambda a: (a.shuffle_tags or a.tag_dropout) and not a.tag_separator, "--tag_separator is empty: what stands between tags?"),
     ("caption_per_line", lambda a: a.dataset_name and not Path(a.dataset_name).is_dir(), "with --dataset_name: it is for .txt files in a folder"),
     (PRIOR, lambda a: not a.with_prior_preservation, "without --with_prior_preservation"),
     ("preserve_weight", lambda a: not a.preserve_class, "without --preserve_class"),
@@ -3840,6 +4165,7 @@ RULES = (
     (TOKENS, lambda a: not a.train_text_encoder_ti, "without --train_text_encoder_ti"),
     ("text_encoder_lr adam_weight_decay_text_encoder", lambda a: not trains_text(a), "without --train_text_encoder or --train_text_encoder_ti"),
     ("text_encoder_lr", lambda a: a.text_encoder_lr == 0, "--text_encoder_lr 0 trains nothing: leave out --train_text_encoder and --train_text_encoder_ti instead"),
+    ("", lambda a: a.initializer_concept is not None and not a.initializer_concept.strip(), "--initializer_concept is blank: leave it out to start at random"),
     ("num_new_tokens_per_abstraction", lambda a: a.initializer_concept, "with --initializer_concept: its tokens decide how many"),
     ("", lambda a: a.train_transformer_frac == 0 and not a.train_text_encoder_ti, "--train_transformer_frac 0 trains no LoRA: it needs --train_text_encoder_ti"),
     (NO_LORA, lambda a: a.train_transformer_frac == 0, "with --train_transformer_frac 0, which adds no LoRA"),
@@ -3848,6 +4174,8 @@ RULES = (
     ("init_lora", lambda a: not Path(a.init_lora).exists(), "{flag} {a.init_lora}: no such file"),
     ("init_lora_weights use_rslora", lambda a: a.init_lora, "with --init_lora, whose weights are the start"),
     ("quantize_base", lambda a: a.merge_lora or a.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq")), "{flag} can't be combined with --merge_lora or an initialisation that changes the base's weights"),
+    ("", lambda a: (s := a.init_lora_weights.lower()) not in LORA_STARTS and not s.removeprefix("pissa_niter_").isdecimal(), "--init_lora_weights {a.init_lora_weights}: needs data or settings that no flag gives; use one of gaussian, default, orthogonal, olora, pissa, pissa_niter_N"),
+    ("use_dora", lambda a: a.init_lora_weights.lower().startswith(("pissa", "olora")), "{flag} can't be combined with --init_lora_weights {a.init_lora_weights}: what it learns is no LoRA of the unchanged base"),
     # loss and optimizer
     ("huber_c", lambda a: a.loss_type != "huber", "without --loss_type huber"),
     ("min_timestep max_timestep", lambda a: not a.min_timestep < a.max_timestep <= 1000, "--min_timestep {a.min_timestep} and --max_timestep {a.max_timestep}: the first must be below the second, both within 0 to 1000"),
@@ -3857,7 +4185,8 @@ RULES = (
     ("", lambda a: optimizer_of(a) == "schedulefree" and (a.lr_scheduler != "constant" or a.use_ema), "--optimizer schedulefree averages by itself: use --lr_scheduler constant and no --use_ema"),
     ("loraplus_lr_ratio", lambda a: optimizer_of(a) in ("prodigy", "adafactor", "schedulefree"), "with --optimizer {a.optimizer}: it takes one rate for all"),
     ("adam_beta1 adam_beta2 adam_epsilon", lambda a: "." in a.optimizer, "with --optimizer {a.optimizer}: give its own with --optimizer_args"),
-    ("adam_beta2 adam_epsilon", lambda a: a.optimizer == "adafactor", "with --optimizer adafactor"),
+    ("adam_beta1 adam_beta2 adam_epsilon", lambda a: a.optimizer == "adafactor", "with --optimizer adafactor"),
+    ("", lambda a: a.lr_scheduler == "polynomial" and min(a.learning_rate, a.text_encoder_lr or 1) <= 1e-7, "--lr_scheduler polynomial ends at a rate of 1e-7: the --learning_rate must be higher"),
     ("lr_num_cycles", lambda a: a.lr_scheduler != "cosine_with_restarts", "without --lr_scheduler cosine_with_restarts"),
     ("lr_power", lambda a: a.lr_scheduler != "polynomial", "without --lr_scheduler polynomial"),
     ("ema_decay", lambda a: not a.use_ema, "without --use_ema"),
@@ -3865,12 +4194,19 @@ RULES = (
     # sizes
     ("color_jitter", lambda a: len(a.color_jitter) not in (0, 4), "{flag} takes four numbers (brightness contrast saturation hue) or none"),
 
+    # output folder
+    ("", lambda a: Path(a.output_dir or "").resolve().name.lower() == "pytorch_lora_weights", "--output_dir {a.output_dir}: the LoRA for other tools would have the name of diffusers' file; choose another"),
+    ("", lambda a: len(os.fsencode(Path(a.output_dir or "").resolve().name)) > 239, "--output_dir {a.output_dir}: the last folder's name is too long for files that are named after it (239 bytes)"),
+    ("", lambda a: data_holding(a, a.output_dir), "--output_dir {a.output_dir} lies in the data folder, and its pictures would become data"),
+    ("class_data_dir", lambda a: data_holding(a, a.class_data_dir), "{flag} {a.class_data_dir} lies in the data folder, and its pictures would become data"),
+    ("resume_anyway", lambda a: not a.resume_from_checkpoint, "without --resume_from_checkpoint"),
     # validation and logging
     ("validation_epochs", lambda a: a.validation_steps, "--validation_epochs and --validation_steps exclude each other: give one"),
     ("validation_epochs validation_steps", lambda a: a.num_validation_images == a.validation_split == 0, "{flag} has no effect: there are no validation images and no held-out images"),
     ("validation_prompts_file", lambda a: a.validation_prompt, "--validation_prompt and {flag} exclude each other: give one"),
     ("keep_best", lambda a: a.num_validation_images == a.validation_split == 0, "without pictures or held-out images, at which steps are compared"),
     ("report", lambda a: not REPORT.is_file(), "{flag} needs scripts/reports/report.py of this project beside the script; it also works later, on the output folder"),
+    ("logging_dir", lambda a: set(a.report_to.split(",")) <= {"none", "wandb"}, "without a tracker that writes there, such as --report_to tensorboard"),
     ("hub_model_id hub_token", lambda a: not a.push_to_hub, "without --push_to_hub"),
     ("hub_token", lambda a: {"wandb", "all"} & set(a.report_to.split(",")), "{flag} is refused with wandb, which stores command lines: log in with `hf auth login` instead"),
     ("enable_xformers_memory_efficient_attention", lambda a: importlib.util.find_spec("xformers") is None, "{flag}: xformers isn't installed; torch's own attention needs no flag"),
@@ -3891,6 +4227,10 @@ def check_args(args: argparse.Namespace, given: set[str], parser: argparse.Argum
     for name in ("rank", "train_text_encoder_ti_frac"):  # stand in the published commands for textual inversion
         if name in given and args.train_transformer_frac == 0:
             say(f"note: --{name} has no effect with --train_transformer_frac 0: no LoRA, tokens to the end")
+    for name, value in vars(args).items():
+        words = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
+        if any(printable(word) != word or "\0" in word for word in words):
+            raise UserError(f"--{name}: {printable(str(value))!r} has bytes that are no text")
     check_trackers(args.report_to)
     use_prepared_buckets(args)
     fill_defaults(args)
@@ -3900,6 +4240,12 @@ def check_args(args: argparse.Namespace, given: set[str], parser: argparse.Argum
 def is_off(name: str, value: object, default: object) -> bool:
     """Whether a flag's value is its off value: none, 0, or its default. A learning rate of 0 is no way to turn it off."""
     return value == default or (value in (None, 0, "none", "") and value is not False and name != "text_encoder_lr")
+
+
+def data_holding(args: argparse.Namespace, folder: str | None) -> Path | None:
+    """The data folder that a folder is, or lies in."""
+    data = [Path(d).resolve() for d in (args.train_data_dir, args.instance_data_dir, args.dataset_name) if d]
+    return next((d for d in data if folder and d.is_dir() and Path(folder).resolve().is_relative_to(d)), None)
 
 
 def trains_text(args: argparse.Namespace) -> bool:
@@ -3936,10 +4282,11 @@ def fill_defaults(args: argparse.Namespace) -> None:
     if args.lr_warmup_steps and args.lr_scheduler == "constant" and args.optimizer != "schedulefree":
         args.lr_scheduler = "constant_with_warmup"  # the two flags together can mean nothing else
     args.resolution = args.resolution or [DEFAULT_RESOLUTION]
-    args.validation_prompt = [p for p in args.validation_prompt or [] if p.strip()] or None  # "" is off
     args.prompt_settings = read_prompts(args.validation_prompts_file) if args.validation_prompts_file else []
     if args.prompt_settings:
         args.validation_prompt = [own.pop("prompt") for own in args.prompt_settings]
+    for name in ("validation_prompt", "control_prompt"):  # each is one line, as a caption is; "" is off
+        vars(args)[name] = [c for p in vars(args)[name] or [] if (c := clean_caption(p))] or None
     args.color_jitter = [0.1, 0.1, 0.1, 0.05] if args.color_jitter == [] else args.color_jitter
     args.output_dir = str(Path(args.output_dir or f"output/{FAMILY}-lora"))  # "name/" and "name" are the same folder
     args.class_data_dir = args.class_data_dir or str(Path(args.output_dir) / "class_images")
@@ -3975,7 +4322,7 @@ def check_sizes(args: argparse.Namespace) -> None:
         if side % PIXEL_DIVISOR:
             raise UserError(f"--resolution {side} is not divisible by {PIXEL_DIVISOR}")
     for pair in [] if args.aspect_ratio_buckets in (None, "auto") else args.aspect_ratio_buckets.split(";"):
-        sides = [int(side) if side.strip().isdigit() else 0 for side in pair.split(",")]
+        sides = [int(side) if side.strip().isdecimal() else 0 for side in pair.split(",")]
         if len(sides) != 2 or not all(side and side % PIXEL_DIVISOR == 0 for side in sides):
             what = f'{pair!r} is no "height,width" of multiples of {PIXEL_DIVISOR}'
             raise UserError(f'--aspect_ratio_buckets: {what}; or use "auto"')
@@ -4012,10 +4359,15 @@ def number(name: str, kind: type, least: float, most: float, complaint: str):
     return convert
 
 
-count = number("count", int, 1, math.inf, "is below 1")
-natural = number("whole number", int, 0, math.inf, "must not be negative")
+count = number("count", int, 1, 2**31 - 1, "is below 1, or beyond what any run needs")
+natural = number("whole number", int, 0, 2**31 - 1, "must not be negative, or beyond what any run needs")
 share = number("share", float, 0, 1, "is not between 0 and 1")
-amount = number("amount", float, 0, sys.float_info.max, "is not a finite number from 0 on")
+part_of_one = number("share", float, 0, math.nextafter(1, 0), "is not from 0 up to, but without, 1")
+rate = number("learning rate", float, 0, 100, "is not between 0 and 100")
+amount = number("amount", float, 0, 1e9, "is not a number from 0 to 1e9")
+signed = number("number", float, -100, 100, "is not a number between -100 and 100")
+mode_scale = number("scale", float, 0, 1.75, "is not between 0 and 1.75: beyond, timesteps leave their range")
+tokens = number("count", int, 1, 512, "is not between 1 and the 512 tokens that the pipeline takes")
 
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree")
@@ -4104,11 +4456,21 @@ def config_words(parser: argparse.ArgumentParser, file: str) -> list[str]:
         if action is None or flag == "--config":
             near = parser.nearest(flag, cutoff=0.0).lstrip("-")
             raise UserError(f"--config {file}: unknown key {key!r}; the nearest is {near!r}")
+        if value is False and "no" in (action.choices or ()):
+            value = "no"  # as YAML reads it without quotes
+        flat = isinstance(value, list) and action.nargs in ("+", "*")
+        if any(isinstance(v, list | dict) for v in (value if flat else [value])):
+            what = "values in one list" if action.nargs in ("+", "*") else "one value"
+            raise UserError(f"--config {file}: {key} takes {what}, and not {brief(value)}")
         if isinstance(action, argparse._StoreTrueAction):
             if not isinstance(value, bool):
                 raise UserError(f"--config {file}: {key} must be true or false, not {value!r}")
             tokens += [flag] if value else []
-        elif isinstance(value, list):
+        elif isinstance(value, bool) and action.type is None:
+            raise UserError(
+                f"--config {file}: {key} takes text: put {str(value).lower()} in quotes if it's meant as such"
+            )
+        elif flat:
             tokens += [flag, *(str(v) for v in value)]
         elif value is not None:
             tokens.append(f"{flag}={value}")
@@ -4121,7 +4483,7 @@ def read_config(file: str, flag: str = "--config", kind: type = dict):
 
     try:
         values = yaml.safe_load(read_text(file, flag))  # JSON is YAML too
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none; lists in lists in lists
         raise UserError(f"{flag} {file}: not YAML or JSON: {brief(error)}") from None
     if not isinstance(values, kind):
         expected = "flag names and values" if kind is dict else "a list"
@@ -4133,8 +4495,8 @@ def read_text(file: str, flag: str) -> str:
     """The text of a file that a flag names."""
     try:
         return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {file}: {getattr(error, 'strerror', error)}") from None
 
 
 # ---- base model: loading, quantising, splitting ----------------------------------------------------------------------
@@ -4148,7 +4510,7 @@ class Components:
 
     def __init__(self, folder: Path, args: argparse.Namespace, dtype, device, sharded: bool = False) -> None:
         self.folder, self.args, self.dtype, self.device, self.sharded = folder, args, dtype, device, sharded
-        self.index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        self.index = read_json(folder / "model_index.json")
         self.index |= dict.fromkeys(n for flag, names in DROPPED_PARTS.items() if vars(args)[flag] for n in names)
         self.loaded: dict[str, object] = {}
         self.configs: dict[str, dict] = {}
@@ -4178,34 +4540,50 @@ class Components:
         """A part's configuration, without loading its weights."""
         if name not in self.configs:
             file = self.folder_of(name) / ("scheduler_config.json" if name == "scheduler" else "config.json")
-            self.configs[name] = json.loads(file.read_text(encoding="utf-8"))
+            self.configs[name] = read_json(file)
         return self.configs[name]
 
     def identity(self, name: str) -> str:
         """A hash of a part's weights and configuration, for cache keys."""
         suffixes = (".safetensors", ".json", ".txt", ".model")
-        return fingerprint(sorted(f for f in self.folder_of(name).iterdir() if f.suffix in suffixes))
+        with reading_base(name):
+            return fingerprint(sorted(f for f in self.folder_of(name).iterdir() if f.suffix in suffixes))
 
     def get(self, name: str, dtype=None, device=None):
         """The part `name`, loaded in `dtype` (default: the base's) onto the device (default: the run's)."""
         if name in self.loaded:
             return self.loaded[name]
-        kind, folder = library_class(*self.index[name]), self.folder_of(name)
-        if "tokenizer" in name or name == "scheduler":
-            part = kind.from_pretrained(folder)
-            if name == "scheduler" and vars(self.args).get("prediction_type"):
-                part.register_to_config(prediction_type=self.args.prediction_type)
-        else:
-            variant = self.args.variant
-            if variant and not any(variant in f.name for f in folder.iterdir()):
-                variant = None  # a part that comes in one precision only
-            try:
-                part = kind.from_pretrained(folder, variant=variant, dtype=dtype or self.dtype)
-            except OSError as error:
-                raise UserError(f"--pretrained_model_name_or_path: {name} can't be loaded: {brief(error)}") from None
+        folder, variant = self.folder_of(name), self.args.variant
+        with reading_base(name):
+            kind = library_class(*self.index[name])
+            if "tokenizer" in name:
+                part = kind.from_pretrained(folder)
+            elif name == "scheduler":
+                part = self.adjusted(kind.from_pretrained(folder))
+            else:
+                if variant and not any(variant in f.name for f in folder.iterdir()):
+                    variant = None  # a part that comes in one precision only
+                options = {"variant": variant, "dtype": dtype or self.dtype, "output_loading_info": True}
+                part, found = kind.from_pretrained(folder, **options)
+                if missing := sorted(found["missing_keys"]):  # the libraries would draw them at random
+                    raise UserError(f"{len(missing)} weights are missing, such as {missing[0]}")
+        if "tokenizer" not in name and name != "scheduler":
             part = part.requires_grad_(False).eval().to(device or self.device)
         self.loaded[name] = part
         return part
+
+    def adjusted(self, scheduler):
+        """The base's scheduler as --prediction_type and --rescale_betas_zero_snr want it."""
+        changes = {k: v for k in ("prediction_type", "rescale_betas_zero_snr") if (v := vars(self.args).get(k))}
+        kind = type(scheduler)
+        if "rescale_betas_zero_snr" in changes:
+            changes["timestep_spacing"] = "trailing"  # so that pictures begin where the signal is zero
+            kind = kind if "rescale_betas_zero_snr" in scheduler.config else library_class("diffusers", "DDIMScheduler")
+        return kind.from_config(scheduler.config, **changes) if changes else scheduler
+
+    def training_scheduler(self):
+        """The scheduler whose noise is trained on."""
+        return library_class("diffusers", TRAINING_SCHEDULER).from_config(self.get("scheduler").config)
 
     def free(self, *names: str) -> None:
         """Drops parts and gives their memory back."""
@@ -4241,6 +4619,26 @@ class Components:
         return denoiser
 
 
+@contextlib.contextmanager
+def reading_base(what: str):
+    """Names the part of the base that can't be read. What the libraries raise then, of a dozen kinds, means damaged files."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise UserError(f"--pretrained_model_name_or_path: {what} can't be loaded: {brief(error)}") from None
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object of the base. Errors: UserError that names the file."""
+    with reading_base(str(file)):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+        return found
+
+
 def resolve_base(args: argparse.Namespace) -> Path:
     """The local diffusers folder of the base: as given, downloaded from the hub, or unpacked from a single file."""
     name = args.pretrained_model_name_or_path
@@ -4248,7 +4646,7 @@ def resolve_base(args: argparse.Namespace) -> Path:
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise UserError(f"--pretrained_model_name_or_path {name}: no model_index.json in this folder")
-        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+        index = read_json(path / "model_index.json")
         if not index.keys() >= set(folders):
             kind = index.get("_class_name")
             raise UserError(f"--pretrained_model_name_or_path {name} is a {kind}, not {FAMILY_TITLE}")
@@ -4280,7 +4678,7 @@ def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
     What the checkpoint lacks (configurations, tokenizers, and whole parts, such as FLUX.1's text encoders) comes from a
     diffusers folder in which the file lies, else from the hub.
     """
-    cache = Path(args.cache_dir or Path.home() / ".cache" / "lora_training") / f"{path.stem}-{fingerprint([path])[:16]}"
+    cache = Path(args.cache_dir or Path.home() / ".cache" / "lora_training") / f"{path.stem}-{fingerprint([path])[:20]}"
     if (cache / "model_index.json").is_file():
         return cache
     surrounded = (path.parent / "model_index.json").is_file()
@@ -4294,11 +4692,26 @@ def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
         advice = "; without network, scripts/bases/unpack_checkpoint.py makes a diffusers folder of it"
         problem = f"can't be read as {FAMILY_TITLE} ({brief(error)}){'' if surrounded else advice}"
         raise UserError(f"--pretrained_model_name_or_path {path}: {problem}") from None
+    if marks := velocity_marks(path):
+        pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **marks)
     part = cache.with_name(cache.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     pipeline.save_pretrained(part)
     part.rename(cache)
     return cache
+
+
+def velocity_marks(path: Path) -> dict:
+    """What the scheduler of a single file that predicts velocity needs. Such files (NoobAI's and those trained from it) say so
+    by an empty tensor `v_pred`, and `ztsnr` for a schedule that ends without signal, or in SAI's metadata.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        names, metadata = set(file.keys()), file.metadata() or {}
+    said = {metadata.get(f"modelspec.{key}", "").lower() for key in ("prediction_type", "predict_key")}
+    marks = {"prediction_type": "v_prediction"} if "v_pred" in names or said & {"v", "v_prediction"} else {}
+    return marks | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in names else {})
 
 
 def parts_with_weights(folder: Path) -> dict[str, object]:
@@ -4357,9 +4770,10 @@ class Interrupted(BaseException):
 
 
 def say(text: str) -> None:
-    """Prints a line, on the first process of this machine's group only."""
+    """Prints a line, on the first process of this machine's group only; what a terminal can't show is spelled out."""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(text, flush=True)
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def waiting(what: str, total: int, **options):
@@ -4371,7 +4785,7 @@ def waiting(what: str, total: int, **options):
     return tqdm(desc=what, total=total, mininterval=seconds, disable=quiet, **{"delay": 2, "leave": False} | options)
 
 
-def brief(error: Exception) -> str:
+def brief(error: object) -> str:
     """The beginning of an error's message, as one line."""
     return " ".join(str(error).split())[:300]
 
@@ -4389,13 +4803,13 @@ def stable_seed(*place: object) -> int:
 
 def import_libraries() -> None:
     """Imports what is slow to import (5 to 10 s) into this module, once the arguments are known to be right."""
-    global torch, F, load_file, save_file, SafetensorError
+    global torch, F, safe_open, save_file, SafetensorError
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import_image_libraries()
     import torch
     import torch.nn.functional as F
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
 
     import_logging_quietly()
     define_layers()
@@ -4406,6 +4820,8 @@ def import_image_libraries() -> None:
     global np, Image, ImageCms, ImageEnhance, ImageOps, PngImagePlugin
     import numpy as np
     from PIL import Image, ImageCms, ImageEnhance, ImageOps, PngImagePlugin
+
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # large pictures, odd metadata: they would stand in the bar
 
 
 def import_logging_quietly() -> None:

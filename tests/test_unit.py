@@ -295,6 +295,7 @@ def test_noise_prediction_loss_against_its_formula(name, prediction, extra):
     args = argparse.Namespace(
         **(
             {"snr_gamma": None, "loss_type": "l2", "huber_c": 0.1, "input_perturbation": 0.0, "noise_offset": 0.0}
+            | {"min_timestep": 0, "max_timestep": 1000}
             | extra
         )
     )
@@ -347,6 +348,9 @@ def test_flow_loss_against_its_formula(name, scheme, precondition):
         logit_mean=0.0,
         logit_std=1.0,
         mode_scale=1.29,
+        timestep_sampling="weighting_scheme",
+        min_timestep=0,
+        max_timestep=1000,
         precondition_outputs=precondition,
         loss_type="l2",
     )
@@ -502,6 +506,7 @@ def test_flux_sigmas_are_shifted_as_the_pipeline_shifts_them(side):
     shift = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **shift)
     args = argparse.Namespace(weighting_scheme="none", logit_mean=0.0, logit_std=1.0, mode_scale=1.29)
+    vars(args).update(timestep_sampling="weighting_scheme", min_timestep=0, max_timestep=1000)
     drawn = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
     drawn.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=calculate_shift(side * side // 4))
     for k, quantile in enumerate((0.0, 0.25, 0.5, 0.75)):

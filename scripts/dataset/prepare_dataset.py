@@ -271,7 +271,7 @@ class Preparation:
         file = self.out / "metadata.jsonl"
         earlier = {}
         if file.is_file():
-            earlier = {row["file_name"]: row.get("text", "") for row in self.script.read_metadata(file)}
+            earlier = {row["file_name"]: row.get("text", "") for _, row in self.script.read_metadata(file)}
         rows, edited, fresh = [], [], 0
         for p in sorted(self.kept, key=lambda p: p.file):
             captions = p.captions or ([""] if self.settings.trigger_word else [])
