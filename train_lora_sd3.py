@@ -162,7 +162,7 @@ def compute_loss(batch: dict, latents, embeds: dict, denoiser, scheduler, args: 
     if args.precondition_outputs:  # as x_0 = z_t - t v, section 5 of EDM applied to the flow
         model_pred, target = noisy_latents - sigmas * model_pred, latents
     weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas)
-    return (weighting.float() * elementwise_loss(model_pred, target, args)).mean(dim=(1, 2, 3))
+    return (weighting.float() * elementwise_loss(model_pred, target, batch, args)).mean(dim=(1, 2, 3))
 
 
 def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: argparse.Namespace) -> dict:
@@ -274,12 +274,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 287 the run: what happens, in which order · 593 the loop, and one step of it · 847 what is logged, and the
-# guard against learning nothing · 975 data: images and captions · 1303 images: decoding, buckets, crops, batches ·
-# 1776 text: embeddings and new tokens · 2018 LoRA and optimizer · 2573 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2865 checkpoints and signals · 3160 pictures: validation, class images, comparison · 3385
-# probes: what was learned, what was forgotten · 3561 files that a run leaves · 3885 command line · 4485 base model:
-# loading, quantising, splitting · 4744 errors, lines, seeds, libraries
+# By line: 287 the run: what happens, in which order · 593 the loop, and one step of it · 850 what is logged, and the
+# guard against learning nothing · 978 data: images and captions · 1338 images: decoding, buckets, crops, batches ·
+# 1854 text: embeddings and new tokens · 2096 LoRA and optimizer · 2651 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2943 checkpoints and signals · 3238 pictures: validation, class images, comparison · 3463
+# probes: what was learned, what was forgotten · 3639 files that a run leaves · 3966 command line · 4570 base model:
+# loading, quantising, splitting · 4829 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -705,12 +705,15 @@ def unscaled(latents, config: dict):
     return latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
 
 
-def elementwise_loss(model_pred, target, args: argparse.Namespace):
-    """l2, or pseudo-Huber 2c(sqrt((p - t)^2 + c^2) - c), https://arxiv.org/abs/2403.16728; same shape as its inputs."""
-    if args.loss_type == "l2":
-        return (model_pred - target.float()) ** 2
-    c = args.huber_c
-    return 2 * c * (torch.sqrt((model_pred - target.float()) ** 2 + c**2) - c)
+def elementwise_loss(model_pred, target, batch: dict, args: argparse.Namespace):
+    """l2, or pseudo-Huber 2c(sqrt((p - t)^2 + c^2) - c), https://arxiv.org/abs/2403.16728; same shape as its inputs (B, C, H, W).
+
+    batch: with --masked_loss, "mask" (B, 1, H, W), whose mean over each picture is 1.
+    """
+    loss, c = (model_pred - target.float()) ** 2, args.huber_c
+    if args.loss_type == "huber":
+        loss = 2 * c * (torch.sqrt(loss + c**2) - c)
+    return loss * batch["mask"] if "mask" in batch else loss
 
 
 TIMESTEP_SAMPLING = ["weighting_scheme", "uniform", "sigmoid", "shift"]
@@ -989,6 +992,7 @@ class Example:
     size: tuple[int, int] = (0, 0)
     bucket: int = 0
     held_out: bool = False
+    read_mask: object = None  # as `read`, of the picture that is its mask
 
 
 def load_examples(args: argparse.Namespace) -> list[Example]:
@@ -1019,6 +1023,32 @@ def source_examples(args: argparse.Namespace, missing: list[str] | None = None) 
     examples = folder_examples(folder, args.caption_column, missing, vars(args).get("caption_per_line", False))
     if not examples:
         raise UserError(f"no images in {folder} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    return with_masks(examples, folder, vars(args).get("masked_loss"))
+
+
+def with_masks(examples: list[Example], folder: Path, where: str | None) -> list[Example]:
+    """--masked_loss: the examples but those that are masks, each with its own: the alpha channel, the picture of the same
+    name in another folder, or the one beside it whose name ends with "-…" or "_…".
+    """
+    if where is None:
+        return examples
+    ending, place = (where, folder) if where[0] in "-_" else ("", Path(where))
+    if where == "alpha":
+        masks = {e.name: e.read for e in examples}
+    else:
+        files = [
+            f for f in place.resolve().rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.stem.endswith(ending)
+        ]
+        names = {f.relative_to(place.resolve()).with_suffix("").as_posix(): f for f in files}
+        examples = [e for e in examples if Path(folder, e.name).resolve() not in set(files)]
+        found = {e.name: names.get(Path(e.name).with_suffix("").as_posix() + ending) for e in examples}
+        masks = {name: file.read_bytes for name, file in found.items() if file}
+    for example in examples:
+        example.read_mask = masks.get(example.name)
+    if not masks:
+        raise UserError(f"--masked_loss {where}: no mask for any of {len(examples)} images")
+    if bare := [e.name for e in examples if e.name not in masks]:
+        say(f"warning: {len(bare)} images have no mask, and count as a whole ({listed(bare)})")
     return examples
 
 
@@ -1166,7 +1196,12 @@ def dataset_examples(args: argparse.Namespace) -> list[Example]:
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
     captions = map(as_captions, table[column] if column else [None] * len(table))
-    return [Example(f"row {i}", own, lambda i=i: read(i)) for i, own in enumerate(captions)]
+    examples = [Example(f"row {i}", own, functools.partial(read, i)) for i, own in enumerate(captions)]
+    if args.masked_loss not in (None, "alpha"):
+        raise UserError(f"--masked_loss {args.masked_loss}: a data set's masks are its pictures' alpha channels: alpha")
+    for example in examples if args.masked_loss else ():
+        example.read_mask = example.read
+    return examples
 
 
 def builder_dataset(args: argparse.Namespace):
@@ -1479,6 +1514,27 @@ class ImageStore:
         return image
 
 
+class MaskStore(ImageStore):
+    """The masks of an ImageStore's images, (H, W) from 0, hardly trained, to 255; scaled and cropped as the images are."""
+
+    def decoded(self, index: int):
+        """A mask in its image's size. Errors: UserError if it can't be read, or is of another shape."""
+        example = self.examples[index]
+        if example.read_mask is None:
+            return Image.new("L", example.size, 255)
+        try:
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(example.read_mask())))
+            own = example.read_mask == example.read
+            mask = image.convert("RGBA").getchannel("A") if own else image.convert("L")
+        except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
+            raise UserError(f"--masked_loss: the mask of {example.name} can't be read: {brief(error)}") from None
+        if abs(mask.width / mask.height * example.size[1] / example.size[0] - 1) > 0.02:
+            raise UserError(f"--masked_loss: the mask of {example.name} has another shape: {mask.size}, {example.size}")
+        if not mask.getbbox():
+            raise UserError(f"--masked_loss: the mask of {example.name} is black (or the picture clear) all over")
+        return mask.resize(example.size)
+
+
 @dataclass(frozen=True)
 class Slot:
     """One place in a batch: which image, in which repeat of which epoch, with which weight in the loss."""
@@ -1621,10 +1677,13 @@ class TrainingData:
 
     def __init__(self, store: ImageStore, class_store: ImageStore | None, args, vae_config: dict, scheduler) -> None:
         self.stores = (store, class_store)  # by Slot.is_class
+        self.masks = MaskStore(store.examples, store.buckets, "bilinear", COVER_BUDGET) if args.masked_loss else None
         self.examples, self.buckets, self.args = store.examples, store.buckets, args
         self.class_examples = class_store.examples if class_store else []
         self.vae_config, self.scheduler = vae_config, scheduler
-        self.moments: dict[tuple, object] = {}  # (is_class, index, bucket, flip) -> (2C, H, W), if cached
+        # by (is_class, index, bucket, flip): (2C, H, W) and (1, H, W), if cached
+        self.moments: dict[tuple, object] = {}
+        self.kept_masks: dict[tuple, object] = {}
 
     def crop_of(self, slot: Slot, rng: random.Random) -> Crop:
         """The slot's crop. With cached latents only the flip is drawn anew."""
@@ -1642,6 +1701,19 @@ class TrainingData:
         around, crop = self.stores[slot.is_class].window(slot.index, slot.bucket, crop)
         return to_pixels(cropped(around, self.buckets[slot.bucket], crop, rng, self.args))
 
+    def mask(self, slot: Slot, crop: Crop, rng: random.Random):
+        """The weights of the slot's latents in the loss, (1, h, w), with mean 1. rng: as it was for the picture."""
+        target = self.buckets[slot.bucket]
+        _, height, width = latent_shape(target, self.vae_config)
+        if slot.is_class:
+            return torch.ones(1, height, width)
+        around, crop = self.masks.window(slot.index, slot.bucket, crop)
+        still = argparse.Namespace(**vars(self.args) | {"color_jitter": None})
+        small = cropped(around, target, crop, rng, still).resize((width, height), Image.Resampling.BOX)
+        shares, low = torch.from_numpy(np.array(small))[None].float() / 255, self.args.unmasked_weight
+        weights = (low + (1 - low) * shares).clamp_(min=1e-3)  # a crop beside the mask: all of it counts
+        return weights / weights.mean()
+
     def __getitem__(self, slot: Slot) -> dict:
         example, target = self.stores[slot.is_class].examples[slot.index], self.buckets[slot.bucket]
         place = (self.args.seed, slot.epoch, slot.is_class, example.name, slot.repeat)
@@ -1655,6 +1727,10 @@ class TrainingData:
             "target_size": torch.tensor((target[1], target[0])),
         }
         key = (slot.is_class, slot.index, slot.bucket, crop.flip)
+        if self.masks:
+            twin = random.Random()
+            twin.setstate(rng.getstate())  # so that a mask is turned as its picture is
+            item["mask"] = self.kept_masks[key] if key in self.kept_masks else self.mask(slot, crop, twin)
         if key in self.moments:
             item["moments"] = self.moments[key]
         else:
@@ -1714,9 +1790,11 @@ def cache_latents(data: TrainingData, plan: BatchPlan, components: Components, a
                     raise UserError(f"{example.name}: the VAE's values aren't finite in {components.dtype}; {advice}")
                 disk.store(found, *key)
             data.moments[slot.is_class, slot.index, slot.bucket, flip] = found["moments"]
+            if data.masks:
+                data.kept_masks[slot.is_class, slot.index, slot.bucket, flip] = data.mask(slot, crop, random.Random(0))
     bar.close()
     components.free("vae")
-    for store in stores:
+    for store in (*stores, data.masks) if data.masks else stores:
         store.kept.clear()
 
 
@@ -3648,6 +3726,9 @@ def write_run_files(run: Run) -> None:
         text = PngImagePlugin.PngInfo()
         text.add_itxt("prompt", with_trigger(examples[index].captions[0], args.trigger_word))
         image = run.data.stores[0].decoded(index)
+        if run.data.masks:  # what hardly counts, in red
+            red = Image.blend(image, Image.new("RGB", image.size, "red"), 0.6)
+            image = Image.composite(image, red, run.data.masks.decoded(index))
         image.thumbnail((384, 384))
         image.save(folder / f"{k:02d}.png", pnginfo=text)
 
@@ -3996,6 +4077,8 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("loss").add_argument
     add("--loss_type", choices=["l2", "huber"], default="l2", help="(l2)")
     add("--huber_c", type=amount, default=0.1, help="where huber turns from square to linear (0.1)")
+    add("--masked_loss", metavar="WHERE", help='train on what masks show in white: "alpha" (the picture\'s own), a folder, or the end of their names, as in --masked_loss=-mask')
+    add("--unmasked_weight", type=share, default=0.1, help="weight of the rest (0.1)")
     add("--min_timestep", type=natural, default=0, help="no timestep below: 0 is the picture (0)")
     add("--max_timestep", type=count, default=1000, help="no timestep from here on: 1000 is noise alone (1000)")
 
@@ -4161,6 +4244,8 @@ RULES = (
     ("use_dora", lambda a: a.init_lora_weights.lower().startswith(("pissa", "olora")), "{flag} can't be combined with --init_lora_weights {a.init_lora_weights}: what it learns is no LoRA of the unchanged base"),
     # loss and optimizer
     ("huber_c", lambda a: a.loss_type != "huber", "without --loss_type huber"),
+    ("unmasked_weight", lambda a: not a.masked_loss, "without --masked_loss"),
+    ("masked_loss", lambda a: not (a.masked_loss == "alpha" or a.masked_loss[0] in "-_" or Path(a.masked_loss).is_dir()), "{flag} {a.masked_loss}: neither alpha, nor a folder, nor an end of names that begins with - or _"),
     ("min_timestep max_timestep", lambda a: not a.min_timestep < a.max_timestep <= 1000, "--min_timestep {a.min_timestep} and --max_timestep {a.max_timestep}: the first must be below the second, both within 0 to 1000"),
     ("use_8bit_adam use_prodigy", lambda a: a.use_8bit_adam and a.use_prodigy, "--use_8bit_adam and --use_prodigy contradict each other"),
     ("use_8bit_adam use_prodigy", lambda a: a.optimizer not in ("adamw", optimizer_of(a)), "{flag} and --optimizer {a.optimizer} contradict each other"),

@@ -274,3 +274,93 @@ def test_what_is_wrong_with_a_prompt_is_said(tmp_path, capsys):
         ]
         assert load_script("train_lora_sd15.py").main(words) == 2
         assert message in capsys.readouterr().err
+
+
+def masked_data(script, *flags):
+    """TrainingData of 8 x 8 latents as a run has it, from flags."""
+    args = script.parse_args(["-m", "base", "--resolution", "64", "--seed", "1", *map(str, flags)])
+    store = script.prepare_examples(script.load_examples(args), script.bucket_sizes(args), args)
+    scheduler = script.library_class("diffusers", "DDPMScheduler")()
+    config = {"latent_channels": 4, "block_out_channels": [1, 1, 1, 1]}
+    return script.TrainingData(store, None, args, config, scheduler)
+
+
+def half(path, size=(96, 64), mode="L"):
+    """A picture that is white on its left and black on its right, or clear there."""
+    image = Image.new("L", size, 0)
+    image.paste(255, (0, 0, size[0] // 3, size[1]))
+    if mode == "RGBA":
+        image.putalpha(image.copy())
+    image.convert(mode).save(path)
+
+
+@pytest.mark.parametrize("where", ["alpha", "folder", "-mask"])
+def test_a_mask_goes_with_its_picture(where, tmp_path):
+    """The picture is its own mask, so that both must look the same however they are cropped, mirrored and turned."""
+    script, data = load_script("train_lora_sd15.py"), tmp_path / "data"
+    (data / "inner").mkdir(parents=True)
+    half(data / "inner" / "a.png", mode="RGBA" if where == "alpha" else "RGB")
+    if where == "folder":
+        where = tmp_path / "masks"
+        (where / "inner").mkdir(parents=True)
+        half(where / "inner" / "a.jpg", (192, 128))
+    if where == "-mask":
+        half(data / "inner" / "a-mask.png")
+    flags = ("-d", data, "--trigger_word", "x", f"--masked_loss={where}", "--unmasked_weight", 0, "--random_flip")
+    made = masked_data(script, *flags, "--random_rotation", 20, "--random_rotation_prob", 0.5)
+    assert len(made.examples) == 1
+    sides = set()
+    for epoch in range(40):
+        item = made[script.Slot(0, 0, epoch, 0, 1.0)]
+        if where != "alpha":  # laid on white, it is white all over
+            wanted = torch.nn.functional.avg_pool2d((item["pixels"][:1] + 1) / 2, 8) + 1e-3
+            assert torch.allclose(item["mask"] * wanted.mean(), wanted, atol=0.06)
+        assert item["mask"].shape == (1, 8, 8) and item["mask"].mean().item() == pytest.approx(1, abs=1e-5)
+        sides.add(bool(item["mask"][0, :, 0].mean() > item["mask"][0, :, -1].mean()))
+    assert sides == {True, False}  # mirrored, too
+
+
+@pytest.mark.families("sdxl", "flux")
+def test_a_white_mask_changes_nothing_and_a_mask_is_cached(family, tmp_path):
+    data, masks = tmp_path / "data", tmp_path / "masks"
+    for folder in (data, masks):
+        folder.mkdir()
+    for k in range(2):
+        half(data / f"{k}.png", (64, 64), "RGB")
+        Image.new("L", (64, 64), 255).save(masks / f"{k}.png")
+    flags = ("-d", data, "--trigger_word", "sks")
+    masked = (*flags, "--masked_loss", masks)
+    found = {}
+    for name, own in {"plain": flags, "white": masked, "cached": (*masked, "--cache_latents")}.items():
+        assert run_here(family, tmp_path / name, *own) == 0
+        found[name] = [json.loads(x)["loss"] for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    assert found["white"] == found["plain"]
+    half(masks / "0.png", (64, 64))
+    half(masks / "1.png", (64, 64))
+    for name, own in {"half": masked, "half cached": (*masked, "--cache_latents")}.items():
+        assert run_here(family, tmp_path / name, *own) == 0
+        found[name] = [json.loads(x)["loss"] for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    assert found["half"] != found["plain"]
+    assert found["half"] == pytest.approx(found["half cached"], rel=1e-4)
+
+
+def test_what_is_wrong_with_masks_is_said(tmp_path, capsys):
+    script, data, masks = load_script("train_lora_sd15.py"), tmp_path / "data", tmp_path / "masks"
+    for folder in (data, masks):
+        folder.mkdir()
+    half(data / "a.png", (64, 64), "RGB")
+    half(data / "b.png", (64, 64), "RGB")
+    flags = ("-d", data, "--trigger_word", "x", "--masked_loss")
+    with pytest.raises(script.UserError, match="no mask for any of 2 images"):
+        masked_data(script, *flags, masks)
+    with pytest.raises(script.UserError, match="neither alpha, nor a folder"):
+        masked_data(script, *flags, "alfa")
+    wrong = {"has another shape": (64, 32), "is black": (64, 64), "can't be read": None}
+    for message, size in wrong.items():
+        if size:
+            Image.new("L", size, 255 if size[1] == 32 else 0).save(masks / "a.png")
+        else:
+            (masks / "a.png").write_bytes(b"no picture")
+        with pytest.raises(script.UserError, match=message):
+            masked_data(script, *flags, masks)[script.Slot(0, 0, 0, 0, 1.0)]
+    assert "1 images have no mask" in capsys.readouterr().out
