@@ -228,10 +228,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 239 the run: what happens, in which order · 545 the loop, and one step of it · 802 what is logged, and the
 # guard against learning nothing · 930 data: images and captions · 1290 images: decoding, buckets, crops, batches ·
-# 1806 text: embeddings and new tokens · 2048 LoRA and optimizer · 2603 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2895 checkpoints and signals · 3190 pictures: validation, class images, comparison · 3415
-# probes: what was learned, what was forgotten · 3591 files that a run leaves · 3918 command line · 4522 base model:
-# loading, quantising, splitting · 4781 errors, lines, seeds, libraries
+# 1808 text: embeddings and new tokens · 2050 LoRA and optimizer · 2605 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2897 checkpoints and signals · 3071 pictures: validation, class images, comparison · 3296
+# probes: what was learned, what was forgotten · 3472 files that a run leaves · 3920 command line · 4524 base model:
+# loading, quantising, splitting · 4783 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1505,15 +1505,17 @@ class BatchPlan:
     A global batch holds images of one bucket, batch size x processes of them or what is left of the bucket, so no
     image is dropped. Loss weights sum to 1 over a global batch (class images: to the prior loss weight), so gradients
     are summed over processes. Missing places are filled with copies of weight 0: up to a multiple of the processes, or
-    up to the full batch where shapes must be fixed.
+    up to the full batch where shapes must be fixed. Repeats beyond `at_once` images are shuffled in rounds.
     """
+
+    at_once = 65536
 
     def __init__(self, examples: list[Example], args: argparse.Namespace, processes: int, class_images: int) -> None:
         self.buckets = {i: e.bucket for i, e in enumerate(examples) if not e.held_out}
         self.seed, self.repeats, self.processes = args.seed, args.repeats, processes
         self.size, self.fixed_shapes = args.train_batch_size * processes, args.compile
         self.class_images, self.prior_loss_weight = class_images, args.prior_loss_weight
-        self.round = max(1, min(self.repeats, 65536 // len(self.buckets)))  # repeats that are shuffled together
+        self.round = max(1, min(self.repeats, self.at_once // len(self.buckets)))
         whole, rest = divmod(self.repeats, self.round)
         counts = Counter(self.buckets.values()).values()
         self.per_round, last = (sum(-(-n * r // self.size) for n in counts) for r in (self.round, rest))
@@ -1540,7 +1542,7 @@ class BatchPlan:
         if self.class_images:
             rounds, numbers = -(-len(order) // self.class_images), range(self.class_images)
             classes = [i for _ in range(rounds) for i in rng.sample(numbers, len(numbers))]
-            shown = part * (len(order) + self.class_images)  # before this round, at most
+            shown = part * (self.round * len(self.buckets) + self.class_images)  # before this round, at most
             for batch in batches:
                 weight = self.prior_loss_weight / len(batch)
                 for _ in range(len(batch)):
@@ -3066,127 +3068,6 @@ def written(file: Path):
         part.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def locked_output(args: argparse.Namespace):
-    """Makes the folders of a run and holds the output folder's lock, which says who writes there.
-
-    The system lets go of a lock when its process ends, however it ends: a dead run's is taken over. Errors: UserError if
-    a folder can't be used, or another run writes to it.
-    """
-    folders = {"output_dir": args.output_dir, "cache_folder": args.cache_folder}
-    logs = {"tensorboard", "all"} & set(args.report_to.split(","))
-    folders["logging_dir"] = Path(args.output_dir, args.logging_dir) if logs else None
-    folders["class_data_dir"] = args.class_data_dir if args.with_prior_preservation else None
-    for flag, folder in folders.items():
-        try:
-            if folder is not None:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-            if flag in ("output_dir", "logging_dir") and folder is not None:
-                tempfile.TemporaryFile(dir=folder).close()
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            raise UserError(f"--{flag} {folder} can't be written to: {why}") from None
-    if int(os.environ.get("RANK", "0")) > 0:
-        yield
-        return
-    import platform
-
-    file = Path(args.output_dir, ".lock")
-    with file.open("a+", encoding="utf-8", errors="replace") as lock:
-        if not takes_lock(lock):
-            lock.seek(0)
-            raise UserError(f"--output_dir {args.output_dir}: another run writes there ({lock.read().strip()})")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        lock.flush()
-        try:
-            yield
-        finally:
-            if os.name != "nt":
-                file.unlink(missing_ok=True)
-
-
-def takes_lock(file) -> bool:
-    """Takes the system's lock of an open file, if no living process has it; a file system without locks gives it."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            file.seek(1 << 20)  # beyond the text, which others read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the loader's processes
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        say("note: this file system has no locks: see that no second run writes to the output folder")
-    return True
-
-
-def finished_before(args: argparse.Namespace) -> bool:
-    """Whether the folder holds this very run, finished, which is said. Errors: UserError if it holds something that would
-    be lost: without --overwrite, results are gone on from, and never written over.
-    """
-    output, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    found = [f for f in (output / name.format(name=output.resolve().name) for name in RESULTS.values()) if f.is_file()]
-    found = [f for f in found if f.suffix == ".safetensors"]
-    there = checkpoints_in(output)
-    if args.overwrite or not (found or there):
-        return False
-    ways = "another --output_dir, or --overwrite"
-    before, step = earlier_settings(output)
-    now = kept_settings(args) | ({} if args.seed is not None else {"seed": before.get("seed")})
-    changed = [f"{name} {before[name]}, now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
-    if found and step and not changed and wanted in (None, "latest"):
-        say(f"this run is finished, at step {step}: {found[0]}; {ways}, trains anew")
-        return True
-    if not wanted and found and (changed or not before):
-        raise UserError(f"{output} holds another run's results ({', '.join(changed) or found[0].name}): {ways}")
-    if not wanted:
-        what = there[0].name if there else found[0].name
-        ways = "--resume_from_checkpoint latest goes on, --overwrite begins anew"
-        raise UserError(f"{output} holds {what} of a run that has not finished: {ways}")
-    begin = there[0].name if wanted == "latest" and there else Path(wanted).name
-    begin = int(begin.removeprefix("checkpoint-")) if begin.removeprefix("checkpoint-").isdecimal() else 0
-    if found and changed and begin < step:
-        raise UserError(f"{output} holds the results of step {step}, and {wanted} begins at {begin}: {ways}")
-    return False
-
-
-def kept_settings(args: argparse.Namespace) -> dict:
-    """The settings as they were given, but for what is secret and what is not the run's own: what config.yaml holds."""
-    left_out = {"hub_token", "config", "dry_run", "resume_from_checkpoint", "resume_anyway", "local_rank", "overwrite"}
-    return {name: value for name, value in args.settings.items() if value is not None and name not in left_out}
-
-
-def earlier_settings(output: Path) -> tuple[dict, int]:
-    """(what config.yaml says, the last step if that run has finished, else 0); ({}, 0) where there is none."""
-    import yaml
-
-    try:
-        text = (output / "config.yaml").read_text(encoding="utf-8")
-        settings, _, step = yaml.safe_load(text), *text.rpartition(FINISHED)[1:]
-        return (settings if isinstance(settings, dict) else {}), int(step or 0) if FINISHED in text else 0
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}, 0
-
-
-def mark_finished(run: Run) -> None:
-    """Notes in config.yaml that this run has come to its end."""
-    with Path(run.args.output_dir, "config.yaml").open("a", encoding="utf-8") as file:
-        file.write(f"{FINISHED}{run.max_steps}\n")
-
-
-def clear_output(output: Path) -> None:
-    """Before the first step: removes what another run has left, and nothing that is a person's own."""
-    for folder in (*checkpoints_in(output), *output.glob("samples/step-[0-9]*")):
-        shutil.rmtree(folder, ignore_errors=True)
-    for name in (*RESULTS.values(), "verdict.json", "metrics.jsonl", "crash.log"):
-        (output / name.format(name=output.resolve().name)).unlink(missing_ok=True)
-
-
 # ---- pictures: validation, class images, comparison ------------------------------------------------------------------
 
 
@@ -3683,6 +3564,127 @@ def write_run_files(run: Run) -> None:
             image = Image.composite(image, red, run.data.masks.decoded(index))
         image.thumbnail((384, 384))
         image.save(folder / f"{k:02d}.png", pnginfo=text)
+
+
+@contextlib.contextmanager
+def locked_output(args: argparse.Namespace):
+    """Makes the folders of a run and holds the output folder's lock, which says who writes there.
+
+    The system lets go of a lock when its process ends, however it ends: a dead run's is taken over. Errors: UserError if
+    a folder can't be used, or another run writes to it.
+    """
+    folders = {"output_dir": args.output_dir, "cache_folder": args.cache_folder}
+    logs = {"tensorboard", "all"} & set(args.report_to.split(","))
+    folders["logging_dir"] = Path(args.output_dir, args.logging_dir) if logs else None
+    folders["class_data_dir"] = args.class_data_dir if args.with_prior_preservation else None
+    for flag, folder in folders.items():
+        try:
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            if flag in ("output_dir", "logging_dir") and folder is not None:
+                tempfile.TemporaryFile(dir=folder).close()
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"--{flag} {folder} can't be written to: {why}") from None
+    if int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    import platform
+
+    file = Path(args.output_dir, ".lock")
+    with file.open("a+", encoding="utf-8", errors="replace") as lock:
+        if not takes_lock(lock):
+            lock.seek(0)
+            raise UserError(f"--output_dir {args.output_dir}: another run writes there ({lock.read().strip()})")
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        lock.flush()
+        try:
+            yield
+        finally:
+            if os.name != "nt":
+                file.unlink(missing_ok=True)
+
+
+def takes_lock(file) -> bool:
+    """Takes the system's lock of an open file, if no living process has it; a file system without locks gives it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(1 << 20)  # beyond the text, which others read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the loader's processes
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        say("note: this file system has no locks: see that no second run writes to the output folder")
+    return True
+
+
+def finished_before(args: argparse.Namespace) -> bool:
+    """Whether the folder holds this very run, finished, which is said. Errors: UserError if it holds something that would
+    be lost: without --overwrite, results are gone on from, and never written over.
+    """
+    output, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    found = [f for f in (output / name.format(name=output.resolve().name) for name in RESULTS.values()) if f.is_file()]
+    found = [f for f in found if f.suffix == ".safetensors"]
+    there = checkpoints_in(output)
+    if args.overwrite or not (found or there):
+        return False
+    ways = "another --output_dir, or --overwrite"
+    before, step = earlier_settings(output)
+    now = kept_settings(args) | ({} if args.seed is not None else {"seed": before.get("seed")})
+    changed = [f"{name} {before[name]}, now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    if found and step and not changed and wanted in (None, "latest"):
+        say(f"this run is finished, at step {step}: {found[0]}; {ways}, trains anew")
+        return True
+    if not wanted and found and (changed or not before):
+        raise UserError(f"{output} holds another run's results ({', '.join(changed) or found[0].name}): {ways}")
+    if not wanted:
+        what = there[0].name if there else found[0].name
+        ways = "--resume_from_checkpoint latest goes on, --overwrite begins anew"
+        raise UserError(f"{output} holds {what} of a run that has not finished: {ways}")
+    begin = there[0].name if wanted == "latest" and there else Path(wanted).name
+    begin = int(begin.removeprefix("checkpoint-")) if begin.removeprefix("checkpoint-").isdecimal() else 0
+    if found and changed and begin < step:
+        raise UserError(f"{output} holds the results of step {step}, and {wanted} begins at {begin}: {ways}")
+    return False
+
+
+def kept_settings(args: argparse.Namespace) -> dict:
+    """The settings as they were given, but for what is secret and what is not the run's own: what config.yaml holds."""
+    left_out = {"hub_token", "config", "dry_run", "resume_from_checkpoint", "resume_anyway", "local_rank", "overwrite"}
+    return {name: value for name, value in args.settings.items() if value is not None and name not in left_out}
+
+
+def earlier_settings(output: Path) -> tuple[dict, int]:
+    """(what config.yaml says, the last step if that run has finished, else 0); ({}, 0) where there is none."""
+    import yaml
+
+    try:
+        text = (output / "config.yaml").read_text(encoding="utf-8")
+        settings, _, step = yaml.safe_load(text), *text.rpartition(FINISHED)[1:]
+        return (settings if isinstance(settings, dict) else {}), int(step or 0) if FINISHED in text else 0
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}, 0
+
+
+def mark_finished(run: Run) -> None:
+    """Notes in config.yaml that this run has come to its end."""
+    with Path(run.args.output_dir, "config.yaml").open("a", encoding="utf-8") as file:
+        file.write(f"{FINISHED}{run.max_steps}\n")
+
+
+def clear_output(output: Path) -> None:
+    """Before the first step: removes what another run has left, and nothing that is a person's own."""
+    for folder in (*checkpoints_in(output), *output.glob("samples/step-[0-9]*")):
+        shutil.rmtree(folder, ignore_errors=True)
+    for name in (*RESULTS.values(), "verdict.json", "metrics.jsonl", "crash.log"):
+        (output / name.format(name=output.resolve().name)).unlink(missing_ok=True)
 
 
 def write_weights(run: Run, folder: Path, dtype) -> None:

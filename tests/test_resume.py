@@ -27,6 +27,12 @@ CASES = {
 }
 
 
+def forget_results(output):
+    """As if the run had been killed before it wrote them."""
+    for file in output.glob("*.safetensors"):
+        file.unlink()
+
+
 OWN = ("mid-epoch, cached latents, flips", "ema, text encoder, dropout", "past the pivot")  # noise, text and tokens
 
 
@@ -37,8 +43,7 @@ def test_resumed_run_equals_unbroken_run(family, pictures, tmp_path, case):
     broken = tmp_path / "broken" / "x"
     shutil.copytree(tmp_path / "whole" / "x", broken)
     shutil.rmtree(broken / "checkpoint-6")  # as if the run had died between steps 3 and 6
-    for file in (*broken.glob("*.safetensors"),):
-        file.unlink()
+    forget_results(broken)
     assert run_here(family, broken, *flags, "--resume_from_checkpoint", "latest") == 0
     assert same_weights(tmp_path / "whole" / "x", broken)
     assert losses(broken) == losses(tmp_path / "whole" / "x")
@@ -94,6 +99,7 @@ def test_signal_saves_within_a_step(family, pictures, tmp_path, number, code):
 def test_damaged_checkpoint_is_named_and_the_one_before_taken(family, pictures, tmp_path, capsys):
     flags = ("-d", pictures, "--max_train_steps", 4, "--checkpointing_steps", 1)
     assert run_here(family, tmp_path / "x", *flags) == 0
+    forget_results(tmp_path / "x")
     state = tmp_path / "x" / "checkpoint-4" / "training_state.pt"
     state.write_bytes(state.read_bytes()[:-100])
     (tmp_path / "x" / "checkpoint-3" / "manifest.json").unlink()
@@ -110,6 +116,7 @@ def test_all_damaged_is_an_error_and_none_a_start(family, pictures, tmp_path, ca
     flags = ("-d", pictures, "--max_train_steps", 1, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
     assert run_here(family, tmp_path / "x", *flags) == 0
     assert "starting from step 0" in capsys.readouterr().out
+    forget_results(tmp_path / "x")
     (tmp_path / "x" / "checkpoint-1" / "training_state.pt").write_bytes(b"")
     assert run_here(family, tmp_path / "x", *flags) == 2
     assert "every checkpoint" in capsys.readouterr().err
