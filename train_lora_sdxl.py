@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import bisect
 import contextlib
 import csv
 import difflib
@@ -284,12 +285,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 297 the run: what happens, in which order · 603 the loop, and one step of it · 860 what is logged, and the
-# guard against learning nothing · 988 data: images and captions · 1348 images: decoding, buckets, crops, batches ·
-# 1866 text: embeddings and new tokens · 2108 LoRA and optimizer · 2663 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2955 checkpoints and signals · 3129 pictures: validation, class images, comparison · 3354
-# probes: what was learned, what was forgotten · 3530 files that a run leaves · 3978 command line · 4582 base model:
-# loading, quantising, splitting · 4841 errors, lines, seeds, libraries
+# By line: 298 the run: what happens, in which order · 613 the loop, and one step of it · 870 what is logged, and the
+# guard against learning nothing · 998 data: images and captions · 1366 images: decoding, buckets, crops, batches ·
+# 1895 text: embeddings and new tokens · 2137 LoRA and optimizer · 2692 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2984 checkpoints and signals · 3159 pictures: validation, class images, comparison · 3384
+# probes: what was learned, what was forgotten · 3560 files that a run leaves · 4008 command line · 4665 base model:
+# loading, quantising, splitting · 4924 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -496,17 +497,26 @@ def open_base(run: Run) -> Components:
 def load_data(run: Run) -> None:
     """Examples, class images, which of them stand in which batch, and their latents, if these are cached."""
     args, components, processes = run.args, run.components, run.accelerator.num_processes
-    buckets = bucket_sizes(args)
-    store = prepare_examples(load_examples(args), buckets, args)
-    examples = store.examples
-    hold_out(examples, args)
+    sets = args.sets or [args]
+    buckets = list(dict.fromkeys(size for own in sets for size in bucket_sizes(own)))
+    loaded = {own.is_class: [] for own in sets} | {False: []}
+    for own in sets:
+        loaded[own.is_class] += load_examples(own, buckets, several=len(sets) > 1)
+    if not loaded[False]:
+        raise UserError(
+            f"--dataset_config {args.dataset_config}: every set is one of the class: what is to be learned?"
+        )
+    store = prepare_examples(loaded[False], buckets, args)
+    examples, classes = store.examples, loaded.get(True, [])
+    for own in sets:
+        hold_out([e for e in examples if e.own is own], own)
     print_buckets(examples, buckets)
     run.prompts = Prompts(args, components)
     run.findings = report_findings(examples, buckets, run.prompts.tokenizers, args)
-    class_store = None
     if args.with_prior_preservation:
         generate_class_images(args, components, run.prompts, run.accelerator)
-        class_store = prepare_examples(load_class_examples(args), buckets, args)
+        classes = classes + load_class_examples(args)
+    class_store = prepare_examples(classes, buckets, args) if classes else None
     run.data = TrainingData(store, class_store, args, components.config("vae"), components.training_scheduler())
     run.plan = BatchPlan(examples, args, processes, len(run.data.class_examples))
     steps_per_epoch = run.plan.per_epoch / args.gradient_accumulation_steps
@@ -538,7 +548,7 @@ def start_trackers(run: Run) -> None:
     args = run.args
     if not run.accelerator.log_with:
         return
-    public = {k: v for k, v in vars(args).items() if k not in ("hub_token", "settings", "defaults")}
+    public = {k: v for k, v in vars(args).items() if k not in ("hub_token", "settings", "defaults", "sets")}
     config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public.items()}
     own = {"wandb": {"name": args.run_name or Path(args.output_dir).resolve().name, "dir": args.output_dir}}
     run.accelerator.init_trackers(f"lora-{FAMILY}", config=config, init_kwargs=own)
@@ -834,7 +844,7 @@ def default_prompts(args: argparse.Namespace, examples: list[Example]) -> list[s
     """What pictures show: the validation prompts, else two captions."""
     if args.num_validation_images == 0 or (args.skip_final_inference and not args.validation_prompt):
         return []
-    captions = [with_trigger(e.captions[0], args.trigger_word) for e in examples if not e.held_out]
+    captions = [with_trigger(e.captions[0], e.own.trigger_word) for e in examples if not e.held_out]
     return list(args.validation_prompt or dict.fromkeys(captions))[: None if args.validation_prompt else 2]
 
 
@@ -1003,11 +1013,19 @@ class Example:
     bucket: int = 0
     held_out: bool = False
     read_mask: object = None  # as `read`, of the picture that is its mask
+    own: argparse.Namespace = None  # the flags of its set
+    places: list[int] | None = None  # of the buckets that are its set's; None: all
 
 
-def load_examples(args: argparse.Namespace) -> list[Example]:
-    """The training images and their captions, as the flags say. Captions are still without trigger word."""
-    examples = source_examples(args)
+def load_examples(args: argparse.Namespace, buckets: list[tuple] = (), several: bool = False) -> list[Example]:
+    """The images of a set and their captions, as its flags say. Captions are still without trigger word.
+
+    several: there are other sets, so that names begin with the folder's.
+    """
+    examples, source = source_examples(args), args.dataset_name or args.train_data_dir or args.instance_data_dir
+    for example in examples:
+        example.own, example.places = args, [buckets.index(size) for size in bucket_sizes(args)] if buckets else None
+        example.name = f"{Path(source).name}/{example.name}" if several else example.name
     if args.max_train_samples is not None and args.max_train_samples < len(examples):
         rng = random.Random(stable_seed(args.seed, "max_train_samples"))
         examples = [examples[i] for i in sorted(rng.sample(range(len(examples)), args.max_train_samples))]
@@ -1298,7 +1316,7 @@ def report_findings(examples: list[Example], buckets: list[tuple[int, int]], tok
     findings = examine(examples, buckets)
     if not args.instance_prompt and not args.default_caption:
         findings += unvaried_captions(examples)
-    captions = [with_trigger(c, args.trigger_word) for e in examples for c in e.captions]
+    captions = [with_trigger(c, e.own.trigger_word) for e in examples for c in e.captions]
     findings += truncated_captions(captions, tokenizers, vars(args).get("max_token_length", 75))
     sizes = ["{} x {}".format(*size) for size in sorted((e.size for e in examples), key=math.prod)]
     say(f"{len(examples)} images from {sizes[0]} to {sizes[-1]} pixels")
@@ -1468,7 +1486,8 @@ def look_at(example: Example, buckets: list[tuple[int, int]]):
     raw = example.read()
     image = decode_image(raw)
     example.digest, example.size = hashlib.sha256(raw).hexdigest(), image.size
-    example.bucket = nearest_bucket(image.size, buckets)
+    places = example.places or range(len(buckets))
+    example.bucket = places[nearest_bucket(image.size, [buckets[place] for place in places])]
     return image
 
 
@@ -1570,23 +1589,29 @@ class BatchPlan:
 
     def __init__(self, examples: list[Example], args: argparse.Namespace, processes: int, class_images: int) -> None:
         self.buckets = {i: e.bucket for i, e in enumerate(examples) if not e.held_out}
-        self.seed, self.repeats, self.processes = args.seed, args.repeats, processes
+        self.sets = {i: examples[i].own or args for i in self.buckets}
+        self.seed, self.processes, most = args.seed, processes, max(own.repeats for own in self.sets.values())
         self.size, self.fixed_shapes = args.train_batch_size * processes, args.compile
         self.class_images, self.prior_loss_weight = class_images, args.prior_loss_weight
-        self.round = max(1, min(self.repeats, self.at_once // len(self.buckets)))
-        whole, rest = divmod(self.repeats, self.round)
-        counts = Counter(self.buckets.values()).values()
-        self.per_round, last = (sum(-(-n * r // self.size) for n in counts) for r in (self.round, rest))
-        self.per_epoch = whole * self.per_round + last
+        self.round, self.starts = max(1, min(most, self.at_once // len(self.buckets))), [0]  # starts: of each round
+        for part in range(-(-most // self.round)):
+            counts = Counter()
+            for i, bucket in self.buckets.items():
+                counts[bucket] += len(self.shown(i, part))
+            self.starts.append(self.starts[-1] + sum(-(-n // self.size) for n in counts.values()))
+        self.per_epoch = self.starts[-1]
         self.cached: tuple[tuple, list[list[Slot]]] = ((), [])
+
+    def shown(self, index: int, part: int) -> range:
+        """The repeats of an image in round `part`."""
+        return range(part * self.round, min((part + 1) * self.round, self.sets[index].repeats))
 
     def epoch(self, epoch: int, part: int = 0) -> list[list[Slot]]:
         """The global batches of an epoch, in order; of its round `part`, if its repeats are many thousands."""
         if self.cached[0] == (epoch, part):
             return self.cached[1]
         rng = random.Random(stable_seed(self.seed, "order", epoch, *([part] if part else [])))
-        repeats = range(part * self.round, min((part + 1) * self.round, self.repeats))
-        order = [(i, r) for i in self.buckets for r in repeats]
+        order = [(i, r) for i in self.buckets for r in self.shown(i, part)]
         rng.shuffle(order)
         full, waiting = [], {}
         for index, repeat in order:
@@ -1596,7 +1621,8 @@ class BatchPlan:
                 full.append(waiting.pop(self.buckets[index]))
         groups = full + list(waiting.values())
         rng.shuffle(groups)
-        batches = [[Slot(i, self.buckets[i], epoch, r, 1 / len(group)) for i, r in group] for group in groups]
+        weights = {i: own.weight for i, own in self.sets.items()}
+        batches = [[Slot(i, self.buckets[i], epoch, r, weights[i] / len(group)) for i, r in group] for group in groups]
         if self.class_images:
             rounds, numbers = -(-len(order) // self.class_images), range(self.class_images)
             classes = [i for _ in range(rounds) for i in rng.sample(numbers, len(numbers))]
@@ -1611,7 +1637,8 @@ class BatchPlan:
     def share(self, number: int, process: int) -> list[Slot]:
         """What `process` computes of the global batch `number`, counted over all epochs; instance images first."""
         epoch, place = divmod(number, self.per_epoch)
-        batch = self.epoch(epoch, place // self.per_round)[place % self.per_round]
+        part = bisect.bisect_right(self.starts, place) - 1
+        batch = self.epoch(epoch, part)[place - self.starts[part]]
         out = []
         for kind in (False, True):
             slots = [s for s in batch if s.is_class == kind]
@@ -1689,7 +1716,8 @@ class TrainingData:
 
     def __init__(self, store: ImageStore, class_store: ImageStore | None, args, vae_config: dict, scheduler) -> None:
         self.stores = (store, class_store)  # by Slot.is_class
-        self.masks = MaskStore(store.examples, store.buckets, "bilinear", COVER_BUDGET) if args.masked_loss else None
+        masked = any(example.read_mask for example in store.examples)
+        self.masks = MaskStore(store.examples, store.buckets, "bilinear", COVER_BUDGET) if masked else None
         self.examples, self.buckets, self.args = store.examples, store.buckets, args
         self.class_examples = class_store.examples if class_store else []
         self.vae_config, self.scheduler = vae_config, scheduler
@@ -1722,7 +1750,8 @@ class TrainingData:
         around, crop = self.masks.window(slot.index, slot.bucket, crop)
         still = argparse.Namespace(**vars(self.args) | {"color_jitter": None})
         small = cropped(around, target, crop, rng, still).resize((width, height), Image.Resampling.BOX)
-        shares, low = torch.from_numpy(np.array(small))[None].float() / 255, self.args.unmasked_weight
+        shares = torch.from_numpy(np.array(small))[None].float() / 255
+        low = self.examples[slot.index].own.unmasked_weight
         weights = (low + (1 - low) * shares).clamp_(min=1e-3)  # a crop beside the mask: all of it counts
         return weights / weights.mean()
 
@@ -1748,7 +1777,7 @@ class TrainingData:
         else:
             item["pixels"] = self.view(slot, crop, rng)
         text_rng = random.Random(stable_seed("caption", *place))
-        own = text_rng.choice if slot.is_class else functools.partial(draw_caption, rng=text_rng, args=self.args)
+        own = text_rng.choice if slot.is_class else functools.partial(draw_caption, rng=text_rng, args=example.own)
         item["caption"] = own(example.captions)
         generator = torch.Generator().manual_seed(stable_seed("noise", *place))
         shape = latent_shape(target, self.vae_config)
@@ -1959,7 +1988,7 @@ def fill_text_cache(run: Run) -> None:
         if args.offload:
             say("note: the text encoders stay on the GPU: shuffled or dropped tags make new captions all the time")
         return
-    captions = [with_trigger(c, args.trigger_word) for e in run.data.examples for c in e.captions]
+    captions = [with_trigger(c, e.own.trigger_word) for e in run.data.examples for c in e.captions]
     captions += [class_caption(c, run) for c in captions] if args.preserve_class else []
     captions += [c for e in run.data.class_examples for c in e.captions]
     captions = [insert_tokens(c, run.abstractions) for c in captions]
@@ -2021,7 +2050,7 @@ def abstraction_tokens(args: argparse.Namespace, tokenizer) -> dict[str, list[st
 def class_caption(caption: str, run: Run) -> str:
     """The caption with trigger word and new tokens replaced by --preserve_class, its class: "a sks dog" -> "a dog"."""
     name = run.args.preserve_class
-    for word in filter(None, (run.args.trigger_word, *run.abstractions)):
+    for word in (*run.args.triggers, *run.abstractions):
         caption = caption.replace(f"{word} {name}", name).replace(word, name)
     return caption
 
@@ -2036,7 +2065,7 @@ def insert_tokens(text: str, abstractions: dict[str, list[str]]) -> str:
 def add_tokens(run: Run) -> None:
     """Adds the new tokens' rows to the tables of the encoders that learn them."""
     args, prompts = run.args, run.prompts
-    texts = [c for e in run.data.examples for c in e.captions] + [args.trigger_word or ""]
+    texts = [c for e in run.data.examples for c in e.captions] + args.triggers
     if not any(word in text for text in texts for word in run.abstractions):
         raise UserError(f"--token_abstraction {args.token_abstraction}: no caption contains it to learn from")
     keys = [k for k in prompts.tokenizers if k in TI_ENCODERS or (vars(args).get("enable_t5_ti") and k == "t5")]
@@ -3045,6 +3074,7 @@ def resume_settings(run: Run) -> dict:
     layers = "|".join(n for p in run.parts for n in p.parameters)
     examples = (run.data.examples, run.data.class_examples)
     data = ["|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in kind) for kind in examples]
+    data[0] += "".join(f"{own.repeats}{own.trigger_word}{own.caption_dropout}{own.weight}" for own in args.sets)
     decays = args.lr_scheduler not in ("constant", "constant_with_warmup")
     identity = [base.identity(DENOISER), base.identity("vae"), str(sorted(run.scheduler.config.items(), key=str))]
     short = {"targets": layers, "data": data[0], "class_images": data[1], "base": "|".join(identity)}
@@ -3382,7 +3412,7 @@ class Probe:
         shape = tuple(item["posterior_noise"].shape)
         item |= draw_noise(generator, shape, run.scheduler, run.args, quantile=quantile)
         return collate([item]), insert_tokens(
-            with_trigger(example.captions[0], run.args.trigger_word), run.abstractions
+            with_trigger(example.captions[0], example.own.trigger_word), run.abstractions
         )
 
     def control_rows(self, drawn: list) -> list[tuple[dict, str]]:
@@ -3454,7 +3484,7 @@ def control_prompts(args: argparse.Namespace, examples: list[Example], abstracti
     """
     if args.control_prompt or args.class_prompt:
         return args.control_prompt or [args.class_prompt]
-    words, stripped = [*abstractions, *filter(None, [args.trigger_word])], []
+    words, stripped = [*abstractions, *args.triggers], []
     for caption in (e.captions[0] for e in examples if words and not e.held_out):
         for word in words:
             caption = " ".join(caption.replace(word, " ").split()).strip(" ,")
@@ -3615,7 +3645,7 @@ def write_run_files(run: Run) -> None:
     folder.mkdir()
     for k, index in enumerate(probed_images(run)):
         text = PngImagePlugin.PngInfo()
-        text.add_itxt("prompt", with_trigger(examples[index].captions[0], args.trigger_word))
+        text.add_itxt("prompt", with_trigger(examples[index].captions[0], examples[index].own.trigger_word))
         image = run.data.stores[0].decoded(index)
         if run.data.masks:  # what hardly counts, in red
             red = Image.blend(image, Image.new("RGB", image.size, "red"), 0.6)
@@ -3906,7 +3936,7 @@ def model_card(run: Run, pictures: bool, advice: dict | None) -> str:
     from huggingface_hub import ModelCardData
 
     args, name = run.args, Path(run.args.output_dir).resolve().name
-    words = [args.trigger_word, *("".join(tokens) for tokens in run.abstractions.values())]
+    words = [*args.triggers, *("".join(tokens) for tokens in run.abstractions.values())]
     words = ", ".join(f"`{word}`" for word in words if word)
     use = ["import torch", f"from diffusers import {PIPELINE_CLASS}"]
     use += ["from safetensors.torch import load_file"] if run.rows else []
@@ -3989,7 +4019,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     finder = OneLineParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     file = finder.parse_known_args(words)[0].config
-    words = (config_words(parser, file) if file else []) + words
+    words = (config_words(parser, read_config(file), f"--config {file}") if file else []) + words
     args, unset = parser.parse_args(words), object()
     marked = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     for name, why in FOREIGN_FLAGS.items():  # what another family's commands carry: fine while it's off
@@ -3997,9 +4027,60 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if (args.__dict__.pop(name) or "none").lower() not in ("none", "0", "0.0", "false", "no", '""'):
             raise UserError(f"--{name}: {why}")
     settings, defaults = dict(vars(args)), {name: parser.get_default(name) for name in vars(args)}
-    check_args(args, {name for name, value in vars(marked).items() if value is not unset}, parser)
+    given = {name for name, value in vars(marked).items() if value is not unset}
+    args.weight, args.is_class = 1.0, False
+    args.sets = [read_set(parser, args, *entry) for entry in set_entries(args)]
+    args.validation_split = max(own.validation_split for own in args.sets or [args])
+    args.triggers = list(dict.fromkeys(own.trigger_word for own in args.sets or [args] if own.trigger_word))
+    check_args(args, given, parser)
     args.settings, args.defaults = settings, defaults  # for config.yaml: before anything was filled in
     return args
+
+
+SET_KEYS = (  # what a set of --dataset_config may say: flags, and what is its own
+    "train_data_dir dataset_name dataset_config_name dataset_split image_column caption_column instance_data_dir"
+    " instance_prompt default_caption trigger_word repeats caption_dropout caption_per_line masked_loss unmasked_weight"
+    " validation_split max_train_samples resolution aspect_ratio_buckets weight resolutions class_prompt"
+)
+
+
+def set_entries(args: argparse.Namespace) -> list[tuple[str, dict]]:
+    """(where it stands, keys and values) of each set of --dataset_config, or of a folder as kohya's scripts have it."""
+    if args.kohya_folders and args.train_data_dir:
+        folders = sorted(f for f in Path(args.train_data_dir).iterdir() if f.is_dir())
+        named = [(folder, *match.groups()) for folder in folders if (match := re.fullmatch(r"(\d+)_(.+)", folder.name))]
+        if not named:
+            raise UserError(f"--kohya_folders: no folder such as 10_sks dog in {args.train_data_dir}")
+        keys = "train_data_dir", "repeats", "default_caption"
+        return [(str(f), dict(zip(keys, (str(f), int(n), text), strict=True))) for f, n, text in named]
+    out = []
+    for number, entry in enumerate(
+        read_config(args.dataset_config, "--dataset_config", list) if args.dataset_config else [], 1
+    ):
+        where = f"--dataset_config {args.dataset_config}, set {number}"
+        wrong = [key for key in entry if key not in SET_KEYS.split()] if isinstance(entry, dict) else [entry]
+        if wrong:
+            raise UserError(f"{where}: unknown key {wrong[0]!r}; known are {', '.join(SET_KEYS.split())}")
+        sizes = entry.pop("resolutions", None) or [entry.get("resolution")]
+        out += [(where, entry | ({"resolution": size} if size else {})) for size in sizes]
+    return out
+
+
+def read_set(parser, args: argparse.Namespace, where: str, entry: dict) -> argparse.Namespace:
+    """The flags of one set: the run's, and what its entry says. Errors: UserError that names the set."""
+    entry = dict(entry)
+    weight, about_class = entry.pop("weight", 1.0), entry.pop("class_prompt", None)
+    entry |= {"default_caption": about_class} if about_class else {}
+    blank = {"dataset_config": None, "kohya_folders": False, "train_data_dir": None, "weight": weight}
+    own = argparse.Namespace(**vars(args) | blank | {"is_class": about_class is not None})
+    parser.parse_args(config_words(parser, entry, where), own)
+    try:
+        if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise UserError(f"weight: {weight!r} is no number from 0 on")
+        check_args(own, set(entry), parser)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return own
 
 
 def add_shared_args(parser: argparse.ArgumentParser) -> None:
@@ -4019,6 +4100,8 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", "--data_dir", "-d", metavar="DIR", help="folder of images with metadata.jsonl/.csv or a .txt beside each image")
     add("--dataset_name", "--data_name", metavar="NAME", help="hub data set, local folder, or a Python file with a datasets builder")
+    add("--dataset_config", metavar="FILE", help="YAML list of several sets, each with its folder, repeats, trigger word, weight, sizes, masks, ...")
+    add("--kohya_folders", action="store_true", help="--train_data_dir holds folders such as `10_sks dog`: repeats and caption")
     add("--dataset_config_name", help="configuration of the data set")
     add("--dataset_split", "--data_split", default="train", help="split of the data set (train)")
     add("--image_column", default="image", help="image column of the data set (image)")
@@ -4216,10 +4299,12 @@ RULES = (
     # data
     ("train_data_dir", lambda a: not Path(a.train_data_dir).is_dir(), "{flag} {a.train_data_dir}: no such folder"),
     ("instance_data_dir", lambda a: not Path(a.instance_data_dir).is_dir(), "{flag} {a.instance_data_dir}: no such folder"),
-    ("", lambda a: not (a.train_data_dir or a.dataset_name or a.instance_data_dir), "no data: give --train_data_dir, --dataset_name, or --instance_data_dir with --instance_prompt"),
+    ("", lambda a: not (a.train_data_dir or a.dataset_name or a.instance_data_dir or a.dataset_config), "no data: give --train_data_dir, --dataset_name, or --instance_data_dir with --instance_prompt"),
     ("instance_data_dir", lambda a: a.train_data_dir, "--train_data_dir and {flag} exclude each other: give one"),
     ("instance_data_dir", lambda a: a.dataset_name, "--dataset_name and {flag} exclude each other: give one"),
     ("train_data_dir", lambda a: a.dataset_name and not a.dataset_name.endswith(".py"), "{flag} and --dataset_name exclude each other: give one"),
+    ("train_data_dir dataset_name instance_data_dir", lambda a: a.dataset_config, "{flag} and --dataset_config exclude each other: name the folder in the file"),
+    ("kohya_folders", lambda a: not a.train_data_dir, "without --train_data_dir, the folder that holds them"),
     ("dataset_config_name dataset_split image_column", lambda a: not a.dataset_name, "without --dataset_name"),
     ("instance_data_dir", lambda a: not a.instance_prompt and not a.default_caption, '{flag} needs --instance_prompt, such as "a photo of sks dog"'),
     ("default_caption", lambda a: a.instance_prompt, "--instance_prompt and --default_caption say the same thing: give one"),
@@ -4379,7 +4464,7 @@ def use_prepared_buckets(args: argparse.Namespace) -> None:
 
     Errors: UserError if --resolution asks for another size, because the pictures have been scaled already.
     """
-    file = Path(args.train_data_dir or args.instance_data_dir or args.dataset_name) / "buckets.json"
+    file = Path(args.train_data_dir or args.instance_data_dir or args.dataset_name or "") / "buckets.json"
     if args.aspect_ratio_buckets is not None or not file.is_file():
         return
     try:
@@ -4524,32 +4609,30 @@ def read_prompts(file: str) -> list[dict]:
     return entries
 
 
-def config_words(parser: argparse.ArgumentParser, file: str) -> list[str]:
-    """The content of a --config file as command-line words.
+def config_words(parser: argparse.ArgumentParser, values: dict, where: str) -> list[str]:
+    """Keys and values of a --config file as command-line words.
 
-    Errors: UserError if the file can't be read, or has a key that is no flag (the nearest is named).
+    Errors: UserError that says where, if a key is no flag (the nearest is named), or has a value of another kind.
     """
     tokens = []
-    for key, value in read_config(file).items():
+    for key, value in values.items():
         flag = f"--{key}"
         action = parser._option_string_actions.get(flag)
         if action is None or flag == "--config":
             near = parser.nearest(flag, cutoff=0.0).lstrip("-")
-            raise UserError(f"--config {file}: unknown key {key!r}; the nearest is {near!r}")
+            raise UserError(f"{where}: unknown key {key!r}; the nearest is {near!r}")
         if value is False and "no" in (action.choices or ()):
             value = "no"  # as YAML reads it without quotes
         flat = isinstance(value, list) and action.nargs in ("+", "*")
         if any(isinstance(v, list | dict) for v in (value if flat else [value])):
             what = "values in one list" if action.nargs in ("+", "*") else "one value"
-            raise UserError(f"--config {file}: {key} takes {what}, and not {brief(value)}")
+            raise UserError(f"{where}: {key} takes {what}, and not {brief(value)}")
         if isinstance(action, argparse._StoreTrueAction):
             if not isinstance(value, bool):
-                raise UserError(f"--config {file}: {key} must be true or false, not {value!r}")
+                raise UserError(f"{where}: {key} must be true or false, not {value!r}")
             tokens += [flag] if value else []
         elif isinstance(value, bool) and action.type is None:
-            raise UserError(
-                f"--config {file}: {key} takes text: put {str(value).lower()} in quotes if it's meant as such"
-            )
+            raise UserError(f"{where}: {key} takes text: put {str(value).lower()} in quotes if it's meant as such")
         elif flat:
             tokens += [flag, *(str(v) for v in value)]
         elif value is not None:

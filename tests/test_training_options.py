@@ -364,3 +364,112 @@ def test_what_is_wrong_with_masks_is_said(tmp_path, capsys):
         with pytest.raises(script.UserError, match=message):
             masked_data(script, *flags, masks)[script.Slot(0, 0, 0, 0, 1.0)]
     assert "1 images have no mask" in capsys.readouterr().out
+
+
+def pictures(folder, captions, size=(64, 64)):
+    """A folder of pictures of one colour, with a .txt each."""
+    folder.mkdir(parents=True)
+    for k, caption in enumerate(captions):
+        Image.new("RGB", size, (40 * k, 90, 200)).save(folder / f"{k}.png")
+        if caption:
+            (folder / f"{k}.txt").write_text(caption)
+    return folder
+
+
+SETS = """
+- {{train_data_dir: {dogs}, trigger_word: sks, repeats: 3, weight: 0.5, validation_split: 0.5}}
+- {{instance_data_dir: {cats}, instance_prompt: a photo of ukj cat, resolutions: [64, [128, 64]], caption_dropout: 0.4}}
+- {{train_data_dir: {others}, class_prompt: a photo of an animal}}
+"""
+
+
+@pytest.mark.families("sdxl", "flux")
+def test_a_file_of_several_sets(family, script, tmp_path):
+    folders = {
+        "dogs": pictures(tmp_path / "dogs", ["a dog", "a brown dog"]),
+        "cats": pictures(tmp_path / "cats", [None, None], (128, 64)),
+        "others": pictures(tmp_path / "others", ["an owl", None]),
+    }
+    (tmp_path / "sets.yaml").write_text(SETS.format(**folders))
+    seen, data_of = {}, script.TrainingData
+
+    class Watched(data_of):
+        def __getitem__(self, slot):
+            item = super().__getitem__(slot)
+            name = self.stores[slot.is_class].examples[slot.index].name
+            shape = tuple(item["posterior_noise"].shape[1:])
+            seen.setdefault((name, shape, slot.is_class), []).append((item["caption"], item["weight"].item()))
+            return item
+
+    script.TrainingData = Watched
+    try:
+        flags = ("--dataset_config", tmp_path / "sets.yaml", "--num_train_epochs", 1, "--max_train_steps", 40)
+        assert run_here(family, tmp_path / "out", *flags, "--validation_steps", 100) == 0
+    finally:
+        script.TrainingData = data_of
+    names = {name for name, _, is_class in seen if not is_class}
+    assert {"cats/0.png", "cats/1.png"} < names
+    small, wide = ({shape for name, shape, _ in seen if name == n} for n in ("dogs/0.png", "cats/0.png"))
+    assert len(wide) == 2 and small <= wide | small
+    dogs = [pair for (name, _, _), pairs in seen.items() if name.startswith("dogs") for pair in pairs]
+    trained = [c for c, weight in dogs if weight == 0.5]
+    assert trained and all(caption.startswith("sks, a ") for caption in trained)
+    cats = [c for (name, _, _), pairs in seen.items() if name.startswith("cats") for c, _ in pairs]
+    assert set(cats) == {"a photo of ukj cat", ""}
+    classes = {c for (_, _, is_class), pairs in seen.items() if is_class for c, _ in pairs}
+    assert classes == {"an owl", "a photo of an animal"}
+
+
+def test_kohyas_folders_say_repeats_and_caption(tmp_path):
+    script = load_script("train_lora_sd15.py")
+    pictures(tmp_path / "data" / "10_sks dog", [None, "sks dog in the sun"])
+    pictures(tmp_path / "data" / "2_ukj cat", [None])
+    args = script.parse_args(["-m", "base", "-d", str(tmp_path / "data"), "--kohya_folders", "--resolution", "64"])
+    examples = [e for own in args.sets for e in script.load_examples(own, [(64, 64)], several=True)]
+    found = {e.name: (e.own.repeats, e.captions) for e in examples}
+    assert found == {
+        "10_sks dog/0.png": (10, ["sks dog"]),
+        "10_sks dog/1.png": (10, ["sks dog in the sun"]),
+        "2_ukj cat/0.png": (2, ["ukj cat"]),
+    }
+    store = script.prepare_examples(examples, [(64, 64)], args)
+    plan = script.BatchPlan(store.examples, args, 1, 0)
+    shown = [slot.index for number in range(plan.per_epoch) for slot in plan.share(number, 0)]
+    assert sorted(shown.count(i) for i in range(3)) == [2, 10, 10]
+
+
+def test_repeats_of_sets_are_planned_in_rounds(tmp_path, monkeypatch):
+    """Rounds shuffle some repeats at a time; each image still comes as often as its set says."""
+    script = load_script("train_lora_sd15.py")
+    monkeypatch.setattr(script.BatchPlan, "at_once", 8)
+    pictures(tmp_path / "data" / "11_a", [None, None])
+    pictures(tmp_path / "data" / "3_b", [None])
+    args = script.parse_args(
+        ["-m", "base", "-d", str(tmp_path / "data"), "--kohya_folders", "--resolution", "64", "--train_batch_size", "2"]
+    )
+    examples = [e for own in args.sets for e in script.load_examples(own, [(64, 64)], several=True)]
+    store = script.prepare_examples(examples, [(64, 64)], args)
+    plan = script.BatchPlan(store.examples, args, 1, 0)
+    shown = [(s.index, s.repeat) for number in range(plan.per_epoch) for s in plan.share(number, 0)]
+    assert len(shown) == len(set(shown)) and sorted(i for i, _ in shown) == [0] * 11 + [1] * 11 + [2] * 3
+
+
+def test_what_is_wrong_with_sets_is_said(tmp_path, capsys):
+    folder = pictures(tmp_path / "a", ["a"])
+    wrong = {
+        "- {train_data_dir: nowhere}": "set 1: --train_data_dir nowhere: no such folder",
+        f"- {{train_data_dir: {folder}, repeat: 2}}": "set 1: unknown key 'repeat'",
+        f"- {{train_data_dir: {folder}}}\n- {{repeats: 2}}": "set 2: no data",
+        f"- {{train_data_dir: {folder}, weight: -1}}": "weight: -1",
+        f"- {{train_data_dir: {folder}, masked_loss: alfa}}": "neither alpha",
+        f"- {folder}": "unknown key",
+        "train_data_dir: x": "expected a list",
+    }
+    for text, message in wrong.items():
+        (tmp_path / "sets.yaml").write_text(text)
+        words = ["-m", str(ROOT / "assets/toy_sd15"), "--dataset_config", str(tmp_path / "sets.yaml")]
+        assert load_script("train_lora_sd15.py").main(words) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "sets.yaml").write_text(f"- {{train_data_dir: {folder}}}")
+    assert load_script("train_lora_sd15.py").main([*words, "-d", str(folder)]) == 2
+    assert "exclude each other" in capsys.readouterr().err
