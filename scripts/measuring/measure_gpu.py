@@ -44,24 +44,38 @@ CASES = [
     *(FLUX, f"{FLUX},quantize_base=fp8", f"{FLUX},quantize_base=nf4", f"{FLUX},quantize_base=int8"),
     *(f"{FLUX},compile", "flux:512:1:gradient_checkpointing", "flux:1024:1"),
 ]
-TINY_CASES = [
-    *("sd15:64:2", "sd15:64:2:gradient_checkpointing", "sd15:64:2:compile", "sd15:64:2:optimizer=prodigy"),
-    *("sdxl:64:1", "sd3:64:1", "flux:64:1:gradient_checkpointing", "flux:64:1:quantize_base=int8"),
-]
+TINY_CASES = ["sd15:64:2:optimizer=prodigy", "sdxl:64:1:gradient_checkpointing", "sd3:64:1", "flux:64:1:quantize_base=int8"]
 # Of one picture's forward and backward pass at rank 4, without what checkpointing computes twice: by the count in docs/step.md
-TFLOP = {"sd15:512": 1.75, "sdxl:1024": 14.0, "sd3:1024": 26.3, "flux:1024": 161.0, "flux:512": 48.0}
+TFLOP = {"sd15:512": 1.75, "sdxl:1024": 14.0, "sd3:1024": 26.3, "flux:1024": 161.1, "flux:512": 43.5}
 PEAK_TFLOPS = {  # dense bf16, by the makers' data sheets
     **{"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "B200": 2250, "L40S": 362, "RTX 5090": 209},
     **{"RTX 4090": 165, "RTX 3090": 71, "RTX 4080": 97},
 }
 EXPECTED = {  # milliseconds on an H100, thought out from the counts before anything was measured
-    **{"sd15:512:1": 12, "sd15:512:4": 25, "sdxl:1024:1": 60, "sdxl:1024:1:gradient_checkpointing": 85, "sd3:1024:1": 75},
+    **{
+        "sd15:512:1": 12,
+        "sd15:512:4": 25,
+        "sdxl:1024:1": 60,
+        "sdxl:1024:1:gradient_checkpointing": 85,
+        "sd3:1024:1": 75,
+    },
     **{"flux:1024:1": 400, FLUX: 560, f"{FLUX},quantize_base=fp8": 400},
 }
-SAME_RESULT = ("compile", "cuda_graphs", "gradient_checkpointing", "blocks_to_swap", "quantize_base")  # but for rounding
+SAME_RESULT = (
+    "compile",
+    "cuda_graphs",
+    "gradient_checkpointing",
+    "blocks_to_swap",
+    "quantize_base",
+)  # but for rounding
 PACKAGES = {"optimizer=prodigy": "prodigyopt", "optimizer=schedulefree": "schedulefree"}
 PACKAGES |= dict.fromkeys(("optimizer=adamw8bit", "quantize_base=nf4"), "bitsandbytes")
-EXAMPLE_FLAGS = ("gradient_checkpointing", "optimizer=adamw8bit", "optimizer=prodigy", "rank")  # that diffusers' know too
+EXAMPLE_FLAGS = (
+    "gradient_checkpointing",
+    "optimizer=adamw8bit",
+    "optimizer=prodigy",
+    "rank",
+)  # that diffusers' know too
 SECONDS = {"sd15": 10, "sdxl": 20, "sd3": 20, "flux": 35}  # of one run of one program, until one has been timed
 MARKS = "<!-- measured -->\n", "<!-- end of what was measured -->\n"
 
@@ -77,7 +91,8 @@ def chosen_cases(words: list[str] | None, tiny: bool) -> list[str]:
         elif found := [case for case in listed if case.startswith(word)]:
             chosen += found
         else:
-            raise SystemExit(f"measure_gpu.py: error: --cases {word}: neither FAMILY:SIZE:BATCH[:FLAG,...] nor the beginning of one of {' '.join(listed)}")
+            known = "neither FAMILY:SIZE:BATCH[:FLAG,...] nor the beginning of a case of --list"
+            raise SystemExit(f"measure_gpu.py: error: --cases {word}: {known}")
     return list(dict.fromkeys(chosen))
 
 
@@ -142,15 +157,18 @@ class Bench:
                     found = self.run(kind, case, Path(work), inputs, traced=self.args.profile and turn == 0)
                     times[kind] += [found["ms"]] if "ms" in found else []
                     row[kind] = found | {k: v for k, v in row[kind].items() if k in ("gradients",)}
-            if "error" not in row["ours"]:
-                row["ours"]["cosine"] = self.compared(case, row["ours"]["gradients"], Path(work), inputs)
+        if "error" not in row["ours"]:
+            row["ours"]["cosine"] = self.compared(case, row["ours"]["gradients"])
         theirs = row.get("plain", {}).pop("gradients", None)
         ours = row["ours"].pop("gradients", {})
         if theirs is not None and 0 in ours:
             row["ours"]["cosine_to_plain"] = cosine(ours[0], theirs)
         for kind in kinds:
             if times[kind]:
-                row[kind] |= {"ms": round(statistics.median(times[kind]), 3), "all_ms": [round(t, 3) for t in times[kind]]}
+                row[kind] |= {
+                    "ms": round(statistics.median(times[kind]), 3),
+                    "all_ms": [round(t, 3) for t in times[kind]],
+                }
         return row | {"seconds": round(time.perf_counter() - began, 1)}
 
     def make_inputs(self, case: str, work: Path) -> dict[str, Path]:
@@ -179,36 +197,76 @@ class Bench:
     def run(self, kind: str, case: str, work: Path, bases: dict, traced: bool = False) -> dict:
         """One run of one program: what its clock found, and the gradients; or {"error": a line}."""
         from scripts.measuring.parts import programs
-        from scripts.measuring.parts.random_bases import random_weights
         from scripts.measuring.parts.step_clock import Clock, Measured, watching
 
-        family, size, batch, flags = parsed(case)
+        family, _, _, flags = parsed(case)
         trace = None
         if traced:
             self.args.profile.mkdir(parents=True, exist_ok=True)
             trace = self.args.profile / f"{case.replace(':', '_')}_{kind}.json.gz"
-        words = programs.common_words(work / kind, bases["example" if kind == "example" else "ours"], size, batch)
-        words[words.index("--instance_data_dir") + 1] = str(work / "pictures")
         clock = Clock(self.device, self.args.warm_up, self.args.steps, self.args.phases, trace)
-        seen, said = programs.Seen(), io.StringIO()
+        words = self.words(case, work, kind, bases["example" if kind == "example" else "ours"])
+        said = io.StringIO()
         try:
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                with random_weights(self.device), watching(clock), self.compiled_quickly():
-                    if kind == "example":
-                        programs.run_example(self.args.examples / programs.EXAMPLES[family], words, flags)
-                    elif kind == "plain":
-                        settings = programs.arguments(family, words, flags)
-                        programs.run_plain(family, settings, bases["ours"], clock, self.seen)
-                    else:
-                        programs.run_project(family, programs.arguments(family, words, flags), clock, seen)
+            with self.surroundings(said), contextlib.redirect_stderr(said), watching(clock):
+                if kind == "example":
+                    programs.run_example(self.args.examples / programs.EXAMPLES[family], words, flags)
+                settings = programs.arguments(family, words, flags)
+                if kind == "plain":
+                    programs.run_plain(family, settings, bases["ours"], clock, self.seen)
+                self.seen = programs.Seen()
+                programs.run_project(family, settings, clock, self.seen)
             problem = "the program ended before its steps were timed"
         except Measured:
             problem = None
         except (Exception, SystemExit) as error:
             problem = self.told(error, said.getvalue())
+        programs.free_memory()
         if kind == "ours":
-            self.seen, clock.found["gradients"] = seen, seen.gradients
+            clock.found["gradients"] = self.seen.gradients
         return clock.found if problem is None else {"error": problem}
+
+    def gradients(self, case: str) -> dict[int, object]:
+        """The gradients of the first steps of the project's script, by step. Errors: whatever the script ends with."""
+        from scripts.measuring.parts import programs
+        from scripts.measuring.parts.step_clock import Clock
+
+        family, _, _, flags = parsed(case)
+        seen, clock = programs.Seen(), Clock(self.device, programs.SEEN_STEPS + 1, 1)
+        try:
+            with tempfile.TemporaryDirectory() as work, self.surroundings(io.StringIO()):
+                words = self.words(case, Path(work), "ours", self.make_inputs(case, Path(work))["ours"])
+                programs.run_project(family, programs.arguments(family, words, flags), clock, seen, only_gradients=True)
+        except programs.Enough:
+            return seen.gradients
+        finally:
+            programs.free_memory()
+        raise RuntimeError(f"{case}: the program ended early")
+
+    def words(self, case: str, work: Path, kind: str, base: Path) -> list[str]:
+        """The words of a program's command line that don't depend on the case's flags."""
+        from scripts.measuring.parts import programs
+
+        _, size, batch, _ = parsed(case)
+        return programs.common_words(work / kind, base, work / "pictures", size, batch)
+
+    @contextlib.contextmanager
+    def surroundings(self, said):
+        """What every program runs in: random weights; its lines are kept; with --tiny no machine code is compiled."""
+        from unittest.mock import patch
+
+        import torch
+
+        from scripts.measuring.parts.random_bases import random_weights
+
+        compile_module = torch.nn.Module.compile
+
+        def traced(module, *rest, **named):
+            return compile_module(module, *rest, **named | {"backend": "aot_eager"})
+
+        quick = patch.object(torch.nn.Module, "compile", traced) if self.args.tiny else contextlib.nullcontext()
+        with contextlib.redirect_stdout(said), random_weights(self.device), quick:
+            yield
 
     def told(self, error: BaseException, said: str) -> str:
         """An error as one line; the traceback of one that isn't a person's goes to stderr."""
@@ -220,49 +278,23 @@ class Bench:
             traceback.print_exception(error)
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
-    def compared(self, case: str, gradients: dict, work: Path, bases: dict) -> float | None:
+    def compared(self, case: str, gradients: dict) -> float | None:
         """The cosine of the case's gradients to those in bf16 with none of the flags of SAME_RESULT; None if it has none."""
-        from scripts.measuring.parts import programs
-        from scripts.measuring.parts.random_bases import random_weights
-        from scripts.measuring.parts.step_clock import Clock
-
-        family, size, batch, flags = parsed(case)
+        head, flags = case.split(":")[:3], parsed(case)[3]
         rest = [flag for flag in flags if flag.split("=")[0] not in SAME_RESULT]
-        key = f"{family}:{size}:{batch}:{','.join(rest)}"
+        key = ":".join([*head, ",".join(rest)])
         if rest == flags:
             self.references[key] = gradients
             return None
         for extra in ([], ["gradient_checkpointing"]):  # where there is no room without
-            if key in self.references:
-                break
-            seen = programs.Seen()
-            words = programs.common_words(work / "reference", bases["ours"], size, batch)
-            words[words.index("--instance_data_dir") + 1] = str(work / "pictures")
-            clock = Clock(self.device, programs.SEEN_STEPS + 1, 1)
-            try:
-                with contextlib.redirect_stdout(io.StringIO()), random_weights(self.device):
-                    programs.run_project(family, programs.arguments(family, words, rest + extra), clock, seen, True)
-            except programs.Enough:
-                self.references[key] = seen.gradients
-            except Exception as error:
-                print(f"note: no reference for {case}: {self.told(error, '')}", file=sys.stderr)
-        step = max(gradients.keys() & self.references.get(key, {}).keys(), default=None)
-        return None if step is None else cosine(gradients[step], self.references[key][step])
-
-    @contextlib.contextmanager
-    def compiled_quickly(self):
-        """--tiny: compiled code is traced and differentiated, but no machine code is made of it."""
-        from unittest.mock import patch
-
-        import torch
-
-        compile_module = torch.nn.Module.compile
-
-        def traced(module, *rest, **named):
-            return compile_module(module, *rest, **named | {"backend": "aot_eager"})
-
-        with patch.object(torch.nn.Module, "compile", traced) if self.args.tiny else contextlib.nullcontext():
-            yield
+            if key not in self.references:
+                try:
+                    self.references[key] = self.gradients(":".join([*head, ",".join(rest + extra)]))
+                except (Exception, SystemExit) as error:
+                    print(f"note: no reference for {case}: {self.told(error, '')}", file=sys.stderr)
+        reference = self.references.get(key, {})
+        step = max(gradients.keys() & reference.keys(), default=None)
+        return None if step is None else cosine(gradients[step], reference[step])
 
 
 def cosine(a, b) -> float | None:
@@ -305,8 +337,9 @@ def measure_all(args: argparse.Namespace, state: dict) -> bool:
         if args.json:
             args.json.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         if "error" in row["ours"] and not usable():
-            print("the GPU answers no more after this error: starting anew", flush=True)
-            sys.stdout.flush()
+            print("after this error the GPU answers no more" + (": starting anew" if args.json else ""), flush=True)
+            if not args.json:  # what there is would be lost, and the case be tried for ever
+                return True
             minutes = args.minutes - (time.perf_counter() - began) / 60
             os.execv(sys.executable, [sys.executable, *sys.argv, "--minutes", str(minutes)])
     return failed
@@ -346,7 +379,9 @@ def table(state: dict) -> str:
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "diffusers", "peft", "accelerate"))
     card = machine["name"]
     if "matmul_TFLOPs" in machine:
-        card += f" ({machine['GiB']} GiB; {machine['matmul_TFLOPs']} TFLOP/s in a product of 8192 x 8192 matrices in bf16)"
+        card += (
+            f" ({machine['GiB']} GiB; {machine['matmul_TFLOPs']} TFLOP/s in a product of 8192 x 8192 matrices in bf16)"
+        )
     lines = [
         f"{card}; {versions}; {settings['repeats']} alternating runs of {settings['steps']} steps after"
         f" {settings['warm_up']}.",
@@ -390,7 +425,9 @@ def write_table(file: Path, text: str) -> None:
     """Puts the table between the marks of a page. Errors: SystemExit if it has none."""
     page = file.read_text(encoding="utf-8")
     if any(page.count(mark) != 1 for mark in MARKS) or page.index(MARKS[0]) > page.index(MARKS[1]):
-        raise SystemExit(f"measure_gpu.py: error: --table {file}: has no {MARKS[0].strip()} … {MARKS[1].strip()} for it")
+        raise SystemExit(
+            f"measure_gpu.py: error: --table {file}: has no {MARKS[0].strip()} … {MARKS[1].strip()} for it"
+        )
     before, rest = page.split(MARKS[0])
     file.write_text(before + MARKS[0] + "\n" + text + "\n" + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8")
 
@@ -416,8 +453,19 @@ def main(argv: list[str] | None = None) -> int:
     add("--list", action="store_true", help="print the listed cases and end")
     add("--examples", type=Path, metavar="DIR", help="diffusers' examples folder, to time its scripts too")
     add("--no_plain", action="store_true", help="leave out the plain loop")
-    add("--json", type=Path, metavar="FILE", help="keep every figure here; cases that it has already aren't measured again")
-    add("--table", nargs="?", const="-", metavar="PAGE", help="measure nothing: print --json's table, or put it into PAGE")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="keep every figure here; cases that it has already aren't measured again",
+    )
+    add(
+        "--table",
+        nargs="?",
+        const="-",
+        metavar="PAGE",
+        help="measure nothing: print --json's table, or put it into PAGE",
+    )
     add("--minutes", type=float, default=9.0, help="start no case that wouldn't be done by then (9)")
     add("--steps", type=int, default=10, help="timed in each run (10)")
     add("--warm_up", type=int, default=5, help="steps before them (5)")

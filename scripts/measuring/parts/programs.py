@@ -70,10 +70,10 @@ def case_words(flags: list[str]) -> list[str]:
     return [word for flag in flags for word in f"--{flag}".split("=", 1)]
 
 
-def common_words(work: Path, base: Path, size: int, batch: int) -> list[str]:
+def common_words(output: Path, base: Path, pictures: Path, size: int, batch: int) -> list[str]:
     """The words that the project's scripts and diffusers' examples share."""
-    words = ["--pretrained_model_name_or_path", base, "--output_dir", work / "out", "--resolution", size]
-    words += ["--instance_data_dir", work / "pictures", "--instance_prompt", "a picture", "--train_batch_size", batch]
+    words = ["--pretrained_model_name_or_path", base, "--output_dir", output, "--resolution", size]
+    words += ["--instance_data_dir", pictures, "--instance_prompt", "a picture", "--train_batch_size", batch]
     words += ["--mixed_precision", "bf16", "--cache_latents", "--max_train_steps", STEPS, "--rank", 4, "--seed", 0]
     return [str(word) for word in words]
 
@@ -87,11 +87,8 @@ def arguments(family: str, words: list[str], flags: list[str]):
 
 @contextlib.contextmanager
 def fresh_process():
-    """As if the program were a process of its own: accelerate's state, signals, torch's compiled code, memory."""
-    import gc
-
+    """As if the program were a process of its own: accelerate's state, and afterwards the signals' answers."""
     import accelerate
-    import torch
 
     accelerate.state.AcceleratorState._reset_state(True)
     accelerate.state.GradientState._reset_state()
@@ -101,11 +98,19 @@ def fresh_process():
     finally:
         for number, answer in answers.items():
             signal.signal(number, answer)
-        torch._dynamo.reset()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+
+
+def free_memory() -> None:
+    """Gives back what an ended program held; to be called when no frame of it is left, so after its exception."""
+    import gc
+
+    import torch
+
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def run_project(family: str, args, clock: Clock, seen: Seen, only_gradients: bool = False) -> None:

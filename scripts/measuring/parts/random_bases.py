@@ -79,9 +79,12 @@ def random_model(kind, folder: Path, dtype, device):
                 name = f"{names[id(module)]}.{leaf}"
                 value = drawn(name, parameter.shape, dtype, device)
                 module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and leaf not in module._non_persistent_buffers_set:
+                module._buffers[leaf] = buffer.to(dtype)
     if isinstance(model, transformers.PreTrainedModel):
         model.tie_weights()
-    return model.to(device, dtype).eval()
+    return model.to(device).eval()
 
 
 class RandomFile:
