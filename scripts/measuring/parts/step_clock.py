@@ -41,7 +41,7 @@ class Clock:
         """Notes the moment in which a phase begins, on the GPU's own clock where there is one."""
         import torch
 
-        if self.stamps is None or not self.warm_up <= self.count < self.warm_up + self.steps:
+        if self.stamps is None or not self.warm_up <= self.count <= self.warm_up + self.steps:
             return
         event = torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter()
         if self.on_gpu:
