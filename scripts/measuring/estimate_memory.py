@@ -7,11 +7,11 @@
 The denoiser is built from its configuration on the `meta` device, gets its LoRA, and runs forward: every tensor that
 autograd would keep is counted once, by its storage. A step takes
 * the frozen base: 2 bytes per parameter in bf16, 1 in int8/fp8, 4.127 bits in nf4 (a scale in 8 bits per 64 weights) for the
-  linear layers of its blocks, 2 bytes for the rest and for its buffers;
+  linear layers of its blocks, 2 bytes for the rest and for its buffers; of swapped blocks, two places for the largest;
 * the LoRA: 4 bytes per parameter for weights, 4 for gradients, both again in half precision, 8 for AdamW's state (2 in 8
   bits, 16 for Prodigy's);
 * activations: all that is kept, or with gradient checkpointing the inputs of what is computed again and the largest inside;
-* the largest layer's weights in bf16 where the base is quantised: it is unpacked when it works;
+* the largest layer's weights in bf16 where the base is quantised: it is unpacked when it works; with fp8 its input too;
 * the VAE in --mixed_precision's dtype, and text encoders where they are trained or latents and embeddings aren't cached.
 Before it the VAE encodes and the text encoders read the captions, one after the other, each alone on the GPU; pictures are
 drawn beside the frozen base and the LoRA, and the VAE's decoder is what takes most then.
@@ -233,14 +233,22 @@ class Estimate:
         return max(self.step, self.latents, self.pictures)
 
 
-def base_bytes(denoiser, quantize: str | None, half: bool) -> tuple[float, float]:
-    """(the frozen base with its buffers, the largest quantised layer in bf16)."""
+def base_bytes(denoiser, quantize: str | None, half: bool, swapped: list) -> tuple[float, float]:
+    """(the frozen base with its buffers, the largest quantised layer in bf16). swapped: blocks whose linear layers lie in the
+    CPU's memory; two places of the largest one's size stand for them.
+    """
     bits = {"nf4": 4 + 8 / 64 + 32 / 64 / 256, "int8": 8, "fp8": 8, None: 16}[quantize]
-    linears = [m.weight.numel() for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear) and "block" in n]
+
+    def linears(module, inside: str) -> list[int]:
+        named = module.named_modules()
+        return [m.weight.numel() for n, m in named if isinstance(m, torch.nn.Linear) and inside in n]
+
+    blocks, away = linears(denoiser, "block"), [sum(linears(block, "")) for block in swapped]
     values = (*denoiser.parameters(), *denoiser.buffers())
-    rest = sum(t.numel() for t in values) - sum(linears)
-    frozen = (sum(linears) * bits / 8 + rest * 2) * (1 if half or quantize else 2)
-    return frozen, max(linears) * 2 if quantize else 0
+    rest = sum(t.numel() for t in values) - sum(blocks)
+    held = sum(blocks) - sum(away) + 2 * max(away, default=0)
+    frozen = (held * bits / 8 + rest * 2) * (1 if half or quantize else 2)
+    return frozen, max(blocks) * 2 if quantize else 0
 
 
 def estimate(family: str, args, script) -> Estimate:
@@ -248,7 +256,11 @@ def estimate(family: str, args, script) -> Estimate:
     with torch.device("meta"):
         denoiser = real_denoiser(family).to(torch.bfloat16).requires_grad_(False).train()
     half = args.mixed_precision in ("fp16", "bf16")
-    base, unpacked = base_bytes(denoiser, args.quantize_base, half)
+    swapped = []
+    if number := vars(args).get("blocks_to_swap"):
+        blocks = script.repeated(denoiser)
+        swapped = [blocks[k * len(blocks) // number] for k in range(number)]
+    base, unpacked = base_bytes(denoiser, args.quantize_base, half, swapped)
     size, rows = tuple((args.resolution * 2)[:2]), args.train_batch_size * (2 if args.with_prior_preservation else 1)
     with torch.device("meta"):
         if args.train_transformer_frac > 0:
@@ -258,6 +270,10 @@ def estimate(family: str, args, script) -> Estimate:
             parameter.data = parameter.data.to(torch.bfloat16)
         inputs = inputs_of(family, rows, size, getattr(args, "max_sequence_length", 0))
         kept, inside = kept_bytes(denoiser, inputs, args.gradient_checkpointing)
+    if args.quantize_base == "fp8" and script.PREDICTS_FLOW:  # the widest input, in float32 and in fp8
+        tokens = size[0] * size[1] // 256 + inputs["encoder_hidden_states"].shape[1]
+        layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear) and ".norm" not in n}
+        unpacked += rows * tokens * max(m.in_features for n, m in layers.items() if "block" in n) * 5
     lora = sum(p.numel() for p in trained)
     state = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0.1, "schedulefree": 8}.get(args.optimizer, 8)
     weights = lora * ((12 if half else 8) + state + 4 * args.use_ema)

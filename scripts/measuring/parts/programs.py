@@ -230,8 +230,8 @@ def plain_optimizer(parameters: list, args):
     return torch.optim.AdamW(parameters, **rest)
 
 
-def run_example(script: Path, words: list[str], flags: list[str]) -> None:
-    """Runs one of diffusers' example scripts as it is. flags: those of a case, of which it knows some."""
+def run_example(script: Path, words: list[str], flags: list[str], run_name: str) -> None:
+    """Runs one of diffusers' example scripts as it is. flags: those of a case; run_name: as runpy has it."""
     import diffusers
     from PIL import Image  # noqa: F401  (before a stand-in for torchvision is there)
 
@@ -246,12 +246,16 @@ def run_example(script: Path, words: list[str], flags: list[str]) -> None:
     with (
         patch.object(diffusers.utils, "check_min_version"),  # it may be of a later day than the library
         patch.object(diffusers.AutoencoderKL, "encode", cast),
-        patch.dict(sys.modules, stand_in),
         patch.object(sys, "argv", [str(script), *words]),
         patch.dict(os.environ),
         fresh_process(),
     ):
-        runpy.run_path(str(script), run_name="__main__")
+        sys.modules.update(stand_in)
+        try:
+            runpy.run_path(str(script), run_name=run_name)
+        finally:
+            for name in stand_in:  # these alone: other libraries, once imported, can't be imported again
+                del sys.modules[name]
 
 
 def torchvision() -> dict[str, object]:
