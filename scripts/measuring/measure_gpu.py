@@ -57,30 +57,21 @@ PEAK_TFLOPS = {  # dense bf16, by the makers' data sheets
     **{"RTX 4090": 165, "RTX 3090": 71, "RTX 4080": 97},
 }
 EXPECTED = {  # milliseconds on an H100, thought out from the counts before anything was measured
-    **{
-        "sd15:512:1": 12,
-        "sd15:512:4": 25,
-        "sdxl:1024:1": 60,
-        "sdxl:1024:1:gradient_checkpointing": 85,
-        "sd3:1024:1": 75,
-    },
-    **{"flux:1024:1": 400, FLUX: 560, f"{FLUX},quantize_base=fp8": 400},
+    "sd15:512:1": 12,
+    "sd15:512:4": 25,
+    "sdxl:1024:1": 60,
+    "sdxl:1024:1:gradient_checkpointing": 85,
+    "sd3:1024:1": 75,
+    "flux:1024:1": 400,
+    FLUX: 560,
+    f"{FLUX},quantize_base=fp8": 400,
 }
-SAME_RESULT = (
-    "compile",
-    "cuda_graphs",
-    "gradient_checkpointing",
-    "blocks_to_swap",
-    "quantize_base",
-)  # but for rounding
+# Flags that change nothing but rounding
+SAME_RESULT = ("compile", "cuda_graphs", "gradient_checkpointing", "blocks_to_swap", "quantize_base")
 PACKAGES = {"optimizer=prodigy": "prodigyopt", "optimizer=schedulefree": "schedulefree"}
 PACKAGES |= dict.fromkeys(("optimizer=adamw8bit", "quantize_base=nf4"), "bitsandbytes")
-EXAMPLE_FLAGS = (
-    "gradient_checkpointing",
-    "optimizer=adamw8bit",
-    "optimizer=prodigy",
-    "rank",
-)  # that diffusers' know too
+# Flags that diffusers' examples know too
+EXAMPLE_FLAGS = ("gradient_checkpointing", "optimizer=adamw8bit", "optimizer=prodigy", "rank")
 SECONDS = {"sd15": 10, "sdxl": 20, "sd3": 20, "flux": 35}  # of one run of one program, until one has been timed
 MARKS = "<!-- measured -->\n", "<!-- end of what was measured -->\n"
 
