@@ -30,6 +30,17 @@ CLIP_G = CLIP | {
     "projection_dim": 1280,
     "hidden_act": "gelu",
 }
+T5 = {  # version 1.1, XXL
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+VAE_16 = VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": 1024}
 # Stable Diffusion 1.5, SDXL, SD 3.5 medium, FLUX.1-dev: (class of diffusers, what differs from its defaults)
 DENOISERS = {
     "sd15": ("UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768}),
@@ -79,6 +90,20 @@ OTHER_PARTS = {
         "text_encoder": ("transformers", "CLIPTextModel", CLIP_L),
         "text_encoder_2": ("transformers", "CLIPTextModelWithProjection", CLIP_G),
         "scheduler": ("diffusers", "EulerDiscreteScheduler", NOISE | {"timestep_spacing": "leading"}),
+    },
+}
+# The same of the others; their schedulers and tokenizers are taken from the toy bases where sizes are all that matters
+PARTS_WITHOUT_TOKENIZERS = {
+    "sd3": {
+        "vae": ("diffusers", "AutoencoderKL", VAE_16 | {"scaling_factor": 1.5305, "shift_factor": 0.0609}),
+        "text_encoder": ("transformers", "CLIPTextModelWithProjection", CLIP_L),
+        "text_encoder_2": ("transformers", "CLIPTextModelWithProjection", CLIP_G),
+        "text_encoder_3": ("transformers", "T5EncoderModel", T5),
+    },
+    "flux": {
+        "vae": ("diffusers", "AutoencoderKL", VAE_16 | {"scaling_factor": 0.3611, "shift_factor": 0.1159}),
+        "text_encoder": ("transformers", "CLIPTextModel", CLIP_L),
+        "text_encoder_2": ("transformers", "T5EncoderModel", T5),
     },
 }
 INDEXES = {  # of model_index.json, beside the parts

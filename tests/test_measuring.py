@@ -1,0 +1,146 @@
+"""What measures: the steps' timing on a GPU tried on toy sizes, gradients in every way of computing them, memory by formula."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+
+from scripts.measuring import estimate_memory, measure_gpu
+from scripts.measuring.parts import programs
+from scripts.parts.training_scripts import SCRIPTS
+
+pytestmark = pytest.mark.unit
+
+COSINES = {  # of gradients to those in bf16, of the same batch and the same weights
+    "sd15:64:2:gradient_checkpointing": 0.999,
+    "sd15:64:2:cuda_graphs": 0.999,
+    "sd15:64:2:blocks_to_swap=1": 0.999,
+    "sd15:64:2:quantize_base=nf4": 0.95,
+    "flux:64:1:gradient_checkpointing": 0.999,
+    "flux:64:1:compile": 0.999,
+    "flux:64:1:blocks_to_swap=2": 0.999,
+    "flux:64:1:quantize_base=int8": 0.99,
+    "flux:64:1:quantize_base=fp8": 0.99,
+    "flux:64:1:quantize_base=nf4": 0.95,
+    "flux:64:1:quantize_base=nf4,blocks_to_swap=2,gradient_checkpointing": 0.95,
+}
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """Every test's reference gradients are computed once."""
+    return measure_gpu.Bench(argparse.Namespace(tiny=True, examples=None))
+
+
+def skip_what_cannot_be(case: str) -> None:
+    """Skips a case whose flags this checkout lacks, or that needs a GPU."""
+    family, _, _, flags = measure_gpu.parsed(case)
+    parser = argparse.ArgumentParser()
+    programs.script_of(family).add_shared_args(parser)
+    for flag in flags:
+        if f"--{flag.split('=')[0]}" not in parser._option_string_actions:
+            pytest.skip(f"--{flag} is not there")
+    if "cuda_graphs" in flags and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+
+
+@pytest.mark.xdist_group("measuring")
+@pytest.mark.parametrize("case", COSINES)
+def test_gradients_are_those_of_bf16(bench, case):
+    skip_what_cannot_be(case)
+    assert bench.compared(case, bench.gradients(case)) >= COSINES[case]
+
+
+@pytest.mark.xdist_group("measuring")
+def test_a_call_measures_keeps_and_goes_on(tmp_path, capsys):
+    """Ours and the plain loop, phases, the file of figures, and a second call, which has only the rest to do."""
+    file, page = tmp_path / "gpu.json", tmp_path / "gpu.md"
+    flags = ["--tiny", "--steps", "1", "--warm_up", "3", "--repeats", "1", "--minutes", "60", "--json", str(file)]
+    assert measure_gpu.main([*flags, "--phases", "--cases", "flux:64:1:quantize_base=int8"]) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["ours"]["ms"] > 0 and row["plain"]["ms"] > 0
+    assert list(row["ours"]["phases_ms"]) == ["prepare", "forward", "backward", "clip", "optimizer", "rest"]
+    assert row["ours"]["cosine"] > 0.99 and row["ours"]["cosine_to_plain"] > 0.99
+    capsys.readouterr()
+    cases = ["--cases", "flux:64:1", "sd15:64:1:no_such_flag"]
+    assert measure_gpu.main([*flags, "--no_plain", *cases]) == 1
+    said = capsys.readouterr().out
+    assert "sd15:64:1:no_such_flag | ours" in said and "unknown flag --no_such_flag" in said
+    assert [row["case"] for row in json.loads(file.read_text())["rows"]][0] == "flux:64:1:quantize_base=int8"
+    assert measure_gpu.main([*flags, "--cases", "sd3:64:1", "--minutes", "0"]) == 0
+    assert "stopped before sd3:64:1" in capsys.readouterr().out
+    page.write_text(f"before\n{''.join(measure_gpu.MARKS)}after\n")
+    for _ in range(2):  # the second time replaces the first
+        assert measure_gpu.main(["--json", str(file), "--table", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and text.count("flux:64:1:quantize_base=int8") == 1
+    with pytest.raises(SystemExit, match="has no"):
+        measure_gpu.main(["--json", str(file), "--table", __file__])
+
+
+def test_the_table_of_a_gpu():
+    machine = dict.fromkeys(("python", "torch", "diffusers", "peft", "accelerate"), "1")
+    machine |= {"name": "NVIDIA H100 80GB HBM3", "GiB": 79.1, "matmul_TFLOPs": 700}
+    ours = {"ms": 100.0, "GiB": 24.64, "cosine": 0.99991, "cosine_to_plain": None}
+    rows = [
+        {"case": "flux:1024:1:gradient_checkpointing,compile", "ours": ours, "plain": {"ms": 250.0, "GiB": 30.0}},
+        {"case": "sdxl:1024:1", "ours": {"ms": 14.0, "GiB": 10.0}, "plain": {"error": "out of memory"}},
+        {"case": "flux:1024:1", "ours": {"error": "out of memory"}},
+    ]
+    text = measure_gpu.table({"machine": machine, "settings": {"steps": 10, "warm_up": 5, "repeats": 2}, "rows": rows})
+    flux, sdxl, failed = text.splitlines()[-3:]
+    assert "| 100.0 / 250.0 / – | 2.50 | 1611 | 163% | 24.6 / 30.0 / – | 0.9999 | – |" in flux
+    assert "| 14.0 / out of memory / – | – | 1000 | 101% |" in sdxl
+    assert "| out of memory |" in failed and {line.count("|") for line in text.splitlines()[2:]} == {10}
+
+
+def test_words_that_mean_no_case(tmp_path):
+    for words in (["--cases", "sdx1"], ["--cases", "flux:big"], ["--examples", str(tmp_path)], ["--table"]):
+        with pytest.raises(SystemExit) as end:
+            measure_gpu.main([*words, "--tiny"])
+        assert end.value.code != 0
+    (tmp_path / "broken.json").write_text("[]")
+    with pytest.raises(SystemExit, match="not a file that this program has written"):
+        measure_gpu.main(["--tiny", "--json", str(tmp_path / "broken.json")])
+    assert len(measure_gpu.chosen_cases(["flux", "flux:512:1:gradient_checkpointing"], False)) == 7
+    assert measure_gpu.chosen_cases(["sdxl:1024:2:compile"], False) == ["sdxl:1024:2:compile"]
+
+
+COUNTED = (  # one of each kind: a UNet and two transformers, all kept or computed again, quantised
+    *("sd15:512:4", "sdxl:1024:1:gradient_checkpointing", "sd3:1024:1:gradient_checkpointing"),
+    "flux:1024:1:gradient_checkpointing,quantize_base=nf4",
+)
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_the_formula_is_near_to_what_was_counted(case):
+    assert abs(estimate_memory.estimate_case(case).step / estimate_memory.COUNTED[case] - 1) < 0.1
+
+
+def test_the_page_has_what_was_counted():
+    """`estimate_memory.py --counts` wrote the page's rows, and no case is off by a tenth."""
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    for case, counted in estimate_memory.COUNTED.items():
+        (row,) = re.findall(rf"^\| {re.escape(case)} \| ([\d.]+) \| ([\d.]+) \|", page, re.MULTILINE)
+        assert float(row[0]) == counted and abs(float(row[1]) / counted - 1) < 0.1
+
+
+@pytest.mark.parametrize("family", list(SCRIPTS))
+def test_presets_fit_their_cards(family):
+    """By the page's table, whose rows are of these very settings, and in which the smallest card's figures are as now."""
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    script = programs.script_of(family)
+    for number, file in enumerate(presets := estimate_memory.presets(family)):
+        args = estimate_memory.preset_args(script, file)
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {file.stem} |")]
+        assert row.startswith(f"| {estimate_memory.described(file, args)} |"), "run estimate_memory.py --table again"
+        total = float(row.split("|")[-2].strip(" *"))
+        assert total + estimate_memory.SLACK <= estimate_memory.card_gib(file), f"{file.stem} takes {total} GiB"
+        if number == 0:
+            assert abs(estimate_memory.estimate(family, args, script).total - total) < 0.1
+    assert len(presets) == 5
