@@ -259,10 +259,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 270 the run: what happens, in which order · 570 the loop, and one step of it · 749 what is logged, and the
 # guard against learning nothing · 880 data: images and captions · 1175 images: decoding, buckets, crops, batches ·
-# 1585 text: embeddings and new tokens · 1806 LoRA and optimizer · 2224 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2514 checkpoints and signals · 2670 pictures: validation, class images, comparison · 2870
-# probes: what was learned, what was forgotten · 3048 files that a run leaves · 3360 command line · 3816 base model:
-# loading, quantising, splitting · 4024 errors, lines, seeds, libraries
+# 1585 text: embeddings and new tokens · 1806 LoRA and optimizer · 2223 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2513 checkpoints and signals · 2669 pictures: validation, class images, comparison · 2869
+# probes: what was learned, what was forgotten · 3047 files that a run leaves · 3359 command line · 3815 base model:
+# loading, quantising, splitting · 4023 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1857,11 +1857,13 @@ def add_trained_parts(run: Run) -> None:
     run.guard = StepGuard(run.accelerator.device, run.accelerator.mixed_precision == "fp16")
 
 
-def lora_targets(denoiser, args: argparse.Namespace) -> list[str]:
-    """Full names of the modules that get a LoRA.
+# attention's layers in the original code, and here
+ORIGINAL_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out.0"}
 
-    A name in --lora_layers is a module's last part (`to_q`), a full name, or a block prefix (`mid_block`), which means the
-    usual layers inside. Errors: UserError if a name or a block number matches nothing.
+
+def lora_targets(denoiser, args: argparse.Namespace) -> list[str]:
+    """Full names of the modules that get a LoRA. A name in --lora_layers is a module's last part (`to_q`), a full name, or a
+    block prefix (`mid_block`), which means the usual layers inside. Errors: UserError for what matches nothing.
     """
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     idle = idle_layers(DENOISER, denoiser.config, args)
@@ -1871,8 +1873,8 @@ def lora_targets(denoiser, args: argparse.Namespace) -> list[str]:
         return name == part or name.endswith("." + part)
 
     entries = [e.strip() for text in args.lora_layers or [] for e in text.split(",") if e.strip()]
+    entries, chosen = [ORIGINAL_NAMES.get(e, e) for e in entries], []
     prefixes = block_prefixes(denoiser)
-    chosen = []
     for block in (b.strip() for text in args.lora_blocks or [] for b in text.split(",")):
         if not block.isdigit():
             entries.append(block)
@@ -1887,12 +1889,9 @@ def lora_targets(denoiser, args: argparse.Namespace) -> list[str]:
         if not matched and entries:
             parts = sorted({".".join(n.split(".")[-k:]) for n in modules for k in (1, 2)} | set(prefixes))
             near = difflib.get_close_matches(entry, parts, n=3, cutoff=0.3)
-            raise UserError(
-                f"--lora_layers {entry} matches no layer of the {DENOISER}; near it are {', '.join(near) or parts[:5]}"
-            )
-        found |= matched
-    if chosen:
-        found = {n for n in found if any(n.startswith(p + ".") for p in chosen)}
+            known = ", ".join(near or parts[:5])
+            raise UserError(f"--lora_layers {entry} matches no layer of the {DENOISER}; near it are {known}")
+        found |= {n for n in matched if not chosen or n.startswith(tuple(f"{p}." for p in chosen))}
     if not found:
         raise UserError("--lora_layers and --lora_blocks together match no layer")
     return sorted(found)
