@@ -50,10 +50,6 @@ def planted(fault: Fault, root: Path) -> dict[Path, str]:
             )
         text = text.replace(fault.old, fault.new)
         whole = own + seam + text if fault.where == "shared" else text + seam + shared
-        try:
-            compile(whole, file.name, "exec")
-        except SyntaxError as error:
-            raise FaultError(f"{fault.name}: {file.name} is no Python with it: {error}") from None
         out[file] = whole
     return out
 
@@ -99,6 +95,7 @@ def attempt(fault: Fault, folder: Path) -> dict[str, object]:
     originals = {file: file.read_text(encoding="utf-8") for file in changed}
     try:
         for file, text in changed.items():
+            compile(text, f"{file.name} with {fault.name!r}", "exec")
             file.write_text(text, encoding="utf-8")
         for tests in fault.tests:
             passed, caught = run_tests(tests, folder)
@@ -186,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return 0 if plant(args) else 1
-    except FaultError as error:
+    except (FaultError, SyntaxError) as error:
         print(f"plant_faults.py: error: {error}", file=sys.stderr)
         return 2
 
