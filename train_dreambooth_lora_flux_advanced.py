@@ -135,14 +135,12 @@ def draw_noise(
     u = compute_density_for_timestep_sampling(
         args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
     )
-    config = scheduler.config
-    steps = config.num_train_timesteps
+    config, steps = scheduler.config, scheduler.config.num_train_timesteps
     sigma = scheduler.sigmas[min(int((u.item() if quantile is None else quantile) * steps), steps - 1)].clone()
     if config.use_dynamic_shifting:  # sigma' = e^mu / (e^mu + 1/sigma - 1), mu linear in the number of image tokens
         tokens = shape[1] * shape[2] // 4
-        mu = calculate_shift(
-            tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-        )
+        ends = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+        mu = calculate_shift(tokens, *ends)
         sigma = scheduler.time_shift(mu, 1.0, sigma)
     return {"noise": noise, "sigmas": sigma, "timesteps": sigma * steps}
 
@@ -196,9 +194,12 @@ def negative_embeds(empty: dict, components: Components) -> dict:
 
 
 def check_base(components: Components) -> None:
-    """Refuses what would have no effect on this base, and says what its pictures need."""
-    args = components.args
-    if components.config(DENOISER)["guidance_embeds"]:
+    """Refuses other families' bases and what would have no effect on this one, and says what its pictures need."""
+    args, config = components.args, components.config(DENOISER) if components.has(DENOISER) else {}
+    if config.get("_class_name") != "FluxTransformer2DModel":
+        kind = components.index.get("_class_name")
+        raise UserError(f"--pretrained_model_name_or_path is a {kind}, not {FAMILY_TITLE}")
+    if config["guidance_embeds"]:
         return
     if args.guidance_scale != 3.5:
         raise UserError("--guidance_scale has no effect: this base (as schnell) has no guidance embedding")
@@ -228,8 +229,7 @@ def unpack(tokens, height: int, width: int):
 
 def position_ids(height: int, width: int, device):
     """(H/2 * W/2, 3): (0, row, column) of each image token. Text tokens have (0, 0, 0)."""
-    rows = torch.arange(height // 2, device=device)
-    columns = torch.arange(width // 2, device=device)
+    rows, columns = (torch.arange(side // 2, device=device) for side in (height, width))
     return torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns).float()
 
 

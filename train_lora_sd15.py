@@ -175,11 +175,17 @@ def negative_embeds(empty: dict, components: Components) -> dict:
 
 def check_base(components: Components) -> None:
     """Refuses bases that this script can't train."""
-    channels = components.config(DENOISER)["in_channels"]
-    if channels != components.config("vae")["latent_channels"]:
+    base, kind = "--pretrained_model_name_or_path", components.index.get("_class_name")
+    unet = components.config(DENOISER) if components.has(DENOISER) else {}
+    if not unet or unet.get("addition_embed_type"):
+        raise UserError(f"{base} is a {kind}, not {FAMILY_TITLE}")
+    if unet["in_channels"] != components.config("vae")["latent_channels"]:
         raise UserError(
-            f"--pretrained_model_name_or_path: a UNet with {channels} input channels (inpainting, editing) can't be trained"
+            f"{base}: a UNet with {unet['in_channels']} input channels (inpainting, editing) can't be trained"
         )
+    predicts = components.args.prediction_type or components.config("scheduler").get("prediction_type", "epsilon")
+    if predicts not in ("epsilon", "v_prediction"):
+        raise UserError(f"{base}: a UNet that predicts {predicts!r} can't be trained here, only noise or velocity")
 
 
 def unpack_output(latents, size: tuple[int, int]):
@@ -199,12 +205,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line: 212 the run: what happens, in which order · 512 the loop, and one step of it · 691 what is logged, and the
-# guard against learning nothing · 822 data: images and captions · 1117 images: decoding, buckets, crops, batches ·
-# 1527 text: embeddings and new tokens · 1748 LoRA and optimizer · 2165 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2455 checkpoints and signals · 2611 pictures: validation, class images, comparison · 2811
-# probes: what was learned, what was forgotten · 2989 files that a run leaves · 3301 command line · 3757 base model:
-# loading, quantising, splitting · 3965 errors, lines, seeds, libraries
+# By line: 216 the run: what happens, in which order · 516 the loop, and one step of it · 695 what is logged, and the
+# guard against learning nothing · 826 data: images and captions · 1121 images: decoding, buckets, crops, batches ·
+# 1531 text: embeddings and new tokens · 1752 LoRA and optimizer · 2169 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2459 checkpoints and signals · 2615 pictures: validation, class images, comparison · 2815
+# probes: what was learned, what was forgotten · 2993 files that a run leaves · 3305 command line · 3761 base model:
+# loading, quantising, splitting · 3969 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 

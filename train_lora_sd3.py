@@ -203,7 +203,11 @@ def negative_embeds(empty: dict, components: Components) -> dict:
 
 
 def check_base(components: Components) -> None:
-    """Refuses what the base has not."""
+    """Refuses bases of other families, and what the base has not."""
+    config = components.config(DENOISER) if components.has(DENOISER) else {}
+    if config.get("_class_name") != "SD3Transformer2DModel":
+        kind = components.index.get("_class_name")
+        raise UserError(f"--pretrained_model_name_or_path is a {kind}, not {FAMILY_TITLE}")
     if components.args.enable_t5_ti and not components.has("text_encoder_3"):
         raise UserError("--enable_t5_ti: the base has no T5")
 
@@ -274,12 +278,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 287 the run: what happens, in which order · 587 the loop, and one step of it · 766 what is logged, and the
-# guard against learning nothing · 897 data: images and captions · 1192 images: decoding, buckets, crops, batches ·
-# 1602 text: embeddings and new tokens · 1823 LoRA and optimizer · 2240 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2530 checkpoints and signals · 2686 pictures: validation, class images, comparison · 2886
-# probes: what was learned, what was forgotten · 3064 files that a run leaves · 3376 command line · 3832 base model:
-# loading, quantising, splitting · 4040 errors, lines, seeds, libraries
+# By line: 291 the run: what happens, in which order · 591 the loop, and one step of it · 770 what is logged, and the
+# guard against learning nothing · 901 data: images and captions · 1196 images: decoding, buckets, crops, batches ·
+# 1606 text: embeddings and new tokens · 1827 LoRA and optimizer · 2244 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2534 checkpoints and signals · 2690 pictures: validation, class images, comparison · 2890
+# probes: what was learned, what was forgotten · 3068 files that a run leaves · 3380 command line · 3836 base model:
+# loading, quantising, splitting · 4044 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 

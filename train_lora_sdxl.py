@@ -185,12 +185,22 @@ def negative_embeds(empty: dict, components: Components) -> dict:
 
 def check_base(components: Components) -> None:
     """Refuses bases that this script can't train, and warns of those that were distilled to few steps."""
-    channels = components.config(DENOISER)["in_channels"]
-    if channels != components.config("vae")["latent_channels"]:
+    base, kind = "--pretrained_model_name_or_path", components.index.get("_class_name")
+    unet = components.config(DENOISER) if components.has(DENOISER) else {}
+    if unet.get("addition_embed_type") != "text_time":
+        raise UserError(f"{base} is a {kind}, not {FAMILY_TITLE}")
+    schedule, vae = components.config("scheduler"), components.config("vae")
+    if unet["in_channels"] != vae["latent_channels"]:
         raise UserError(
-            f"--pretrained_model_name_or_path: a UNet with {channels} input channels (inpainting, editing) can't be trained"
+            f"{base}: a UNet with {unet['in_channels']} input channels (inpainting, editing) can't be trained"
         )
-    schedule = components.config("scheduler")
+    predicts = components.args.prediction_type or schedule.get("prediction_type", "epsilon")
+    if predicts not in ("epsilon", "v_prediction"):
+        raise UserError(f"{base}: a UNet that predicts {predicts!r} can't be trained here, only noise or velocity")
+    if schedule["_class_name"].startswith("EDM") or vae.get("latents_mean") or vae.get("latents_std"):
+        raise UserError(
+            f"{base}: a base with EDM's schedule or a mean of its latents, as Playground v2.5, can't be trained"
+        )
     few_steps = schedule.get("timestep_spacing") == "trailing" or schedule["_class_name"].startswith(("LCM", "TCD"))
     name = str(components.args.pretrained_model_name_or_path).lower()
     if few_steps or any(word in name for word in ("turbo", "lightning", "lcm", "hyper")):
@@ -257,12 +267,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 270 the run: what happens, in which order · 570 the loop, and one step of it · 749 what is logged, and the
-# guard against learning nothing · 880 data: images and captions · 1175 images: decoding, buckets, crops, batches ·
-# 1585 text: embeddings and new tokens · 1806 LoRA and optimizer · 2223 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2513 checkpoints and signals · 2669 pictures: validation, class images, comparison · 2869
-# probes: what was learned, what was forgotten · 3047 files that a run leaves · 3359 command line · 3815 base model:
-# loading, quantising, splitting · 4023 errors, lines, seeds, libraries
+# By line: 276 the run: what happens, in which order · 576 the loop, and one step of it · 755 what is logged, and the
+# guard against learning nothing · 886 data: images and captions · 1181 images: decoding, buckets, crops, batches ·
+# 1591 text: embeddings and new tokens · 1812 LoRA and optimizer · 2229 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2519 checkpoints and signals · 2675 pictures: validation, class images, comparison · 2875
+# probes: what was learned, what was forgotten · 3053 files that a run leaves · 3365 command line · 3821 base model:
+# loading, quantising, splitting · 4029 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, SAMPLE, losses, run_here
+from conftest import FAMILIES, ROOT, SAMPLE, load_script, losses, run_here
 from safetensors.torch import load_file, save_file
 
 from scripts.bases import unpack_checkpoint
+from scripts.lora import merge_lora
 from scripts.lora.parts.original_layout import single_file
 from scripts.parts import released_models
 from scripts.parts.clip_vocabulary import clip_tokenizer
@@ -219,3 +220,94 @@ def test_mistakes(tmp_path, capsys, vocabulary):
 def test_without_vocabulary_the_way_out_is_named(tmp_path, capsys):
     file = checkpoint_of(FAMILIES["sd15"], tmp_path / "x.safetensors")
     assert "pip install --no-deps open_clip_torch" in mistake(capsys, file, tmp_path / "out")
+
+
+@pytest.mark.parametrize("other", sorted(FAMILIES))
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_another_familys_base_is_told_in_one_line(name, other, tmp_path, capsys):
+    if name == other:
+        return
+    script = load_script(FAMILIES[name].script)
+    assert run_here(FAMILIES[name], tmp_path / "x", "-d", SAMPLE, "-m", FAMILIES[other].base) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"is a {FAMILIES[other].pipeline}, not {script.FAMILY_TITLE}" in line
+    # one of the hub is looked at here alone
+    args = script.parse_args(["-m", "b", "-d", str(SAMPLE)])
+    with pytest.raises(script.UserError, match=f"is a {FAMILIES[other].pipeline}, not "):
+        script.check_base(script.Components(Path(FAMILIES[other].base), args, None, None))
+
+
+OF_SCHEDULE, OF_VAE, OF_UNET = "scheduler/scheduler_config.json", "vae/config.json", "unet/config.json"
+UNUSUAL = {
+    "EDM's schedule": ("sdxl", OF_SCHEDULE, {"_class_name": "EDMDPMSolverMultistepScheduler"}, "EDM's schedule"),
+    "a mean of the latents": ("sdxl", OF_VAE, {"latents_mean": [0.1, 0.2, 0.3, 0.4]}, "a mean of its latents"),
+    "a spread of the latents": ("sdxl", OF_VAE, {"latents_std": [5.1, 5.2, 5.3, 5.4]}, "a mean of its latents"),
+    "SDXL that predicts pictures": ("sdxl", OF_SCHEDULE, {"prediction_type": "sample"}, "predicts 'sample'"),
+    "SD that predicts pictures": ("sd15", OF_SCHEDULE, {"prediction_type": "sample"}, "predicts 'sample'"),
+    "SDXL for inpainting": ("sdxl", OF_UNET, {"in_channels": 9}, "9 input channels"),
+    "SD for editing": ("sd15", OF_UNET, {"in_channels": 8}, "8 input channels"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_bases_that_would_be_trained_wrongly_are_refused(case, tmp_path, capsys):
+    name, file, change, words = UNUSUAL[case]
+    base = tmp_path / "base"
+    shutil.copytree(FAMILIES[name].base, base)
+    (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | change))
+    assert run_here(FAMILIES[name], tmp_path / "x", "-d", SAMPLE, "-m", base) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line and "--pretrained_model_name_or_path" in line
+
+
+@pytest.fixture(scope="module")
+def small_lora(tmp_path_factory) -> Path:
+    """A LoRA for the toy of SD 1.5 that is not zero."""
+    import lora
+
+    model = lora.apply_lora_to_model(lora.load_models(FAMILIES["sd15"].base, apply_to_diffusion=False)["unet"], 2)
+    torch.manual_seed(0)
+    for parameter in lora.get_lora_parameters(model):
+        parameter.data.normal_(0, 0.1)
+    return lora.save_lora(model, tmp_path_factory.mktemp("lora") / "pytorch_lora_weights.safetensors")
+
+
+def test_a_ckpt_base_is_merged_as_a_safetensors_one(small_lora, tmp_path):
+    """With numbers that are no tensors beside them, and tensors that share memory, as old checkpoints have them."""
+    sd15, merged = FAMILIES["sd15"], []
+    tensors = single_file("sd15", ROOT / sd15.base)
+    save_file(tensors, tmp_path / "a.safetensors")
+    shared = torch.zeros(10)
+    state = tensors | {"model_ema.x": shared[:5], "model_ema.y": shared[5:]}
+    torch.save({"state_dict": state, "global_step": 470000, "epoch": 3}, tmp_path / "a.ckpt")
+    torch.save(tensors, tmp_path / "bare.ckpt")
+    for name in ("a.safetensors", "a.ckpt", "bare.ckpt"):
+        target = tmp_path / f"merged_{name}.safetensors"
+        words = [str(tmp_path / name), str(target), "--lora", str(small_lora), "--shape", sd15.base]
+        assert merge_lora.main(words) == 0
+        merged.append(load_file(target))
+    first = merged[0]
+    assert any(not torch.equal(first[k], tensors[k]) for k in tensors)
+    for other in merged[1:]:
+        assert all(torch.equal(first[k], other[k]) for k in tensors)
+
+
+@pytest.mark.parametrize("family", [(), ("--family", "sd15")])
+@pytest.mark.parametrize(
+    "name", ["pickle.ckpt", "cut.ckpt", "empty.ckpt", "list.ckpt", "cut.safetensors", "x.bin", "gone.ckpt"]
+)
+def test_what_is_no_base_is_not_merged(name, family, small_lora, tmp_path, capsys):
+    file, trace = tmp_path / name, tmp_path / "was_run"
+    tensors = {"input_blocks.0.0.weight": torch.ones(3, 3)}
+    if name == "pickle.ckpt":
+        file.write_bytes(pickle.dumps({"state_dict": {"input_blocks.0.0.weight": Payload(trace)}}))
+    elif name == "list.ckpt":
+        torch.save([1, 2], file)
+    elif name != "gone.ckpt":
+        torch.save(tensors, file) if name.endswith(".ckpt") else save_file(tensors, file)
+        file.write_bytes(file.read_bytes()[: 0 if "empty" in name else 100])
+    words = [str(file), str(tmp_path / "out.safetensors"), "--lora", str(small_lora), "--shape", FAMILIES["sd15"].base]
+    assert merge_lora.main([*words, *family]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"merge_lora.py: error: {file}")
+    assert not trace.exists() and [f.name for f in tmp_path.glob("*out*")] == []

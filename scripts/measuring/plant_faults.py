@@ -66,19 +66,8 @@ def copy_repository(target: Path) -> None:
 def run_tests(tests: str, folder: Path) -> tuple[bool, str]:
     """(whether they pass, the first that fails) of a file of tests/ with its options. Errors: FaultError."""
     file, *options = shlex.split(tests)
-    words = [
-        f"tests/{file}",
-        *options,
-        "-q",
-        "-x",
-        "--tb=no",
-        "-p",
-        "no:warnings",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
+    words = [f"tests/{file}", *options, "-q", "-x", "--tb=no", "-rfE", "-n", "0", "-o", "addopts="]
+    words += ["-p", "no:warnings", "-p", "no:cacheprovider"]
     plain = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", *words]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=plain, timeout=1800)
