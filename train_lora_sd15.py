@@ -205,12 +205,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line: 216 the run: what happens, in which order · 516 the loop, and one step of it · 695 what is logged, and the
-# guard against learning nothing · 826 data: images and captions · 1121 images: decoding, buckets, crops, batches ·
-# 1531 text: embeddings and new tokens · 1752 LoRA and optimizer · 2169 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2459 checkpoints and signals · 2615 pictures: validation, class images, comparison · 2815
-# probes: what was learned, what was forgotten · 2993 files that a run leaves · 3305 command line · 3761 base model:
-# loading, quantising, splitting · 3969 errors, lines, seeds, libraries
+# By line: 218 the run: what happens, in which order · 518 the loop, and one step of it · 697 what is logged, and the
+# guard against learning nothing · 828 data: images and captions · 1123 images: decoding, buckets, crops, batches ·
+# 1533 text: embeddings and new tokens · 1754 LoRA and optimizer · 2171 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2461 checkpoints and signals · 2617 pictures: validation, class images, comparison · 2817
+# probes: what was learned, what was forgotten · 2995 files that a run leaves · 3307 command line · 3763 base model:
+# loading, quantising, splitting · 3971 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 

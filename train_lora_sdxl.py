@@ -267,12 +267,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 276 the run: what happens, in which order · 576 the loop, and one step of it · 755 what is logged, and the
-# guard against learning nothing · 886 data: images and captions · 1181 images: decoding, buckets, crops, batches ·
-# 1591 text: embeddings and new tokens · 1812 LoRA and optimizer · 2229 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2519 checkpoints and signals · 2675 pictures: validation, class images, comparison · 2875
-# probes: what was learned, what was forgotten · 3053 files that a run leaves · 3365 command line · 3821 base model:
-# loading, quantising, splitting · 4029 errors, lines, seeds, libraries
+# By line: 280 the run: what happens, in which order · 580 the loop, and one step of it · 759 what is logged, and the
+# guard against learning nothing · 890 data: images and captions · 1185 images: decoding, buckets, crops, batches ·
+# 1595 text: embeddings and new tokens · 1816 LoRA and optimizer · 2233 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2523 checkpoints and signals · 2679 pictures: validation, class images, comparison · 2879
+# probes: what was learned, what was forgotten · 3057 files that a run leaves · 3369 command line · 3825 base model:
+# loading, quantising, splitting · 4033 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
