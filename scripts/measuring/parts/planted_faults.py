@@ -30,7 +30,7 @@ FAULTS = tuple(
     for fields in (
         # loss
         ("l1 loss", "shared", "return (model_pred - target.float()) ** 2", "return (model_pred - target.float()).abs()", "loss", (UNIT,)),
-        ("half a Huber", "shared", "return 2 * c * (torch.sqrt(", "return c * (torch.sqrt(", "loss", (FORMULAS,)),
+        ("half a Huber", "shared", "return 2 * c * (torch.sqrt(", "return c * (torch.sqrt(", "loss", (f"{UNIT} -k loss",)),
         ("latents divided", "shared", ')) * config["scaling_factor"]', ')) / config["scaling_factor"]', "latents", (FORMULAS,)),
         ("latents unshifted", "shared", 'noise - (config.get("shift_factor")', 'noise + (config.get("shift_factor")', "latents", (FORMULAS,)),
         ("latents without spread", "shared", "mean + std * noise", "mean + 0 * noise", "latents", (FORMULAS,)),
