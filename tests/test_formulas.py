@@ -45,6 +45,11 @@ def test_latents_are_those_that_the_pipeline_decodes(script, family):
     mean, std = moments.chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
     latents = script.sample_latents(moments, noise, config)
+    shifted = {"scaling_factor": 0.3611, "shift_factor": 0.1159}  # FLUX.1's
+    assert torch.allclose(
+        script.sample_latents(moments, noise, shifted), (mean + std * noise - 0.1159) * 0.3611, atol=1e-5
+    )
+    assert torch.allclose(script.unscaled(mean, shifted), mean / 0.3611 + 0.1159, atol=1e-5)
     undone = latents / config["scaling_factor"] + (config.get("shift_factor") or 0)  # as the pipelines do
     assert torch.allclose(undone, mean + std * noise, atol=1e-4)
     assert (std * noise).abs().max() > 1e-4
