@@ -15,7 +15,7 @@ import torch
 from conftest import FAMILIES, ROOT, SAMPLE, load_script, losses, run_here
 from safetensors.torch import load_file, save_file
 
-from scripts.bases import unpack_checkpoint
+from scripts.bases import detect_family, unpack_checkpoint
 from scripts.lora import merge_lora
 from scripts.lora.parts.original_layout import single_file
 from scripts.parts import released_models
@@ -311,3 +311,78 @@ def test_what_is_no_base_is_not_merged(name, family, small_lora, tmp_path, capsy
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"merge_lora.py: error: {file}")
     assert not trace.exists() and [f.name for f in tmp_path.glob("*out*")] == []
+
+
+def damaged_copy(name: str, tmp_path: Path) -> Path:
+    """A checkpoint or a folder of SD 1.5's toy with one damage."""
+    if name.startswith("folder"):
+        folder = tmp_path / "folder"
+        shutil.copytree(FAMILIES["sd15"].base, folder)
+        index, weights = folder / "model_index.json", folder / "unet" / "diffusion_pytorch_model.safetensors"
+        if "weights" in name:
+            weights.write_bytes(b"xx")
+        elif "NaN" in name:
+            save_file({k: v * float("nan") for k, v in load_file(weights).items()}, weights)
+        else:
+            texts = {"broken": "{x", "list": "[]", "deep": "[" * 5000, "class": json.dumps({"_class_name": [1]})}
+            index.write_bytes(b"\xff\xfe" if "binary" in name else texts[name.split()[1]].encode())
+        return folder
+    tensors, file = single_file("sd15", ROOT / FAMILIES["sd15"].base), tmp_path / "x.safetensors"
+    changes = {
+        "NaN": lambda k, v: v * float("nan") if v.is_floating_point() and "attn" in k else v,
+        "8 bits": lambda k, v: v.to(torch.int8),
+        "narrow": lambda k, v: v[..., :3].contiguous() if v.dim() > 1 else v,
+        "half": lambda k, v: v if "output_blocks" not in k else None,
+    }
+    change = changes.get(name, lambda k, v: v)
+    changed = {k: change(k, v) for k, v in tensors.items()}
+    save_file({k: v for k, v in changed.items() if v is not None}, file)
+    raw = file.read_bytes()
+    spoiled = {
+        "cut": raw[:5000],
+        "cut late": raw[:-100],
+        "empty": b"",
+        "page": b"<html>" * 99,
+        "huge": b"\xff" * 8 + b"{}",
+    }
+    spoiled |= {"deep": (60000).to_bytes(8, "little") + b"[" * 60000, "list": (2).to_bytes(8, "little") + b"[]"}
+    file.write_bytes(spoiled.get(name, raw))
+    return file
+
+
+DAMAGES = ("cut", "cut late", "empty", "page", "huge", "deep", "list", "NaN", "8 bits", "narrow", "half")
+OF_FOLDERS = tuple(f"folder {what}" for what in ("broken", "list", "deep", "binary", "class", "weights", "NaN"))
+
+
+@pytest.mark.parametrize("name", [*DAMAGES, *OF_FOLDERS])
+def test_damaged_bases_end_in_one_line(name, small_lora, tmp_path, capsys):
+    """In every command that reads one; nothing is left behind."""
+    toy, damaged = FAMILIES["sd15"].base, damaged_copy(name, tmp_path)
+    out = str(tmp_path / "out")
+    if name.startswith("folder"):
+        good = str(checkpoint_of(FAMILIES["sd15"], tmp_path / "good.safetensors"))
+        commands = [(unpack_checkpoint.main, [good, out, "--layout", str(damaged)])] * (
+            "weights" not in name and "NaN" not in name
+        )
+        commands += [(merge_lora.main, [str(damaged), out, "--lora", str(small_lora)])]
+    else:
+        commands = [
+            (unpack_checkpoint.main, [str(damaged), out, "--layout", toy, *more]) for more in ([], ["--family", "sd15"])
+        ]
+        lora = ["--lora", str(small_lora), "--shape", toy]
+        commands += [
+            (merge_lora.main, [str(damaged), f"{out}.safetensors", *lora, *more]) for more in ([], ["--family", "sd15"])
+        ]
+    if not {"weights", "NaN"} & set(name.split()) and name not in ("cut late", "8 bits", "narrow", "half"):
+        commands += [(detect_family.main, [str(damaged)])]
+    for main, words in commands:
+        assert main(words) == 2, words
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "Traceback" not in line and len(line) < 700
+    assert not [f.name for f in tmp_path.iterdir() if "out" in f.name]
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "1e400", "much"])
+def test_a_scale_is_a_number(scale, small_lora, tmp_path, capsys):
+    assert merge_lora.main([FAMILIES["sd15"].base, str(tmp_path / "out"), "--lora", str(small_lora), scale]) == 2
+    assert "the scale is not" in capsys.readouterr().err

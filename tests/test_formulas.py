@@ -3,12 +3,14 @@
 import argparse
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FAMILIES, SAMPLE, load_script, losses, run_here
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.unit
 
@@ -244,6 +246,21 @@ def test_text_from_the_cache_is_the_computed_one(script, family, tmp_path):
     wanted = script.Prompts(plain.args, plain).lookup(texts)
     for result in found:
         assert all(torch.allclose(result[k], wanted[k], atol=1e-5) for k in wanted)
+
+
+@pytest.mark.families("flux", "sdxl")
+def test_text_of_another_base_is_not_taken_from_the_cache(script, family, tmp_path):
+    base, encoder = tmp_path / "base", next(iter(script.TEXT_ENCODERS.values()))[1]
+    shutil.copytree(family.base, base)
+    (file,) = (base / encoder).glob("*.safetensors")
+    save_file({k: v * 1.3 for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    found = []
+    for folder in (Path(family.base), base):
+        args = arguments(script)
+        args.cache_folder = str(tmp_path / "cache")
+        found.append(script.Prompts(args, script.Components(folder, args, torch.float32, "cpu")).lookup(["a circle"]))
+    names = ("pooled_prompt_embeds",) if family.name == "flux" else ("prompt_embeds",)  # what the first encoder gives
+    assert all((found[0][k] - found[1][k]).abs().max() > 0.01 for k in names)
 
 
 @pytest.mark.families("sd15", "sdxl")

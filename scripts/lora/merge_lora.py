@@ -12,6 +12,7 @@ stored in the base's precision, or in --dtype. A LoRA or base with NaN is refuse
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -61,6 +62,8 @@ class Merger:
     def merge(self, part: str, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight of one layer with every LoRA in it, in the weight's own precision."""
         out = weight
+        if not weight.is_floating_point():
+            raise FileError(f"{part}.{name}: the base's weights are {weight.dtype}, to which nothing can be added")
         for layer, scale in self.layers(part, name):
             if layer.up.shape[0] != weight.shape[0] or layer.down[0].numel() != weight[0].numel():
                 raise FileError(f"{part}.{name} is {tuple(weight.shape)} in the base, and another size in the LoRA")
@@ -88,7 +91,7 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
         raise FileError(f"{file}: damaged ({' '.join(str(error).split())[:200]})") from None
 
 
-def merged_part(folder: Path, part: str, merger: Merger, file: Path) -> dict[str, torch.Tensor]:
+def merged_part(part: str, merger: Merger, file: Path) -> dict[str, torch.Tensor]:
     """The tensors of one weight file of a diffusers part, merged."""
     tensors = read_weights(file)
     if merger.dtype:  # sums in the target's precision, not rounded to the base's in between
@@ -113,9 +116,10 @@ def merge_folder(base: Path, target: Path, merger: Merger, parts: set[str]) -> N
         if part in parts and not files:
             raise FileError(f"{base / part}: no .safetensors weights")
         for file in files:
+            tensors = merger.stored(merged_part(part, merger, base / part / file.name))
             with safe_open(file, "pt") as opened:
                 metadata = opened.metadata()
-            save_file(merger.stored(merged_part(target, part, merger, file)), file, metadata=metadata)
+            save_file(tensors, file, metadata=metadata)
 
 
 def merge_single(base: Path, family: str, shape: str | None, merger: Merger) -> dict[str, torch.Tensor]:
@@ -168,6 +172,8 @@ def read_loras(args: argparse.Namespace, family: str, shape: str | None) -> list
             scale = float(words[1]) if len(words) > 1 else 1.0
         except ValueError:
             raise FileError(f"--lora {words[0]} {words[1]}: the scale is not a number") from None
+        if not math.isfinite(scale):
+            raise FileError(f"--lora {words[0]} {words[1]}: the scale is not finite")
         lora = read_lora(words[0], family, shape)
         for part, name, layer in lora:
             if not all(torch.isfinite(t.float()).all() for t in (layer.down, layer.up)):

@@ -23,8 +23,11 @@ KEYS = (
 
 
 def of_index(text: str) -> str | None:
-    """The family that a model_index.json names."""
-    return CLASSES.get(json.loads(text).get("_class_name"))
+    """The family that a model_index.json names. Errors: ValueError for a damaged one."""
+    try:
+        return CLASSES.get(str(json.loads(text).get("_class_name")))
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"model_index.json is damaged ({error})") from None
 
 
 def tensors_of(path: Path) -> dict[str, tuple[str, int]]:

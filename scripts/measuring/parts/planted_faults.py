@@ -65,7 +65,7 @@ FAULTS = tuple(
         ("size as width, height", "shared", "(example.size[1], example.size[0])", "(example.size[0], example.size[1])", "time ids", (FORMULAS,)),
         # caches
         ("one latent for both flips", "shared", "crop.left, crop.top, flip)", "crop.left, crop.top)", "caches", (FORMULAS,)),
-        ("one text for all encoders", "shared", "return (FAMILY, key, prompt,", "return (FAMILY, prompt,", "caches", (FORMULAS,)),
+        ("texts of another base", "shared", "prompt, *self.identity[key], self", "prompt, self", "caches", (FORMULAS,)),
         ("last part of the key lost", "shared", '"|".join(map(str, place))', '"|".join(map(str, place[:-1]))', "caches", (UNIT,)),
         # token rows
         ("first token untrained", "shared", "inside = (place >= 0)", "inside = (place > 0)", "token rows", (UNIT,)),
