@@ -79,8 +79,12 @@ def lora_targets(model: torch.nn.Module, names: list[str] | None = None) -> list
     """
     closed = tuple(f"{n}." if n else "" for n, m in model.named_modules() if isinstance(m, torch.nn.MultiheadAttention))
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS) and not n.startswith(closed)}
+    layers = {
+        n: m for n, m in layers.items() if n and getattr(m, "groups", 1) == 1
+    }  # peft merges no grouped convolution
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no layer that takes a LoRA (Linear or convolution)")
+        advice = "; LoRALinear is one layer by itself" if isinstance(model, torch.nn.Linear) else ""
+        raise ValueError(f"{type(model).__name__} has no layer that takes a LoRA (Linear or convolution){advice}")
 
     def called(name: str) -> list[str]:
         return [layer for layer in layers if f".{layer}".endswith(f".{name}")]

@@ -48,6 +48,11 @@ class Encoder(nn.Module):
 MODELS = {
     "linear": (lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), (3, 8), 2),
     "convolution": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)), (2, 3, 6, 6), 2),
+    "signals and volumes": (
+        lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.Unflatten(2, (1, 2, 2)), nn.Conv3d(4, 2, 1)),
+        (2, 3, 6),
+        2,
+    ),
     "original names": (lambda: nn.Sequential(Attention(), nn.Linear(8, 8)), (2, 5, 8), 4),
     "diffusers' names": (lambda: Attention(("to_q", "to_k", "to_v", "out_proj")), (2, 5, 8), 4),
     "torch's encoder": (Encoder, (2, 5, 8), 2),
@@ -297,8 +302,9 @@ def test_what_cannot_be_is_said():
     for wrong in (lora.merge_lora_weights, lambda m: lora.save_lora(m, "x.safetensors")):
         with pytest.raises(ValueError, match="no LoRA"):
             wrong(model)
-    with pytest.raises(ValueError, match="takes a LoRA"):
-        lora.apply_lora_to_model(nn.ReLU())
+    for empty in (nn.ReLU(), nn.LSTM(3, 4), nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), nn.Linear(3, 3)):
+        with pytest.raises(ValueError, match="takes a LoRA"):
+            lora.apply_lora_to_model(empty)
     with pytest.raises(ValueError, match="takes a LoRA"):
         lora.apply_lora_to_model(nn.MultiheadAttention(8, 2))
     lora.apply_lora_to_model(model)
