@@ -158,7 +158,8 @@ def set_lora_enabled(model: torch.nn.Module, enabled: bool) -> None:
 def merge_lora_weights(model: torch.nn.Module) -> torch.nn.Module:
     """Adds the LoRA's update to the base's weights and takes the LoRA away; returns the plain model.
 
-    Errors: ValueError for a model without LoRA, or with weights that are not finite (the base is then as it was).
+    Sums are made in float32. Errors: ValueError for a model without LoRA, or with weights that are not finite (the base is then
+    as it was).
     """
     layers = lora_layers(model)
     if not layers:
@@ -167,10 +168,12 @@ def merge_lora_weights(model: torch.nn.Module) -> torch.nn.Module:
         if not torch.isfinite(parameter).all():
             raise ValueError("the LoRA has weights that are not finite")
     for name, layer in layers.items():
-        layer.merge()
+        base, down, up = layer.get_base_layer(), layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        update = layer.scaling[ADAPTER] * up.detach().flatten(1) @ down.detach().flatten(1)
+        base.weight.data = (base.weight.float() + update.view_as(base.weight)).to(base.weight.dtype)
         if not name:
-            return layer.get_base_layer()
-        model.set_submodule(name, layer.get_base_layer())
+            return base
+        model.set_submodule(name, base)
     for attribute in ("peft_config", "active_adapter"):
         model.__dict__.pop(attribute, None)
     return model
