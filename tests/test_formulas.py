@@ -258,7 +258,11 @@ def test_text_of_another_base_is_not_taken_from_the_cache(script, family, tmp_pa
     for folder in (Path(family.base), base):
         args = arguments(script)
         args.cache_folder = str(tmp_path / "cache")
-        found.append(script.Prompts(args, script.Components(folder, args, torch.float32, "cpu")).lookup(["a circle"]))
+        found.append(
+            script.Prompts(args, script.Components(folder, args, torch.float32, torch.device("cpu"))).lookup(
+                ["a circle"]
+            )
+        )
     names = ("pooled_prompt_embeds",) if family.name == "flux" else ("prompt_embeds",)  # what the first encoder gives
     assert all((found[0][k] - found[1][k]).abs().max() > 0.01 for k in names)
 

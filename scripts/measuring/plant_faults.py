@@ -30,7 +30,6 @@ from scripts.parts.training_scripts import ROOT, SCRIPTS
 
 SEAM = "# ==== From here on, the four training scripts are the same, line for line ===="
 MARKS = ("<!-- planted faults: begin -->", "<!-- planted faults: end -->")
-NEEDED = ("assets", "config", "scripts", "tests", "*.py", "*.sh", "*.md", "*.toml", "docs/*.md")
 
 
 class FaultError(Exception):
@@ -56,7 +55,7 @@ def planted(fault: Fault, root: Path) -> dict[Path, str]:
 
 def copy_repository(target: Path) -> None:
     """Copies what git knows of, as it stands in the working tree."""
-    listed = subprocess.run(["git", "ls-files", *NEEDED], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in listed.splitlines():
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)

@@ -69,14 +69,14 @@ FAULTS = tuple(
         ("last part of the key lost", "shared", '"|".join(map(str, place))', '"|".join(map(str, place[:-1]))', "caches", (UNIT,)),
         # token rows
         ("first token untrained", "shared", "inside = (place >= 0)", "inside = (place > 0)", "token rows", (UNIT,)),
-        ("rows of size 1", "shared", "generator=generator) * table.std()", "generator=generator)", "token rows", (FORMULAS,)),
+        ("rows of size 1", "shared", "generator=generator) * table.std()", "generator=generator)", "token rows", (UNIT,)),
         ("a step past the pivot", "shared", "and step < p.last_step for p", "and step <= p.last_step for p", "token rows", (FORMULAS,)),
         # LoRA, optimizer, clipping, average, schedule
         ("alpha ignored", "shared", "lora_alpha=args.lora_alpha,", "lora_alpha=args.rank,", "LoRA", (FORMULAS,)),
         ("betas swapped", "shared", "(args.adam_beta1, args.adam_beta2)", "(args.adam_beta2, args.adam_beta1)", "optimizer", (STEP,)),
         ("no weight decay", "shared", '"weight_decay": part.weight_decay}', '"weight_decay": 0.0}', "optimizer", (STEP, FORMULAS)),
         ("gradients kept", "shared", "self.gradients.zero_()\n        if", "pass\n        if", "optimizer", (STEP, FORMULAS)),
-        ("norm always the bound", "shared", ".clamp_(max=1.0).nan_to_num_(0.0)", ".nan_to_num_(0.0)", "clipping", (STEP,)),
+        ("norm always the bound", "shared", ".clamp_(max=1.0).nan_to_num_(0.0)", ".nan_to_num_(0.0)", "clipping", (FORMULAS,)),
         ("norm per part", "shared", "torch.linalg.vector_norm(torch.stack(norms))", "norms[0]", "clipping", (STEP, FORMULAS)),
         ("average of the start", "shared", "self.ema.step([self.weights])", "pass", "average", (STEP, FORMULAS)),
         ("average not shown", "shared", "part.ema.copy_to([part.weights])", "pass", "average", (UNIT, STEP)),
