@@ -23,6 +23,7 @@ class Fault(NamedTuple):
 
 UNIT, FORMULAS, STEP = "test_unit.py", "test_formulas.py", "test_step.py"
 RESUME = "test_resume.py -k 'sdxl and (cached or ema)'"
+COSINE = "test_resume.py -k 'sdxl and prodigy'"  # its learning rate falls
 DAMAGED = "test_resume.py -k 'damaged_checkpoint and sdxl'"
 
 FAULTS = tuple(
@@ -60,8 +61,8 @@ FAULTS = tuple(
         ("EXIF ignored", "shared", "to_srgb(ImageOps.exif_transpose(image))", "to_srgb(image)", "pixels", (FORMULAS,)),
         ("transparency on black", "shared", 'image.size, "white"), image)', 'image.size, "black"), image)', "pixels", (FORMULAS,)),
         # time ids
-        ("crop coordinates swapped", "shared", "torch.tensor((crop.top, left))", "torch.tensor((left, crop.top))", "time ids", (UNIT, FORMULAS)),
-        ("crop of the unmirrored", "shared", "- crop.left if crop.flip else crop.left", "- crop.left if not crop.flip else crop.left", "time ids", (UNIT,)),
+        ("crop coordinates swapped", "shared", "torch.tensor((crop.top, left))", "torch.tensor((left, crop.top))", "time ids", (FORMULAS,)),
+        ("crop of the unmirrored", "shared", "- crop.left if crop.flip else crop.left", "- crop.left if not crop.flip else crop.left", "time ids", (f"{UNIT} -k crop",)),
         ("size as width, height", "shared", "(example.size[1], example.size[0])", "(example.size[0], example.size[1])", "time ids", (FORMULAS,)),
         # caches
         ("one latent for both flips", "shared", "crop.left, crop.top, flip)", "crop.left, crop.top)", "caches", (FORMULAS,)),
@@ -85,9 +86,9 @@ FAULTS = tuple(
         ("schedule twice as long", "shared", "num_training_steps=part.last_step,", "num_training_steps=2 * part.last_step,", "schedule", (FORMULAS,)),
         # checkpoints
         ("optimizer not resumed", "shared", 'part.optimizer.load_state_dict(saved["optimizer"])', "pass", "checkpoints", (RESUME,)),
-        ("schedule not resumed", "shared", 'part.schedule.load_state_dict(saved["schedule"])', "pass", "checkpoints", (RESUME,)),
+        ("schedule not resumed", "shared", 'part.schedule.load_state_dict(saved["schedule"])', "pass", "checkpoints", (COSINE,)),
         ("damage unseen", "shared", "if file_hash(folder / name) != digest", "if False", "checkpoints", (DAMAGED,)),
-        ("oldest checkpoint first", "shared", "key=lambda p: int(numbers[p]), reverse=True", "key=lambda p: int(numbers[p])", "checkpoints", (UNIT,)),
+        ("oldest checkpoint first", "shared", "key=lambda p: int(numbers[p]), reverse=True", "key=lambda p: int(numbers[p])", "checkpoints", (f"{UNIT} -k checkpoints",)),
         # exports, metadata
         ("alpha of 1 in kohya's file", "shared", "torch.tensor(float(alpha))", "torch.tensor(1.0)", "exports", (UNIT,)),
         ("start added twice", "shared", "torch.cat([value, -start], dim=1)", "torch.cat([value, start], dim=1)", "exports", (FORMULAS,)),
