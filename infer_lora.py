@@ -31,15 +31,20 @@ it says so where that is missing.
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # answered from the start, with a line as soon as there is one to say
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
+
 import argparse
 import contextlib
 import difflib
 import hashlib
 import io
 import json
-import os
 import re
-import signal
 import sys
 import tempfile
 import time
@@ -261,7 +266,7 @@ def read_settings(argv: list[str] | None):
     words = parse_words(argv)
     given = {key: value_of(key, vars(words)[key]) for key in FIELDS if vars(words)[key] is not None}
     for prompt in words.prompt or []:
-        if prompt.endswith(".safetensors") or (Path(prompt) / "pytorch_lora_weights.safetensors").is_file():
+        if prompt.endswith(".safetensors") or exists(f"{prompt}/pytorch_lora_weights.safetensors"):
             raise UserError(f"--prompt: {prompt} is a LoRA; it comes first: infer_lora.py {prompt} --prompt …")
     source, values = words.config or str(ROOT / "config" / "lora_infer.yaml"), {}
     if words.config or not words.lora:
@@ -952,8 +957,17 @@ def add_adapters(pipeline, trainings: list[Training], base: str) -> dict[str, fl
                     f"{what}: none of its keys fits {type(pipeline).__name__};"
                     " scripts/lora/inspect_lora.py says what it is for"
                 )
+            check_complete(pipeline, what)
             weights[name] = training.weight
     return weights
+
+
+def check_complete(pipeline, what: str) -> None:
+    """Errors: UserError if a matrix of a LoRA is not in its file, where diffusers leaves an empty one."""
+    for part in pipeline.components.values():
+        for name, parameter in part.named_parameters() if hasattr(part, "named_parameters") else ():
+            if parameter.is_meta and "lora_" in name:
+                raise UserError(f"{what}: damaged or cut: {name} is missing in it")
 
 
 def check_finite(file: Path) -> dict:

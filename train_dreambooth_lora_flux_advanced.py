@@ -137,13 +137,12 @@ def draw_noise(
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     noise = torch.randn(shape, generator=generator)
-    config = scheduler.config
-    steps = config.num_train_timesteps
+    config, steps = scheduler.config, scheduler.config.num_train_timesteps
     sigma = scheduler.sigmas[min(int(draw_level(generator, args, quantile) * steps), steps - 1)].clone()
     if config.use_dynamic_shifting:  # sigma' = e^mu / (e^mu + 1/sigma - 1), mu linear in the number of image tokens
         tokens = shape[1] * shape[2] // 4
-        line = (config[k] for k in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"))
-        mu = calculate_shift(tokens, *line)
+        ends = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+        mu = calculate_shift(tokens, *ends)
         sigma = scheduler.time_shift(mu, 1.0, sigma)
     return {"noise": noise, "sigmas": sigma, "timesteps": sigma * steps}
 
@@ -197,9 +196,13 @@ def negative_embeds(empty: dict, components: Components) -> dict:
 
 
 def check_base(components: Components) -> None:
-    """Refuses what would have no effect on this base, and says what its pictures need."""
-    args = components.args
-    if components.config(DENOISER)["guidance_embeds"]:
+    """Refuses other families' bases and what would have no effect on this one, and says what its pictures need."""
+    args, config = components.args, components.config(DENOISER) if components.has(DENOISER) else {}
+    if config.get("_class_name") != "FluxTransformer2DModel":
+        raise UserError(
+            f"--pretrained_model_name_or_path is a {components.index.get('_class_name')}, not {FAMILY_TITLE}"
+        )
+    if config["guidance_embeds"]:
         return
     if args.guidance_scale != 3.5:
         raise UserError("--guidance_scale has no effect: this base (as schnell) has no guidance embedding")
@@ -215,9 +218,8 @@ def unpack_output(latents, size: tuple[int, int]):
 
 def pack(latents):
     """(B, C, H, W) -> (B, H/2 * W/2, 4C): 2 x 2 patches as tokens."""
-    batch, channels, height, width = latents.shape
-    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, channels * 4)
+    patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, H/2, 2, W/2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpack(tokens, height: int, width: int):
@@ -229,8 +231,7 @@ def unpack(tokens, height: int, width: int):
 
 def position_ids(height: int, width: int, device):
     """(H/2 * W/2, 3): (0, row, column) of each image token. Text tokens have (0, 0, 0)."""
-    rows = torch.arange(height // 2, device=device)
-    columns = torch.arange(width // 2, device=device)
+    rows, columns = (torch.arange(side // 2, device=device) for side in (height, width))
     return torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns).float()
 
 
@@ -288,16 +289,16 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
         target = next(t for t, parts in fused[group].items() if rest in parts)
         parts = fused[group][target]
         waiting.setdefault(f"{block}.{target}", [None] * len(parts))[parts.index(rest)] = tensors
-    mlp = [width] * 3 + [4 * width]
-    return out | {name: fuse_projections(parts, mlp[: len(parts)]) for name, parts in waiting.items()}
+    heights = [width] * 3 + [4 * width]  # of q, k, v and the MLP
+    return out | {name: fuse_projections(parts, heights[: len(parts)]) for name, parts in waiting.items()}
 
 
-# By line: 305 the run: what happens, in which order · 620 the loop, and one step of it · 877 what is logged, and the
-# guard against learning nothing · 1005 data: images and captions · 1373 images: decoding, buckets, crops, batches ·
-# 1902 text: embeddings and new tokens · 2144 LoRA and optimizer · 2699 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2991 checkpoints and signals · 3166 pictures: validation, class images, comparison · 3391
-# probes: what was learned, what was forgotten · 3567 files that a run leaves · 4015 command line · 4672 base model:
-# loading, quantising, splitting · 4931 errors, lines, seeds, libraries
+# By line: 306 the run: what happens, in which order · 621 the loop, and one step of it · 878 what is logged, and the
+# guard against learning nothing · 1006 data: images and captions · 1374 images: decoding, buckets, crops, batches ·
+# 1903 text: embeddings and new tokens · 2161 LoRA and optimizer · 2715 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3007 checkpoints and signals · 3182 pictures: validation, class images, comparison · 3407
+# probes: what was learned, what was forgotten · 3583 files that a run leaves · 4031 command line · 4688 base model:
+# loading, quantising, splitting · 4947 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1988,6 +1989,22 @@ class Prompts:
         self.components.free(*(TEXT_ENCODERS[key][1] for key in keys or self.tokenizers))
 
 
+def chunk_ids(tokenizer, prompts: list[str], chunks: int):
+    """Prompts -> ids (B * chunks, 77): up to 75 tokens each between start and end, as kohya's scripts and the WebUIs cut them."""
+    size, out = tokenizer.model_max_length - 2, []
+    for ids in tokenizer(prompts, add_special_tokens=False, truncation=False).input_ids:
+        for piece in (ids[k * size : (k + 1) * size] for k in range(chunks)):
+            padding = [tokenizer.pad_token_id] * (size - len(piece))
+            out.append([tokenizer.bos_token_id, *piece, tokenizer.eos_token_id, *padding])
+    return torch.tensor(out)
+
+
+def join_chunks(hidden, chunks: int):
+    """(B * chunks, 77, D) -> (B, 75 * chunks + 2, D): the first chunk's start, all tokens, the last chunk's end."""
+    hidden = hidden.unflatten(0, (-1, chunks))
+    return torch.cat([hidden[:, 0, :1], hidden[:, :, 1:-1].flatten(1, 2), hidden[:, -1, -1:]], dim=1)
+
+
 def fill_text_cache(run: Run) -> None:
     """Encodes every prompt that can come up with the encoders that aren't trained, and frees these."""
     args, prompts = run.args, run.prompts
@@ -2196,11 +2213,13 @@ def add_trained_parts(run: Run) -> None:
     run.guard = StepGuard(run.accelerator.device, run.accelerator.mixed_precision == "fp16")
 
 
-def lora_targets(denoiser, args: argparse.Namespace) -> list[str]:
-    """Full names of the modules that get a LoRA.
+# attention's layers in the original code, and here
+ORIGINAL_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out.0"}
 
-    A name in --lora_layers is a module's last part (`to_q`), a full name, or a block prefix (`mid_block`), which means the
-    usual layers inside. Errors: UserError if a name or a block number matches nothing.
+
+def lora_targets(denoiser, args: argparse.Namespace) -> list[str]:
+    """Full names of the modules that get a LoRA. A name in --lora_layers is a module's last part (`to_q`), a full name, or a
+    block prefix (`mid_block`), which means the usual layers inside. Errors: UserError for what matches nothing.
     """
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     idle = idle_layers(DENOISER, denoiser.config, args)
@@ -2210,8 +2229,8 @@ def lora_targets(denoiser, args: argparse.Namespace) -> list[str]:
         return name == part or name.endswith("." + part)
 
     entries = [e.strip() for text in args.lora_layers or [] for e in text.split(",") if e.strip()]
+    entries, chosen = [ORIGINAL_NAMES.get(e, e) for e in entries], []
     prefixes = block_prefixes(denoiser)
-    chosen = []
     for block in (b.strip() for text in args.lora_blocks or [] for b in text.split(",")):
         if not block.isdecimal():
             entries.append(block)
@@ -2226,12 +2245,9 @@ def lora_targets(denoiser, args: argparse.Namespace) -> list[str]:
         if not matched and entries:
             parts = sorted({".".join(n.split(".")[-k:]) for n in modules for k in (1, 2)} | set(prefixes))
             near = difflib.get_close_matches(entry, parts, n=3, cutoff=0.3)
-            raise UserError(
-                f"--lora_layers {entry} matches no layer of the {DENOISER}; near it are {', '.join(near) or parts[:5]}"
-            )
-        found |= matched
-    if chosen:
-        found = {n for n in found if any(n.startswith(p + ".") for p in chosen)}
+            known = ", ".join(near or parts[:5])
+            raise UserError(f"--lora_layers {entry} matches no layer of the {DENOISER}; near it are {known}")
+        found |= {n for n in matched if not chosen or n.startswith(tuple(f"{p}." for p in chosen))}
     if not found:
         raise UserError("--lora_layers and --lora_blocks together match no layer")
     return sorted(found)

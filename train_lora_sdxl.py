@@ -180,22 +180,6 @@ def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: 
     return hidden | ({"pooled": output.text_embeds[::chunks]} if key == "clip_g" else {})
 
 
-def chunk_ids(tokenizer, prompts: list[str], chunks: int):
-    """Prompts -> ids (B * chunks, 77): up to 75 tokens each between start and end, as kohya's scripts and the WebUIs cut them."""
-    size, out = tokenizer.model_max_length - 2, []
-    for ids in tokenizer(prompts, add_special_tokens=False, truncation=False).input_ids:
-        for piece in (ids[k * size : (k + 1) * size] for k in range(chunks)):
-            padding = [tokenizer.pad_token_id] * (size - len(piece))
-            out.append([tokenizer.bos_token_id, *piece, tokenizer.eos_token_id, *padding])
-    return torch.tensor(out)
-
-
-def join_chunks(hidden, chunks: int):
-    """(B * chunks, 77, D) -> (B, 75 * chunks + 2, D): the first chunk's start, all tokens, the last chunk's end."""
-    hidden = hidden.unflatten(0, (-1, chunks))
-    return torch.cat([hidden[:, 0, :1], hidden[:, :, 1:-1].flatten(1, 2), hidden[:, -1, -1:]], dim=1)
-
-
 def join_embeds(encoded: dict[str, dict], args: argparse.Namespace, config: dict) -> dict:
     """What each encoder gave, by key -> {"prompt_embeds": (B, L, D_l + D_g), "pooled_prompt_embeds": (B, P)}."""
     hidden = torch.cat([encoded["clip_l"]["hidden"], encoded["clip_g"]["hidden"]], dim=-1)
@@ -210,15 +194,25 @@ def negative_embeds(empty: dict, components: Components) -> dict:
 
 def check_base(components: Components) -> None:
     """Refuses bases that this script can't train, and warns of those that were distilled to few steps."""
-    channels = components.config(DENOISER)["in_channels"]
-    if channels != components.config("vae")["latent_channels"]:
+    base, kind = "--pretrained_model_name_or_path", components.index.get("_class_name")
+    unet = components.config(DENOISER) if components.has(DENOISER) else {}
+    if unet.get("addition_embed_type") != "text_time":
+        raise UserError(f"{base} is a {kind}, not {FAMILY_TITLE}")
+    schedule, vae = components.config("scheduler"), components.config("vae")
+    if unet["in_channels"] != vae["latent_channels"]:
         raise UserError(
-            f"--pretrained_model_name_or_path: a UNet with {channels} input channels (inpainting, editing) can't be trained"
+            f"{base}: a UNet with {unet['in_channels']} input channels (inpainting, editing) can't be trained"
+        )
+    predicts = components.args.prediction_type or schedule.get("prediction_type", "epsilon")
+    if predicts not in ("epsilon", "v_prediction"):
+        raise UserError(f"{base}: a UNet that predicts {predicts!r} can't be trained here, only noise or velocity")
+    if schedule["_class_name"].startswith("EDM") or vae.get("latents_mean") or vae.get("latents_std"):
+        raise UserError(
+            f"{base}: a base with EDM's schedule or a mean of its latents, as Playground v2.5, can't be trained"
         )
     layers = min(components.config(name)["num_hidden_layers"] for _, name in TEXT_ENCODERS.values())
     if (components.args.clip_skip or 0) >= layers - 1:
         raise UserError(f"--clip_skip {components.args.clip_skip}: a text encoder has only {layers} layers")
-    schedule = components.config("scheduler")
     few_steps = schedule.get("timestep_spacing") == "trailing" or schedule["_class_name"].startswith(("LCM", "TCD"))
     name = str(components.args.pretrained_model_name_or_path).lower()
     if few_steps or any(word in name for word in ("turbo", "lightning", "lcm", "hyper")):
@@ -285,12 +279,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 298 the run: what happens, in which order · 613 the loop, and one step of it · 870 what is logged, and the
-# guard against learning nothing · 998 data: images and captions · 1366 images: decoding, buckets, crops, batches ·
-# 1895 text: embeddings and new tokens · 2137 LoRA and optimizer · 2692 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2984 checkpoints and signals · 3159 pictures: validation, class images, comparison · 3384
-# probes: what was learned, what was forgotten · 3560 files that a run leaves · 4008 command line · 4665 base model:
-# loading, quantising, splitting · 4924 errors, lines, seeds, libraries
+# By line: 292 the run: what happens, in which order · 607 the loop, and one step of it · 864 what is logged, and the
+# guard against learning nothing · 992 data: images and captions · 1360 images: decoding, buckets, crops, batches ·
+# 1889 text: embeddings and new tokens · 2147 LoRA and optimizer · 2701 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2993 checkpoints and signals · 3168 pictures: validation, class images, comparison · 3393
+# probes: what was learned, what was forgotten · 3569 files that a run leaves · 4017 command line · 4674 base model:
+# loading, quantising, splitting · 4933 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1981,6 +1975,22 @@ class Prompts:
         self.components.free(*(TEXT_ENCODERS[key][1] for key in keys or self.tokenizers))
 
 
+def chunk_ids(tokenizer, prompts: list[str], chunks: int):
+    """Prompts -> ids (B * chunks, 77): up to 75 tokens each between start and end, as kohya's scripts and the WebUIs cut them."""
+    size, out = tokenizer.model_max_length - 2, []
+    for ids in tokenizer(prompts, add_special_tokens=False, truncation=False).input_ids:
+        for piece in (ids[k * size : (k + 1) * size] for k in range(chunks)):
+            padding = [tokenizer.pad_token_id] * (size - len(piece))
+            out.append([tokenizer.bos_token_id, *piece, tokenizer.eos_token_id, *padding])
+    return torch.tensor(out)
+
+
+def join_chunks(hidden, chunks: int):
+    """(B * chunks, 77, D) -> (B, 75 * chunks + 2, D): the first chunk's start, all tokens, the last chunk's end."""
+    hidden = hidden.unflatten(0, (-1, chunks))
+    return torch.cat([hidden[:, 0, :1], hidden[:, :, 1:-1].flatten(1, 2), hidden[:, -1, -1:]], dim=1)
+
+
 def fill_text_cache(run: Run) -> None:
     """Encodes every prompt that can come up with the encoders that aren't trained, and frees these."""
     args, prompts = run.args, run.prompts
@@ -2189,11 +2199,13 @@ def add_trained_parts(run: Run) -> None:
     run.guard = StepGuard(run.accelerator.device, run.accelerator.mixed_precision == "fp16")
 
 
-def lora_targets(denoiser, args: argparse.Namespace) -> list[str]:
-    """Full names of the modules that get a LoRA.
+# attention's layers in the original code, and here
+ORIGINAL_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out.0"}
 
-    A name in --lora_layers is a module's last part (`to_q`), a full name, or a block prefix (`mid_block`), which means the
-    usual layers inside. Errors: UserError if a name or a block number matches nothing.
+
+def lora_targets(denoiser, args: argparse.Namespace) -> list[str]:
+    """Full names of the modules that get a LoRA. A name in --lora_layers is a module's last part (`to_q`), a full name, or a
+    block prefix (`mid_block`), which means the usual layers inside. Errors: UserError for what matches nothing.
     """
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     idle = idle_layers(DENOISER, denoiser.config, args)
@@ -2203,8 +2215,8 @@ def lora_targets(denoiser, args: argparse.Namespace) -> list[str]:
         return name == part or name.endswith("." + part)
 
     entries = [e.strip() for text in args.lora_layers or [] for e in text.split(",") if e.strip()]
+    entries, chosen = [ORIGINAL_NAMES.get(e, e) for e in entries], []
     prefixes = block_prefixes(denoiser)
-    chosen = []
     for block in (b.strip() for text in args.lora_blocks or [] for b in text.split(",")):
         if not block.isdecimal():
             entries.append(block)
@@ -2219,12 +2231,9 @@ def lora_targets(denoiser, args: argparse.Namespace) -> list[str]:
         if not matched and entries:
             parts = sorted({".".join(n.split(".")[-k:]) for n in modules for k in (1, 2)} | set(prefixes))
             near = difflib.get_close_matches(entry, parts, n=3, cutoff=0.3)
-            raise UserError(
-                f"--lora_layers {entry} matches no layer of the {DENOISER}; near it are {', '.join(near) or parts[:5]}"
-            )
-        found |= matched
-    if chosen:
-        found = {n for n in found if any(n.startswith(p + ".") for p in chosen)}
+            known = ", ".join(near or parts[:5])
+            raise UserError(f"--lora_layers {entry} matches no layer of the {DENOISER}; near it are {known}")
+        found |= {n for n in matched if not chosen or n.startswith(tuple(f"{p}." for p in chosen))}
     if not found:
         raise UserError("--lora_layers and --lora_blocks together match no layer")
     return sorted(found)

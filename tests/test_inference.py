@@ -445,6 +445,20 @@ def down(rows: int, columns: int) -> dict:
     return {f"{name}.down.weight": torch.zeros(rows, columns), f"{name}.up.weight": torch.zeros(48, rows)}
 
 
+def pairs(count: int) -> dict:
+    """A LoRA of several layers."""
+    start = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
+    names = [f"{start}.attn1.to_q", f"{start}.attn1.to_k", f"{start}.attn1.to_v", f"{start}.attn1.to_out.0"][:count]
+    return {f"{n}.lora_{x}.weight": torch.zeros(*s) for n in names for x, s in (("A", (4, 48)), ("B", (48, 4)))}
+
+
+def lacking(tensors: dict, place: str) -> dict:
+    """The tensors but one: of which layer, and which matrix."""
+    number, matrix = place.split(".")
+    layer = sorted({k.split(".lora_")[0] for k in tensors})[int(number)]
+    return {k: v for k, v in tensors.items() if not k.startswith(f"{layer}.{matrix}")}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -456,6 +470,9 @@ def down(rows: int, columns: int) -> dict:
         (down(4, 51), "does not fit"),
         ({k: v for k, v in down(4, 48).items() if "up" not in k}, "does not fit"),
         ({"lora_unet_joint_blocks_0_x.lora_down.weight": torch.zeros(1, 1)}, "was trained for SD3"),
+        (lacking(pairs(3), "1.lora_B"), "is missing in it"),
+        (lacking(pairs(3), "2.lora_A"), "is missing in it"),
+        (without(lacking(pairs(4), "0.lora_A"), "3.lora_B"), "is missing in it"),
     ],
 )
 def test_damaged_loras_are_named(content, words, tmp_path, capfd):
@@ -661,3 +678,9 @@ def test_toy_configurations_parse(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     script = load_script(FAMILIES[name.removeprefix("toy_").removesuffix(".yaml")].script)
     assert script.parse_args(["--config", f"config/{name}"]).max_train_steps == 350
+
+
+@pytest.mark.parametrize("prompt", ["a" * 30000, "a\x00b", "x/" * 3000, "."])
+def test_odd_prompts_are_drawn(prompt, tmp_path):
+    assert load_script("infer_lora.py").main([*plain_words(tmp_path), "--prompt", prompt]) == 0
+    assert list((tmp_path / "o").rglob("*.png"))

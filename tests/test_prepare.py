@@ -5,8 +5,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
+import shlex
+import shutil
+import signal
 import struct
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,7 +97,7 @@ def phone(tmp_path) -> Path:
 
 EVERY_STEP = [
     *("--image_filtering", "remove_duplicates=true", "blur_threshold=30"),
-    *("--image_resizing", "target_resolution=300"),
+    *("--image_resizing", "quality=95"),
     *("--aspect_ratio_bucketing", "base_resolution=128", "resize_images=true"),
 ]
 
@@ -868,3 +875,196 @@ def test_a_caption_edited_beside_the_metadata_is_trained(healthy):
     assert captions["2.jpg"] == ["sks, a thing number 2", "another"]
     assert captions["3.jpg"] == ["from the metadata 3"]
     assert SCRIPT.folder_examples(healthy, "text")[1].captions == ["from the metadata 1"]
+
+
+# ---- what an edited or damaged journal, links and odd names can do -----------------------------------------------------
+
+BY_HAND = {
+    "not JSON": b"nonsense\n",
+    "not UTF-8": b"\xff\xfe\x88\n",
+    "no list": b'{"image": 1}\n',
+    "too short": b'["image", "a"]\n',
+    "too deep": b"[" * 9000 + b"\n",
+    "a key that is no text": b'["image", ["a"], null]\n',
+    "another kind": b'["shell", "a", "rm"]\n',
+    "a name outside": b'["name", "a.png", "../escaped"]\n',
+    "a name elsewhere": b'["name", "a.png", "/tmp/escaped"]\n',
+    "a name in Windows": b'["name", "a.png", "..\\\\escaped"]\n',
+    "a name with a NUL": b'["name", "a.png", "a\\u0000b"]\n',
+    "a name that is a number": b'["name", "a.png", 5]\n',
+    "an image outside": b'["image", "gone", {"key": "x", "file": "../victim.txt", "bytes": 8}]\n',
+    "an image elsewhere": b'["image", "gone", {"key": "x", "file": "VICTIM", "bytes": 8}]\n',
+    "an image without a file": b'["image", "a", {"key": "x"}]\n',
+    "an image that is a number": b'["image", "a", 7]\n',
+    "a look without a size": b'["look", "DIGEST", {"look": [1, 2, ""], "facts": {}}]\n',
+    "a text that is none": b'["text", "a", [1]]\n',
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_an_edited_journal_leads_nowhere_else(name, tmp_path, capsys):
+    """What this program can't have written counts as not there; nothing outside the folder is written or taken away."""
+    folder, out, victim = tmp_path / "in", tmp_path / "out", tmp_path / "victim.txt"
+    folder.mkdir()
+    victim.write_text("precious")
+    photo(80, 60, 1).save(folder / "a.png")
+    (folder / "a.txt").write_text("a cat")
+    words = ("-d", folder, "-o", out, "--image_resizing", "target_resolution=64")
+    assert prepare(*words) == 0
+    first = tree(out)
+    digest = hashlib.sha256((folder / "a.png").read_bytes()).hexdigest().encode()
+    line = BY_HAND[name].replace(b"VICTIM", str(victim).encode()).replace(b"DIGEST", digest)
+    with (out / ".prepare" / "journal.jsonl").open("ab") as journal:
+        journal.write(line)
+    capsys.readouterr()
+    assert prepare(*words) == 0
+    assert "1 lines of" in capsys.readouterr().out
+    again = tree(out)
+    kept = [f for f in first if not f.startswith(".prepare") and not f.endswith(".html")]
+    assert kept and all(first[f] == again[f] for f in kept) and first.keys() == again.keys()
+    assert victim.read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "victim.txt"]
+    assert not (tmp_path.parent / "escaped.jpg").exists()
+
+
+def test_links_are_a_rule_and_said(tmp_path, capsys):
+    """A link to a file is read as if the file lay there, a folder behind a link is left alone, none of both is written to."""
+    folder, other, out = tmp_path / "in", tmp_path / "other", tmp_path / "out"
+    folder.mkdir(), other.mkdir()
+    photo(80, 60, 1).save(folder / "a.png")
+    photo(80, 60, 2).save(other / "b.png")
+    (folder / "linked.png").symlink_to(other / "b.png")
+    (folder / "album").symlink_to(other)
+    (folder / "gone.png").symlink_to(other / "nowhere.png")
+    (folder / "inside.png").symlink_to(folder / "a.png")
+    before = tree(other)
+    assert prepare("-d", folder, "-o", out, "--image_filtering", "min_size=10") == 0
+    said = capsys.readouterr().out
+    assert "1 symbolic links to files outside it: read as if they lay there (linked.png)" in said
+    assert "1 symbolic links to folders: left alone (album)" in said
+    assert {row["file_name"] for row in rows(out)} == {"a.png", "inside.png", "linked.png"}
+    assert not (out / "linked.png").is_symlink() and tree(other) == before
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_link_in_the_output_is_not_followed_out_of_it(again, tmp_path, capsys):
+    folder, other, out = tmp_path / "in", tmp_path / "other", tmp_path / "out"
+    (folder / "trip").mkdir(parents=True), other.mkdir()
+    photo(80, 60, 1).save(folder / "trip" / "a.png")
+    words = ("-d", folder, "-o", out, "--image_resizing", "target_resolution=64")
+    (folder / "b.png").write_bytes((folder / "trip" / "a.png").read_bytes())
+    if again:
+        assert prepare(*words) == 0
+        shutil.rmtree(out / "trip")
+        (folder / "trip" / "a.png").unlink()  # the copy of it would be taken away
+    else:
+        (out / ".prepare").mkdir(parents=True)
+    (out / "trip").symlink_to(other)
+    (other / "a.jpg").write_text("precious")
+    assert prepare(*words) == 2
+    assert "is a link that leads out of it" in capsys.readouterr().err
+    assert (other / "a.jpg").read_text() == "precious" and len(list(other.iterdir())) == 1
+
+
+def test_names_that_are_not_utf8_and_that_others_cannot_have(tmp_path, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    photo(80, 60, 1).save(folder / "a.png")
+    for name in (b"\xff\xfe.png", b"line\nbreak.png", b"a:b.png", b"\xc3\xa4.png"):
+        (Path(os.fsdecode(os.fsencode(folder) + b"/" + name))).write_bytes((folder / "a.png").read_bytes())
+    assert prepare("-d", folder, "-o", out, "--image_resizing", "target_resolution=64") == 0
+    names = {row["file_name"] for row in rows(out)}
+    assert names == {"a.jpg", "__.jpg", "line_break.jpg", "a_b.jpg", "\u00e4.jpg"}
+    first = tree(out)
+    assert prepare("-d", folder, "-o", out, "--image_resizing", "target_resolution=64") == 0
+    assert {f for f in tree(out) if f.endswith(".jpg")} == {f for f in first if f.endswith(".jpg")}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_pictures_of_no_numbers_are_left_out(value, tmp_path, recwarn):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    photo(80, 60, 1).save(folder / "a.png")
+    Image.fromarray(np.full((40, 50), value, dtype=np.float32)).save(folder / "n.tif")
+    assert prepare("-d", folder, "-o", out, "--image_filtering", "min_size=10") == 0
+    assert [row["reason"] for row in rows(out, "left_out.jsonl")] == ["damaged (values that are no numbers)"]
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
+@pytest.mark.parametrize(
+    ("words", "bucket", "error"),
+    [
+        (["--image_resizing", "target_resolution=256"], (256, 256), None),
+        (["--image_resizing", "target_resolution=128x512"], (256, 256), None),
+        (["--image_resizing", "quality=90"], (512, 512), None),
+        (
+            ["--image_resizing", "target_resolution=512", "--aspect_ratio_bucketing", "base_resolution=256"],
+            None,
+            "512x512",
+        ),
+        (
+            ["--image_resizing", "target_resolution=64", "--aspect_ratio_bucketing", "custom_buckets=128,128"],
+            None,
+            "64x64",
+        ),
+        (
+            ["--image_resizing", "target_resolution=128", "--aspect_ratio_bucketing", "custom_buckets=128,128"],
+            (128, 128),
+            None,
+        ),
+    ],
+)
+def test_a_target_resolution_beside_buckets_is_obeyed_or_an_error(words, bucket, error, tmp_path, capsys):
+    """Buckets that pictures are written at have the target's area, unless they are given too."""
+    (tmp_path / "in").mkdir()
+    photo(600, 600, 1).save(tmp_path / "in" / "a.png")
+    words = [*words] if "--aspect_ratio_bucketing" in words else [*words, "--aspect_ratio_bucketing"]
+    code = prepare("-d", tmp_path / "in", "-o", tmp_path / "out", *words, "resize_images=true")
+    if error:
+        assert code == 2 and f"target_resolution {error} has no effect" in capsys.readouterr().err
+    else:
+        assert code == 0 and Image.open(tmp_path / "out" / "a.jpg").size == bucket
+
+
+def test_the_readmes_commands_are_taken(tmp_path, monkeypatch, capsys):
+    """Every prepare_dataset command in the README and in the program's own help passes the check of its settings."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8") + prepare_dataset.__doc__
+    text = text.replace("\\\n", " ")
+    commands = re.findall(r"(?:run_prepare_dataset\.sh|prepare_dataset\.py) (-d photos -o .*)", text)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir(), (tmp_path / "prepared").mkdir()
+    assert len(commands) >= 2
+    for command in commands:
+        settings.read_settings(shlex.split(command), SCRIPT)
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_at_any_time_ends_with_a_line(number, code, tmp_path):
+    """While libraries are imported, pictures read and written; the same command then does the rest."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for k in range(60):
+        photo(200, 150, k).save(folder / f"{k}.png")
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "dataset" / "prepare_dataset.py"),
+        "-d",
+        str(folder),
+        "-o",
+        str(out),
+    ]
+    command += ["--image_resizing", "target_resolution=512", "--num_workers", "1"]
+    moments = [lambda: True, out.exists, lambda: len(list(out.glob("*.jpg"))) > 5]
+    for moment in moments:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        limit = time.monotonic() + 60
+        while not moment() and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.002)
+        time.sleep(0.3)  # Python has started
+        process.send_signal(getattr(signal, number))
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+        assert f"stopped by {number}" in err and "Traceback" not in err
+    assert prepare(*command[2:]) == 0
+    assert len(rows(out)) == 60 and not list(out.rglob(".*.partial"))
+    assert all(Image.open(out / row["file_name"]).size == (512, 512) for row in rows(out))

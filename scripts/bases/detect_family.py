@@ -9,6 +9,7 @@ run), or a hub id. Imports nothing heavy unless the checkpoint is a .ckpt.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -25,7 +26,10 @@ def main(argv: list[str] | None = None) -> int:
         family = detect(base)
     except Exception as error:  # the hub's client and torch's reader of pickles raise many kinds
         reason = " ".join(str(error).split())[:200]
-        print(f"{base}: neither a folder nor a file, nor to be had from the hub ({reason})", file=sys.stderr)
+        there = (
+            "damaged, or no base" if os.path.exists(base) else "neither a folder nor a file, nor to be had from the hub"
+        )
+        print(f"{base}: {there} ({reason})", file=sys.stderr)
         return 2
     if family is None:
         print(f"{base}: not a base of Stable Diffusion 1.x/2.x, SDXL, SD3 or FLUX.1", file=sys.stderr)

@@ -46,6 +46,7 @@ def unpack(checkpoint: Path, folder: Path, family: str, layout: Path | None) -> 
     layout: a diffusers folder of the family; None: the released model's, made here. Errors: UnpackError.
     """
     import diffusers
+    import torch
 
     from scripts.parts.clip_vocabulary import clip_tokenizer
     from scripts.parts.released_models import OTHER_PARTS, write_layout
@@ -70,6 +71,10 @@ def unpack(checkpoint: Path, folder: Path, family: str, layout: Path | None) -> 
         except Exception as error:  # conversion fails in many ways, all of them the file's or the layout's
             reason = " ".join(str(error).split())[:200]
             raise UnpackError(f"{checkpoint}: can't be read as {family} ({reason})") from None
+    for name, module in pipeline.components.items():
+        for key, value in module.state_dict().items() if isinstance(module, torch.nn.Module) else ():
+            if not torch.isfinite(value).all():
+                raise UnpackError(f"{checkpoint}: {key} of its {name} holds NaN or infinity: it is damaged")
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -94,12 +99,19 @@ def checked(args: argparse.Namespace) -> str:
         found = detect(str(file))
     except Exception as error:  # a checkpoint that holds more than tensors, or is none: many kinds
         raise UnpackError(f"{file}: not a checkpoint of tensors alone ({' '.join(str(error).split())[:200]})") from None
+    kinds = {dtype for dtype, dimensions in tensors_of(file).values() if dimensions > 1}
+    if whole := sorted(kind for kind in kinds if not kind.removeprefix("torch.").lower().startswith(("f", "bf"))):
+        raise UnpackError(f"{file}: its weights are {whole[0]}, as of a quantised model, which is not read")
     family = found if args.family == "auto" else args.family
     if family is None:
         raise UnpackError(f"{file}: not a base of Stable Diffusion 1.x/2.x, SDXL, SD3 or FLUX.1; --family names it")
     if layout is not None and not (layout / "model_index.json").is_file():
         raise UnpackError(f"--layout {layout}: not a diffusers folder: no model_index.json in it")
-    if layout is not None and detect(str(layout)) != family:
+    try:
+        of_layout = detect(str(layout)) if layout is not None else family
+    except (ValueError, OSError) as error:
+        raise UnpackError(f"--layout {layout}: {error}") from None
+    if of_layout != family:
         raise UnpackError(f"--layout {layout}: not a diffusers folder of {family}, which {file} is")
     return family
 

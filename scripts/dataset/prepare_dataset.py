@@ -2,7 +2,7 @@
 """Turns a folder of pictures into a training set for every training script, or says what is wrong with one.
 
     python scripts/dataset/prepare_dataset.py -d photos -o prepared --family sdxl \\
-        --image_filtering remove_duplicates=true --auto_caption trigger_word=sks --image_resizing target_resolution=1536 \\
+        --image_filtering remove_duplicates=true --auto_caption trigger_word=sks \\
         --aspect_ratio_bucketing resize_images=true
     python scripts/dataset/prepare_dataset.py --config config/prepare_dataset.yaml
     python scripts/dataset/prepare_dataset.py --doctor -d prepared
@@ -21,12 +21,22 @@ import json
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
+import traceback
+import warnings
 from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
+
+from scripts.parts.stopping import answer_signals
+
+if __name__ == "__main__":
+    answer_signals()
+
+from PIL import Image
 
 from scripts.dataset.parts import image_steps
 from scripts.dataset.parts.image_steps import in_parallel
@@ -35,25 +45,75 @@ from scripts.dataset.parts.settings import RESOLUTIONS, STATE, read_settings, so
 from scripts.parts.training_scripts import load_script
 
 
+def is_inside(name: object) -> bool:
+    """Whether a name of a file or a stem can only be one in the output folder, whoever has written it."""
+    if not isinstance(name, str) or not name or not name.isprintable() or "\\" in name or ":" in name:
+        return False
+    return not name.startswith("/") and ".." not in name.split("/")
+
+
+def is_look(value: object) -> bool:
+    """Whether a value is what `measure` has found out of a picture."""
+    try:
+        (width, height), (bits, sure, colours), facts = value["size"], value["look"], value["facts"]
+        base64.b64decode(colours, validate=True)
+        return (
+            all(isinstance(n, int) for n in (width, height, bits, sure))
+            and min(width, height) > 0
+            and ({"format", "mode", "turned", "gps", "sharpness"} <= facts.keys())
+        )
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return False
+
+
+def is_image(value: object) -> bool:
+    """Whether a value is what `write` has noted of a file, or None for one that was taken away."""
+    if value is None:
+        return True
+    known = isinstance(value, dict) and {"key", "file", "bytes"} <= value.keys()
+    return known and is_inside(value["file"]) and isinstance(value["bytes"], int)
+
+
+# what a line of the journal may hold, by its kind: a journal that was edited or damaged must lead nowhere else
+VALID = {
+    "name": is_inside,
+    "look": is_look,
+    "image": is_image,
+    "text": lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value),
+    "auto_caption": lambda value: isinstance(value, str),
+    "auto_tagging": lambda value: isinstance(value, str),
+}
+
+
 class Journal:
     """What earlier runs have found out and written: one JSON line each, appended at once, so that nothing is done twice.
 
-    A line is [kind, key, value]; the last one with a kind and key counts. One that an interruption cut off is dropped.
+    A line is [kind, key, value]; the last one with a kind and key counts. One that an interruption cut off is dropped, and so
+    is one that this program can't have written; what it was about is done anew.
     """
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         self.known: dict[tuple[str, str], object] = {}
         self.lock = threading.Lock()
-        whole = 0
+        whole = wrong = 0
         if file.exists():
             with open(file, "rb") as lines:
                 for line in lines:
                     if not line.endswith(b"\n"):
                         break
-                    kind, key, value = json.loads(line)
-                    self.known[kind, key] = value
                     whole += len(line)
+                    try:
+                        kind, key, value = json.loads(line)
+                        valid = VALID[kind](value) and isinstance(key, str)
+                    except (ValueError, TypeError, KeyError, RecursionError):
+                        valid = False
+                    if valid:
+                        self.known[kind, key] = value
+                    else:
+                        wrong += 1
+        if wrong:
+            print(f"note: {wrong} lines of {file} are damaged, or not from here: what they were about is done anew")
         self.file = open(file, "ab")  # noqa: SIM115
         self.file.truncate(whole)
 
@@ -64,7 +124,7 @@ class Journal:
         with self.lock:
             if self.known.get((kind, key)) != value:
                 self.known[kind, key] = value
-                self.file.write((json.dumps([kind, key, value], ensure_ascii=False) + "\n").encode())
+                self.file.write((json.dumps([kind, key, value]) + "\n").encode())
                 self.file.flush()
 
 
@@ -76,6 +136,8 @@ class Preparation:
         self.steps, self.out = settings.steps, Path(settings.output_dir)
         self.workers = settings.num_workers or os.cpu_count() or 1
         self.journal = Journal(self.out / STATE / "journal.jsonl")
+        for partial in self.out.rglob(".*.partial"):  # of a run that was killed
+            partial.unlink(missing_ok=True)
         self.rows: list[tuple[str, int, int, int, str]] = []  # step, images, done now, from before, note
         self.pictures: list = []
         self.buckets: list[tuple[int, int]] = []
@@ -94,23 +156,38 @@ class Preparation:
         """Lists the pictures and gives each the name that it keeps in the output, whatever is added later."""
         missing: list[str] = []
         examples = self.script.source_examples(source_args(self.settings), missing)
+        self.say_links()
         taken = {str(value).lower() for (kind, _), value in self.journal.known.items() if kind == "name"}
         for example in examples:
-            stem = self.journal.get("name", example.name)
+            name = readable(example.name)
+            stem = self.journal.get("name", name)
             if stem is None:
-                wanted = Path(re.sub(r"^row (\d+)$", r"row_\1", example.name)).with_suffix("").as_posix()
+                wanted = Path(re.sub(r"^row (\d+)$", r"row_\1", name)).with_suffix("").as_posix()
+                wanted = re.sub(r"[\\:\x00-\x1f\x7f]", "_", wanted)  # what other systems can't have in a name
                 numbered = (f"{wanted}_{n}" for n in itertools.count(2))
                 stem = next(s for s in itertools.chain([wanted], numbered) if s.lower() not in taken)
                 taken.add(stem.lower())
-                self.journal.put("name", example.name, stem)
+                self.journal.put("name", name, stem)
             source = "kept" if example.captions else ""
-            self.pictures.append(
-                image_steps.Picture(example.name, example.read, example.captions, stem, caption_source=source)
-            )
+            self.pictures.append(image_steps.Picture(name, example.read, example.captions, stem, caption_source=source))
         for name in missing:
             self.pictures.append(
                 image_steps.Picture(name, None, [], problem="named in the metadata, but there is no such file")
             )
+
+    def say_links(self) -> None:
+        """Symbolic links that lead out of the input: a file is read and copied as if it lay there, a folder is not entered."""
+        if self.settings.data_dir is None:
+            return
+        folder = Path(self.settings.data_dir).resolve()
+        links = [f for f in folder.rglob("*") if f.is_symlink() and not f.resolve().is_relative_to(folder)]
+        for kind, what in (
+            (Path.is_file, "files outside it: read as if they lay there"),
+            (Path.is_dir, "folders: left alone"),
+        ):
+            names = [readable(str(f.relative_to(folder))) for f in links if kind(f)]
+            if names:
+                print(f"note: in {folder}, {len(names)} symbolic links to {what} ({self.script.listed(names)})")
 
     def read(self) -> None:
         """Decodes each picture once: size, look, sharpness, thumbnail, or why it can't be used."""
@@ -243,7 +320,7 @@ class Preparation:
             target = self.target(picture)
             how = [resizing and resizing.model_dump(), target, writer and writer.model_dump(), picture.file]
             key = image_steps.digest_of(picture.digest, *how)
-            known, file = self.journal.get("image", picture.stem), self.out / picture.file
+            known, file = self.journal.get("image", picture.stem), self.place(picture.file)
             if known and known["key"] == key and file.is_file() and file.stat().st_size:
                 return False  # retouched or not
             raw = picture.read()
@@ -252,7 +329,7 @@ class Preparation:
             elif plain is None:  # a format that the training scripts don't read
                 raw = image_steps.encode(self.script.decode_image(raw), "jpg", 95)
             if known and known["file"] != picture.file:
-                (self.out / known["file"]).unlink(missing_ok=True)
+                self.place(known["file"]).unlink(missing_ok=True)
             image_steps.write_whole(file, raw)
             self.journal.put("image", picture.stem, {"key": key, "file": picture.file, "bytes": len(raw)})
             return True
@@ -261,6 +338,13 @@ class Preparation:
         name = " + ".join(n for n, s in (("resizing", resizing), ("bucketing", bucketing)) if s) or "copying"
         note = "" if writer else "copied as they are"
         self.rows.append((name, len(self.kept), done, len(self.kept) - done, note))
+
+    def place(self, name: str) -> Path:
+        """A file of the output folder. Errors: UserError if a link in there leads out."""
+        file = self.out / name
+        if not file.parent.resolve().is_relative_to(self.out.resolve()):
+            raise self.script.UserError(f"--output_dir: {file.parent} is a link that leads out of it: take it away")
+        return file
 
     def text_in(self, file: Path) -> list[str]:
         """The caption in a .txt file of the output, as a list of none or one."""
@@ -271,12 +355,12 @@ class Preparation:
         file = self.out / "metadata.jsonl"
         earlier = {}
         if file.is_file():
-            earlier = {row["file_name"]: row.get("text", "") for _, row in self.script.read_metadata(file)}
+            earlier = {str(row["file_name"]): row.get("text", "") for _, row in self.script.read_metadata(file)}
         rows, edited, fresh = [], [], 0
         for p in sorted(self.kept, key=lambda p: p.file):
             captions = p.captions or ([""] if self.settings.trigger_word else [])
             p.final = [self.script.with_trigger(c, self.settings.trigger_word) for c in captions]
-            beside, last = (self.out / p.file).with_suffix(".txt"), self.journal.get("text", p.stem)
+            beside, last = self.place(p.file).with_suffix(".txt"), self.journal.get("text", p.stem)
             fresh += last != p.final
             by_hand = None
             if last is not None and beside.is_file():
@@ -329,7 +413,7 @@ class Preparation:
         for (kind, stem), known in list(self.journal.known.items()):
             if kind != "image" or known is None or stem in current:
                 continue
-            file, last = self.out / known["file"], self.journal.get("text", stem)
+            file, last = self.place(known["file"]), self.journal.get("text", stem)
             beside = file.with_suffix(".txt")
             if file.is_file() and file.stat().st_size == known["bytes"]:  # else it's retouched
                 file.unlink()
@@ -358,6 +442,11 @@ class Preparation:
         ]
 
 
+def readable(name: str) -> str:
+    """A file's name as text that can be printed and stored: bytes that are no UTF-8 become underscores."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace("\ufffd", "_")
+
+
 def with_tags(caption: str, tags: str) -> str:
     """The caption with the tags that it doesn't have yet after it."""
     there = {t.strip().lower() for t in caption.split(",")}
@@ -369,6 +458,8 @@ def main(argv: list[str] | None = None) -> int:
     script = load_script("sd15", libraries=False)
     from scripts.dataset.parts.caption_models import ModelError
 
+    program, settings = Path(__file__).name, None
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # a large picture is no fault
     try:
         settings, args = read_settings(argv, script)
         if args.doctor:
@@ -381,16 +472,24 @@ def main(argv: list[str] | None = None) -> int:
                 raise script.UserError(error) from None
         return prepare(settings, script)
     except (script.UserError, ModelError) as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(
-            f"{Path(__file__).name}: error: {error.filename or settings.output_dir}: {error.strerror}", file=sys.stderr
-        )
+        place = error.filename or (settings and settings.output_dir) or "a file"
+        print(f"{program}: error: {readable(str(place))}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print(f"{program}: error: the memory does not suffice: lower num_workers or the sizes", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
+    except Exception as error:  # the net under everything: what is left is this program's fault
+        log = Path(tempfile.gettempdir()) / f"{Path(__file__).stem}-crash.log"
+        log.write_text(traceback.format_exc(), encoding="utf-8", errors="replace")
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        print(f"{program}: this is a fault of the program ({readable(what)}); {log} holds the details", file=sys.stderr)
+        return 1
 
 
 def prepare(settings, script) -> int:
@@ -451,4 +550,7 @@ def prepare(settings, script) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(
+        line_buffering=True, errors="replace"
+    )  # what was printed must not be lost when it ends at once
     sys.exit(main())

@@ -2,7 +2,7 @@
 
     python scripts/lora/merge_lora.py BASE_FOLDER merged --lora output/mine 0.8 --lora other.safetensors
     python scripts/lora/merge_lora.py BASE_FOLDER merged.safetensors --lora output/mine        one file, for ComfyUI and the like
-    python scripts/lora/merge_lora.py base.safetensors merged.safetensors --lora output/mine
+    python scripts/lora/merge_lora.py base.ckpt merged.safetensors --lora output/mine      or a .safetensors base
 
 The weight after a LoRA is its scale (1). LoRAs may be of any spelling, with text encoders, DoRA too. A folder is diffusers' own
 layout, file by file as it was; a .safetensors file has the original checkpoint's names. Sums are made in float32 and
@@ -12,7 +12,7 @@ stored in the base's precision, or in --dtype. A LoRA or base with NaN is refuse
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import os
 import shutil
 import sys
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, 
 
 from scripts.lora.parts.lora_files import FileError, Layer, Lora, read_lora
 from scripts.lora.parts.original_layout import DENOISER_PREFIX, TEXT_PREFIXES, denoiser_places, single_file
-from scripts.parts.base_family import detect
+from scripts.parts.base_family import detect, pickled_tensors
 from scripts.parts.released_models import denoiser_config
 from scripts.parts.training_scripts import SCRIPTS, load_script
 
@@ -62,6 +62,8 @@ class Merger:
     def merge(self, part: str, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight of one layer with every LoRA in it, in the weight's own precision."""
         out = weight
+        if not weight.is_floating_point():
+            raise FileError(f"{part}.{name}: the base's weights are {weight.dtype}, to which nothing can be added")
         for layer, scale in self.layers(part, name):
             if layer.up.shape[0] != weight.shape[0] or layer.down[0].numel() != weight[0].numel():
                 raise FileError(f"{part}.{name} is {tuple(weight.shape)} in the base, and another size in the LoRA")
@@ -81,9 +83,17 @@ class Merger:
             raise FileError(f"{len(self.left)} layers of the LoRAs are not in the base, such as {part}.{name}")
 
 
-def merged_part(folder: Path, part: str, merger: Merger, file: Path) -> dict[str, torch.Tensor]:
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a base's file. Errors: FileError that names it."""
+    try:
+        return load_file(file) if file.suffix == ".safetensors" else pickled_tensors(file)
+    except Exception as error:  # torch has many kinds for a damaged .ckpt, or one that holds more than tensors
+        raise FileError(f"{file}: damaged ({' '.join(str(error).split())[:200]})") from None
+
+
+def merged_part(part: str, merger: Merger, file: Path) -> dict[str, torch.Tensor]:
     """The tensors of one weight file of a diffusers part, merged."""
-    tensors = load_file(file)
+    tensors = read_weights(file)
     if merger.dtype:  # sums in the target's precision, not rounded to the base's in between
         tensors = merger.stored(tensors)
     for key, value in tensors.items():
@@ -106,14 +116,17 @@ def merge_folder(base: Path, target: Path, merger: Merger, parts: set[str]) -> N
         if part in parts and not files:
             raise FileError(f"{base / part}: no .safetensors weights")
         for file in files:
+            tensors = merger.stored(merged_part(part, merger, base / part / file.name))
             with safe_open(file, "pt") as opened:
                 metadata = opened.metadata()
-            save_file(merger.stored(merged_part(target, part, merger, file)), file, metadata=metadata)
+            save_file(tensors, file, metadata=metadata)
 
 
 def merge_single(base: Path, family: str, shape: str | None, merger: Merger) -> dict[str, torch.Tensor]:
     """The tensors of a single-file checkpoint with the LoRAs in it."""
-    tensors = load_file(base)
+    tensors = read_weights(base)
+    if base.suffix == ".ckpt":  # a .safetensors file holds no two tensors in one piece of memory
+        tensors = {name: value.clone() for name, value in tensors.items()}
     if merger.dtype:
         tensors = merger.stored(tensors)
     prefix = DENOISER_PREFIX if any(k.startswith(DENOISER_PREFIX) for k in tensors) else ""
@@ -159,6 +172,8 @@ def read_loras(args: argparse.Namespace, family: str, shape: str | None) -> list
             scale = float(words[1]) if len(words) > 1 else 1.0
         except ValueError:
             raise FileError(f"--lora {words[0]} {words[1]}: the scale is not a number") from None
+        if not math.isfinite(scale):
+            raise FileError(f"--lora {words[0]} {words[1]}: the scale is not finite")
         lora = read_lora(words[0], family, shape)
         for part, name, layer in lora:
             if not all(torch.isfinite(t.float()).all() for t in (layer.down, layer.up)):
@@ -167,15 +182,19 @@ def read_loras(args: argparse.Namespace, family: str, shape: str | None) -> list
     return loras
 
 
-def base_family(base: Path) -> str:
-    """The family of a base folder or file."""
+def base_family(base: Path, named: str | None) -> str:
+    """The family of a base folder or file; `named` on the command line wins. Errors: FileError for what is no base."""
     if not base.exists():
         raise FileError(f"{base}: no such file or folder")
     if base.is_dir() and not (base / "model_index.json").is_file():
         raise FileError(f"{base}: no model_index.json in this folder")
-    if base.is_file() and base.suffix != ".safetensors":
-        raise FileError(f"{base}: only .safetensors files are read; others can run code when they are opened")
-    family = detect(str(base))
+    if base.is_file() and base.suffix not in (".safetensors", ".ckpt"):
+        raise FileError(f"{base}: only .safetensors and .ckpt files are read; others can run code when they are opened")
+    try:
+        family = detect(str(base))
+    except Exception as error:  # damaged, or a .ckpt that holds more than tensors, which is not opened: many kinds
+        raise FileError(f"{base}: no base, or damaged ({' '.join(str(error).split())[:200]})") from None
+    family = named or family
     if family is None:
         raise FileError(f"{base}: not a base of Stable Diffusion 1.x/2.x, SDXL, SD3 or FLUX.1")
     return family
@@ -189,7 +208,7 @@ def merge(args: argparse.Namespace) -> None:
         raise FileError(f"{target} is there already: name another target")
     if base.is_file() and not to_file:
         raise FileError(f"{target}: a single-file base is merged into a single file: end the target with .safetensors")
-    family = args.family or base_family(base)
+    family = base_family(base, args.family)
     shape = str(base) if base.is_dir() else args.shape
     merger = Merger(read_loras(args, family, shape), DTYPES.get(args.dtype))
     parts = {part for lora, _ in merger.loras for part in lora.layers}
@@ -218,7 +237,7 @@ def merge(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Merges LoRAs into a base.")
-    parser.add_argument("base", type=Path, help="diffusers folder, or a .safetensors checkpoint")
+    parser.add_argument("base", type=Path, help="diffusers folder, or a .safetensors or .ckpt checkpoint")
     parser.add_argument("target", type=Path, help="folder to write, or a .safetensors file")
     parser.add_argument(
         "--lora", nargs="+", action="append", required=True, metavar=("FILE", "SCALE"), help="again for each"
@@ -231,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         merge(args)
-    except (FileError, ValueError, OSError, json.JSONDecodeError) as error:
+    except (FileError, ValueError, OSError) as error:
         print(f"merge_lora.py: error: {error}", file=sys.stderr)
         return 2
     print(f"{args.target}: {args.base} with {', '.join(' x '.join(words) for words in args.lora)}")

@@ -23,8 +23,11 @@ KEYS = (
 
 
 def of_index(text: str) -> str | None:
-    """The family that a model_index.json names."""
-    return CLASSES.get(json.loads(text).get("_class_name"))
+    """The family that a model_index.json names. Errors: ValueError for a damaged one."""
+    try:
+        return CLASSES.get(str(json.loads(text).get("_class_name")))
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"model_index.json is damaged ({error})") from None
 
 
 def tensors_of(path: Path) -> dict[str, tuple[str, int]]:
@@ -40,12 +43,20 @@ def tensors_of(path: Path) -> dict[str, tuple[str, int]]:
         return {name: (t["dtype"], len(t["shape"])) for name, t in header.items() if name != "__metadata__"}
     import torch
 
-    with warnings.catch_warnings(action="ignore"):  # of a pickle's age; one that holds more than tensors is an error
-        state = torch.load(path, map_location="meta", weights_only=True)
-    state = state.get("state_dict", state)
     short = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    tensors = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
-    return {name: (short.get(t.dtype, str(t.dtype)), t.dim()) for name, t in tensors.items()}
+    return {name: (short.get(t.dtype, str(t.dtype)), t.dim()) for name, t in pickled_tensors(path, "meta").items()}
+
+
+def pickled_tensors(path: Path, device: str = "cpu") -> dict:
+    """The tensors of a .ckpt checkpoint, by name; no code in it is run. Errors: those of torch, or ValueError."""
+    import torch
+
+    with warnings.catch_warnings(action="ignore"):  # of a pickle's age; one that holds more than tensors is an error
+        state = torch.load(path, map_location=device, weights_only=True)
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict):
+        raise ValueError("no table of tensors in it")
+    return {name: t for name, t in state.items() if isinstance(name, str) and isinstance(t, torch.Tensor)}
 
 
 def detect(base: str) -> str | None:

@@ -82,6 +82,9 @@ def header_facts(raw: bytes) -> dict:
 
 def measure(raw: bytes, script, thumbnail: Path) -> dict:
     """Decodes a file, writes its thumbnail, and returns what is known of it, or {"problem": why it can't be used}."""
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(raw)) as opened:  # what else is wrong, decode_image says
+        if opened.mode == "F" and not np.isfinite(np.asarray(opened)).all():
+            return {"problem": "damaged (values that are no numbers)"}
     try:
         image = script.decode_image(raw)
         facts = header_facts(raw) | {"sharpness": round(sharpness(image), 1)}

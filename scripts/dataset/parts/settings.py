@@ -11,6 +11,7 @@ from scripts.dataset.parts.looks import SAME_LOOK
 from scripts.parts.training_scripts import SCRIPTS
 
 RESOLUTIONS = {"sd15": 512, "sdxl": 1024, "sd3": 1024, "flux": 1024}
+LARGEST = 2**14  # pixels of a side
 STATE = ".prepare"  # folder in the output with what is known from earlier runs
 INTERPOLATIONS = Literal["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"]
 POSITION_NAMES = Literal["center", "top", "bottom", "left", "right"]
@@ -24,13 +25,13 @@ def build_schema():
         return None if value is False or value == "off" else value
 
     def as_number(value):
-        return int(value) if isinstance(value, str) and value.isdigit() else value
+        return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
 
     def as_size(value):
         parts = str(value).lower().replace("x", " ").replace(",", " ").strip("[]()").split()
-        sides = [int(p) for p in parts] if all(p.isdigit() and int(p) for p in parts) else []
-        if len(sides) not in (1, 2):
-            raise ValueError("should be one number, or width x height such as 768x512")
+        sides = [int(p) for p in parts] if all(p.isascii() and p.isdigit() and int(p) for p in parts) else []
+        if len(sides) not in (1, 2) or max(sides) > LARGEST:
+            raise ValueError(f"should be one number, or width x height such as 768x512, up to {LARGEST}")
         return (sides * 2)[:2]
 
     def as_buckets(value):
@@ -39,14 +40,20 @@ def build_schema():
             sizes = [(int(w), int(h)) for h, w in pairs]
         except (TypeError, ValueError):
             sizes = []
-        if not sizes or any(side < 1 or side % 8 for size in sizes for side in size):
+        if not sizes or any(not 1 <= side <= LARGEST or side % 8 for size in sizes for side in size):
             raise ValueError('should be "height,width;height,width;..." of multiples of 8, as --aspect_ratio_buckets')
         return sizes
 
     def as_list(value):
         return [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
 
+    def as_place(value):
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("no file has such a name")
+        return value or None
+
     Optional = BeforeValidator(off_is_none)
+    Place = Annotated[str | None, BeforeValidator(as_place)]
     Share = Annotated[float, Field(ge=0, le=1)]
     Quality = Annotated[int, Field(ge=1, le=100)]
 
@@ -129,8 +136,8 @@ def build_schema():
     class AspectRatioBucketing(Strict):
         """assigns each image the size of nearest shape and about equal area that it's trained at"""
 
-        base_resolution: Annotated[int | None, Field(ge=64)] = Field(
-            None, description="side of the square one (512; SDXL, SD3, FLUX.1: 1024)"
+        base_resolution: Annotated[int | None, Field(ge=64, le=LARGEST)] = Field(
+            None, description="side of the square one (target_resolution's, else 512; SDXL, SD3, FLUX.1: 1024)"
         )
         custom_buckets: Annotated[list[tuple[int, int]] | None, BeforeValidator(as_buckets)] = Field(
             None, description='"height,width;height,width;..." instead'
@@ -153,14 +160,14 @@ def build_schema():
         aspect_ratio_bucketing: AspectRatioBucketing | None = None
 
     class Settings(Strict):
-        data_dir: str | None = None
-        dataset_name: str | None = None
+        data_dir: Place = None
+        dataset_name: Place = None
         dataset_config_name: str | None = None
         dataset_split: str = "train"
         image_column: str = "image"
         caption_column: str | None = None
         cache_dir: str | None = None
-        output_dir: str | None = None
+        output_dir: Place = None
         family: Literal["sd15", "sdxl", "sd3", "flux"] = "sd15"
         trigger_word: str | None = None
         num_workers: PositiveInt | None = None
@@ -238,7 +245,10 @@ def read_settings(argv: list[str] | None, script):
     schema, step_schema = build_schema()
     names = list(step_schema.model_fields)
     args = make_parser(script, names, steps_help(step_schema)).parse_args(argv)
-    values = script.read_config(args.config) if args.config else {}
+    try:
+        values = script.read_config(args.config) if args.config else {}
+    except UnicodeDecodeError:
+        raise UserError(f"--config {args.config}: not UTF-8 text") from None
     steps = values.get("steps") or {}
     if isinstance(steps, list):  # a list of names, or of names with parameters
         steps = {k: v for s in steps for k, v in (s.items() if isinstance(s, dict) else [(s, {})])}
@@ -330,6 +340,8 @@ def check_settings(settings, args: argparse.Namespace, UserError) -> None:
     filtering, resizing, bucketing = steps.image_filtering, steps.image_resizing, steps.aspect_ratio_bucketing
     if filtering and filtering.min_aspect_ratio > filtering.max_aspect_ratio:
         raise UserError("image_filtering: min_aspect_ratio is above max_aspect_ratio")
+    if resizing and resizing.target_resolution and bucketing and bucketing.resize_images:
+        obey_target(resizing.target_resolution, bucketing, UserError)
     if resizing:
         resizing.target_resolution = resizing.target_resolution or (base, base)
         if resizing.crop_position is None:
@@ -349,6 +361,19 @@ def check_settings(settings, args: argparse.Namespace, UserError) -> None:
             fallback = {"interpolation": "lanczos", "quality": 95, "format": "jpg"}[key]
             if getattr(bucketing, key) is None:
                 setattr(bucketing, key, getattr(resizing, key) if resizing else fallback)
+
+
+def obey_target(target: tuple[int, int], bucketing, UserError) -> None:
+    """With a target_resolution, the buckets that pictures are written at have its area. Errors: UserError if they can't."""
+    side = round((target[0] * target[1]) ** 0.5)
+    given = "custom_buckets" if bucketing.custom_buckets is not None else f"base_resolution {bucketing.base_resolution}"
+    if bucketing.custom_buckets is None and bucketing.base_resolution is None:
+        bucketing.base_resolution = max(64, side)
+    elif target not in (bucketing.custom_buckets or [(bucketing.base_resolution,) * 2]):
+        raise UserError(
+            f"image_resizing: target_resolution {target[0]}x{target[1]} has no effect: aspect_ratio_bucketing with resize_images"
+            f" writes pictures at its {given}; leave one of the two out"
+        )
 
 
 def source_args(settings) -> argparse.Namespace:
