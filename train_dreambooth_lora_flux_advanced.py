@@ -293,12 +293,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out | {name: fuse_projections(parts, heights[: len(parts)]) for name, parts in waiting.items()}
 
 
-# By line: 306 the run: what happens, in which order · 621 the loop, and one step of it · 878 what is logged, and the
-# guard against learning nothing · 1006 data: images and captions · 1374 images: decoding, buckets, crops, batches ·
-# 1903 text: embeddings and new tokens · 2161 LoRA and optimizer · 2715 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3007 checkpoints and signals · 3182 pictures: validation, class images, comparison · 3407
-# probes: what was learned, what was forgotten · 3583 files that a run leaves · 4031 command line · 4688 base model:
-# loading, quantising, splitting · 4947 errors, lines, seeds, libraries
+# By line: 306 the run: what happens, in which order · 621 the loop, and one step of it · 879 what is logged, and the
+# guard against learning nothing · 1007 data: images and captions · 1375 images: decoding, buckets, crops, batches ·
+# 1904 text: embeddings and new tokens · 2162 LoRA and optimizer · 2716 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3008 checkpoints and signals · 3183 pictures: validation, class images, comparison · 3408
+# probes: what was learned, what was forgotten · 3584 files that a run leaves · 4032 command line · 4689 base model:
+# loading, quantising, splitting · 4948 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -738,8 +738,9 @@ def elementwise_loss(model_pred, target, batch: dict, args: argparse.Namespace):
 
     batch: with --masked_loss, "mask" (B, 1, H, W), whose mean over each picture is 1.
     """
-    loss, c = (model_pred - target.float()) ** 2, args.huber_c
+    loss = (model_pred - target.float()) ** 2
     if args.loss_type == "huber":
+        c = args.huber_c
         loss = 2 * c * (torch.sqrt(loss + c**2) - c)
     return loss * batch["mask"] if "mask" in batch else loss
 

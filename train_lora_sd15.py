@@ -217,12 +217,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line: 230 the run: what happens, in which order · 545 the loop, and one step of it · 802 what is logged, and the
-# guard against learning nothing · 930 data: images and captions · 1298 images: decoding, buckets, crops, batches ·
-# 1827 text: embeddings and new tokens · 2085 LoRA and optimizer · 2639 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2931 checkpoints and signals · 3106 pictures: validation, class images, comparison · 3331
-# probes: what was learned, what was forgotten · 3507 files that a run leaves · 3955 command line · 4612 base model:
-# loading, quantising, splitting · 4871 errors, lines, seeds, libraries
+# By line: 230 the run: what happens, in which order · 545 the loop, and one step of it · 803 what is logged, and the
+# guard against learning nothing · 931 data: images and captions · 1299 images: decoding, buckets, crops, batches ·
+# 1828 text: embeddings and new tokens · 2086 LoRA and optimizer · 2640 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2932 checkpoints and signals · 3107 pictures: validation, class images, comparison · 3332
+# probes: what was learned, what was forgotten · 3508 files that a run leaves · 3956 command line · 4613 base model:
+# loading, quantising, splitting · 4872 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -662,8 +662,9 @@ def elementwise_loss(model_pred, target, batch: dict, args: argparse.Namespace):
 
     batch: with --masked_loss, "mask" (B, 1, H, W), whose mean over each picture is 1.
     """
-    loss, c = (model_pred - target.float()) ** 2, args.huber_c
+    loss = (model_pred - target.float()) ** 2
     if args.loss_type == "huber":
+        c = args.huber_c
         loss = 2 * c * (torch.sqrt(loss + c**2) - c)
     return loss * batch["mask"] if "mask" in batch else loss
 

@@ -279,12 +279,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 292 the run: what happens, in which order · 607 the loop, and one step of it · 864 what is logged, and the
-# guard against learning nothing · 992 data: images and captions · 1360 images: decoding, buckets, crops, batches ·
-# 1889 text: embeddings and new tokens · 2147 LoRA and optimizer · 2701 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2993 checkpoints and signals · 3168 pictures: validation, class images, comparison · 3393
-# probes: what was learned, what was forgotten · 3569 files that a run leaves · 4017 command line · 4674 base model:
-# loading, quantising, splitting · 4933 errors, lines, seeds, libraries
+# By line: 292 the run: what happens, in which order · 607 the loop, and one step of it · 865 what is logged, and the
+# guard against learning nothing · 993 data: images and captions · 1361 images: decoding, buckets, crops, batches ·
+# 1890 text: embeddings and new tokens · 2148 LoRA and optimizer · 2702 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2994 checkpoints and signals · 3169 pictures: validation, class images, comparison · 3394
+# probes: what was learned, what was forgotten · 3570 files that a run leaves · 4018 command line · 4675 base model:
+# loading, quantising, splitting · 4934 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -724,8 +724,9 @@ def elementwise_loss(model_pred, target, batch: dict, args: argparse.Namespace):
 
     batch: with --masked_loss, "mask" (B, 1, H, W), whose mean over each picture is 1.
     """
-    loss, c = (model_pred - target.float()) ** 2, args.huber_c
+    loss = (model_pred - target.float()) ** 2
     if args.loss_type == "huber":
+        c = args.huber_c
         loss = 2 * c * (torch.sqrt(loss + c**2) - c)
     return loss * batch["mask"] if "mask" in batch else loss
 
