@@ -1,0 +1,37 @@
+"""How a job is started: as which Python, under which name. Needs the standard library only, and no Python of today."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+WINDOWS = os.name == "nt"
+
+
+def program() -> str:
+    """What the person has called, for messages: the wrapper's name, which set_up.py leaves, or this file's."""
+    return os.environ.get("STARTED_AS", Path(sys.argv[0]).name)
+
+
+def complain(message: str) -> int:
+    """Prints a mistake that a person can mend as one line; returns the exit code for it."""
+    print(f"{program()}: error: {message}", file=sys.stderr)
+    return 2
+
+
+def become(command: list[str], environment: dict[str, str] | None = None) -> int:
+    """Goes on as another program, so that signals reach it; on Windows, which can't, waits for it and returns its exit code."""
+    sys.stdout.flush()
+    environment = {**os.environ, **(environment or {})}
+    if not WINDOWS:
+        os.execve(command[0], command, environment)
+    environment.setdefault("PYTHONUTF8", "1")  # captions in a console of another code page
+    process = subprocess.Popen(command, env=environment)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # it has had Ctrl-C too, and is saving a checkpoint
+            continue

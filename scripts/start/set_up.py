@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""Finds or makes a Python that has this project's packages and starts a job with it: what the run_* wrappers call.
+
+    python scripts/start/set_up.py run_lora_train [flags of the job]
+
+An active virtual or conda environment that has the packages of requirements.txt is used as it is; else .venv is made, and
+filled once, with uv where that is installed. It runs before any package is there, so it needs the standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
+
+from scripts.start.parts.process import ROOT, WINDOWS, become, complain
+
+OLDEST_PYTHON = (3, 11)
+JOBS = {  # wrapper: what it starts, and what has to be installed for it
+    "run_lora_train": ("scripts/start/train.py", ("requirements.txt",)),
+    "run_lora_infer": ("scripts/start/infer.py", ("requirements.txt",)),
+    "run_prepare_dataset": ("scripts/start/prepare.py", ("requirements.txt",)),
+    "run_tests": ("scripts/start/tests.py", ("requirements.txt", "requirements-dev.txt")),
+    "nothing": ("", ("requirements.txt",)),
+}
+LIST_MISSING = f"""
+import importlib.metadata, sys
+if sys.version_info < {OLDEST_PYTHON}: print("Python of {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or later")
+for name in sys.argv[1:]:
+    try: importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError: print(name)
+"""
+
+
+class SetUpError(Exception):
+    """What stands in the way, and the way out."""
+
+
+def python_in(folder: Path, windows: bool = WINDOWS) -> Path:
+    """The interpreter of a virtual environment."""
+    return folder / ("Scripts/python.exe" if windows else "bin/python")
+
+
+def active_python(variables, windows: bool = WINDOWS) -> Path | None:
+    """The interpreter of the environment that is active, as its variables say."""
+    if variables.get("VIRTUAL_ENV"):
+        return python_in(Path(variables["VIRTUAL_ENV"]), windows)
+    if variables.get("CONDA_PREFIX"):
+        folder = Path(variables["CONDA_PREFIX"])
+        return folder / "python.exe" if windows else python_in(folder, windows)
+    return None
+
+
+def package_names(files) -> list[str]:
+    """What requirements files ask for, without versions."""
+    lines = [line.strip() for file in files for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
+    names = [re.split(r"[=<>!~\[ #;]", line, maxsplit=1)[0] for line in lines]
+    return [name for name in names if name and not name.startswith("-")]
+
+
+def missing_in(python: Path, names: list[str]) -> list[str]:
+    """Those packages that an interpreter doesn't have; all of them if it doesn't run."""
+    try:
+        answer = subprocess.run(
+            [str(python), "-c", LIST_MISSING, *names], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+    except OSError:
+        return names
+    return names if answer.returncode else answer.stdout.decode().splitlines()
+
+
+def has_nvidia_gpu() -> bool:
+    return shutil.which("nvidia-smi") is not None and subprocess.call(["nvidia-smi"], stdout=subprocess.DEVNULL) == 0
+
+
+def install_commands(venv: Path, file: str, uv: str | None, windows: bool = WINDOWS) -> list[list[str]]:
+    """The commands that make the environment, where it isn't there, and fill it from a requirements file."""
+    python, commands = python_in(venv, windows), []
+    new_enough = sys.version_info[:2] >= OLDEST_PYTHON
+    if not python.exists() and uv:
+        wanted = sys.executable if new_enough else "%d.%d" % OLDEST_PYTHON  # noqa: UP031
+        commands.append([uv, "venv", "--python", wanted, str(venv)])
+    elif not python.exists():
+        if not new_enough:
+            found = ".".join(map(str, sys.version_info[:3]))
+            raise SetUpError("Python %d.%d or later is needed; found %s" % (*OLDEST_PYTHON, found))  # noqa: UP031
+        commands.append([sys.executable, "-m", "venv", str(venv)])
+    if uv:
+        # PyPI's torch has CUDA on Linux, and no GPU at all on Windows, nor AMD's anywhere
+        other_torch = ["--torch-backend", "auto"] if needs_other_torch(windows) else []
+        return [*commands, [uv, "pip", "install", "--python", str(python), *other_torch, "-r", str(ROOT / file)]]
+    return [*commands, [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-r", str(ROOT / file)]]
+
+
+def needs_other_torch(windows: bool = WINDOWS) -> bool:
+    """Whether this machine's GPU needs another build of torch than PyPI has."""
+    return (windows and has_nvidia_gpu()) or shutil.which("rocminfo") is not None
+
+
+def fill(venv: Path, files, uv: str | None) -> Path:
+    """Makes .venv and installs what its stamps don't name yet; returns its interpreter."""
+    python = python_in(venv)
+    for file in files:
+        stamp, wanted = venv / f".ready-{file}", (ROOT / file).read_text(encoding="utf-8")
+        if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted and python.exists():
+            continue
+        print(f"setting up: {file} into {venv.name} (once; some minutes)", flush=True)
+        for command in install_commands(venv, file, uv):
+            if subprocess.call(command):
+                shown = " ".join(map(str, command))
+                debian = "; on Debian and Ubuntu, `apt install python3-venv` first" if "venv" in command else ""
+                raise SetUpError(f"the set-up ended at `{shown}`, see above; start again to go on with it{debian}")
+        stamp.write_text(wanted, encoding="utf-8")
+        if not uv and needs_other_torch():
+            print(
+                "note: this torch may not see your GPU: install the build that pytorch.org/get-started names",
+                flush=True,
+            )
+    return python
+
+
+def find_python(files, variables) -> Path:
+    """The interpreter that has everything: the active environment's, else .venv's, which is made and filled."""
+    active = active_python(variables)
+    if active is not None:
+        missing = missing_in(active, package_names(files))
+        if not missing:
+            return active
+        lacking = ", ".join(missing[:4]) + (", …" if missing[4:] else "")
+        print(f"the active environment lacks {lacking}: using .venv instead", flush=True)
+    return fill(ROOT / ".venv", files, shutil.which("uv"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Finds or makes a Python with this project's packages, and starts a job."
+    )
+    parser.add_argument("wrapper", choices=sorted(JOBS), help="what is started; `nothing`: the environment alone")
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="flags of the job")
+    args = parser.parse_args(argv)
+    script, files = JOBS[args.wrapper]
+    os.environ["STARTED_AS"] = args.wrapper
+    try:
+        python = str(find_python(files, os.environ))
+    except SetUpError as error:
+        return complain(str(error))
+    except KeyboardInterrupt:
+        return 130
+    if not script:
+        print(python)
+        return 0
+    return become([python, str(ROOT / script), *args.words])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
