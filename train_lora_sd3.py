@@ -274,12 +274,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 287 the run: what happens, in which order · 587 the loop, and one step of it · 766 what is logged, and the
-# guard against learning nothing · 897 data: images and captions · 1192 images: decoding, buckets, crops, batches ·
-# 1602 text: embeddings and new tokens · 1823 LoRA and optimizer · 2241 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2531 checkpoints and signals · 2687 pictures: validation, class images, comparison · 2887
-# probes: what was learned, what was forgotten · 3065 files that a run leaves · 3377 command line · 3833 base model:
-# loading, quantising, splitting · 4041 errors, lines, seeds, libraries
+# By line: 287 the run: what happens, in which order · 611 the loop, and one step of it · 790 what is logged, and the
+# guard against learning nothing · 921 data: images and captions · 1216 images: decoding, buckets, crops, batches ·
+# 1626 text: embeddings and new tokens · 1847 LoRA and optimizer · 2265 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2555 checkpoints and signals · 2711 pictures: validation, class images, comparison · 2911
+# probes: what was learned, what was forgotten · 3089 files that a run leaves · 3401 command line · 3856 base model:
+# loading, quantising, splitting · 4064 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     """Trains as the command line says; returns the exit code. What a person can mend ends as one line on stderr, and so does
     a fault of ours, which names the file that has its traceback.
     """
-    program, args = Path(sys.argv[0]).name, None
+    args = None
     try:
         args = parse_args(argv)
         say(f"{FAMILY_TITLE}: importing torch and diffusers")
@@ -300,8 +300,7 @@ def main(argv: list[str] | None = None) -> int:
             execute(args)
         return 0
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error), 2)
     except Interrupted as stop:
         return stop.args[0]
     except KeyboardInterrupt:  # before the signals were answered
@@ -310,13 +309,20 @@ def main(argv: list[str] | None = None) -> int:
         if type(error).__name__ == "OutOfMemoryError":
             advice = "--gradient_checkpointing, --cache_latents, --mixed_precision bf16, --optimizer adamw8bit,"
             advice += " --quantize_base nf4, a lower --train_batch_size or --resolution"
-            print(f"{program}: error: out of GPU memory; try, in this order, {advice}", file=sys.stderr)
-            return 1
+            return fail(f"out of GPU memory; try, in this order, {advice}", 1)
         written = args is not None and Path(args.output_dir).is_dir()
         log = Path(args.output_dir if written else tempfile.gettempdir()) / "crash.log"
         log.write_text(traceback.format_exc(), encoding="utf-8")
-        print(f"{program}: error: a fault of this script ({brief(error)}); {log} has the traceback", file=sys.stderr)
-        return 1
+        return fail(f"a fault of this script ({brief(error)}); {log} has the traceback", 1)
+
+
+def fail(why: str, code: int) -> int:
+    """Says why the run ends. Beside a first process that says it too, the launcher ends this one while it waits."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr)
+    return code
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -429,19 +435,37 @@ def start_accelerator(args: argparse.Namespace):
     if wanted == "fp16" and PREDICTS_FLOW:
         say(f"{FAMILY_TITLE} overflows in fp16: using bf16")
         args.mixed_precision = "bf16"
-    args.deepspeed = os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false") == "true"  # its launcher, not its engine
-    if args.deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") not in ("1", "2"):
-        raise UserError("DeepSpeed: use zero_stage 1 or 2; config/accelerate_config_fsdp2.yaml splits the base itself")
+    processes = heed_launcher(args)
     try:
         precision = {"mixed_precision": args.mixed_precision}
         accelerator = accelerate.Accelerator(**precision, log_with=trackers, project_config=project)
     except ValueError as error:
         raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from None
+    except RuntimeError as error:
+        raise UserError(f"the {processes} processes can't be connected: {brief(error)}") from None
+    if accelerator.num_processes != processes:
+        raise UserError(f"{processes} processes can't train together on {accelerator.device.type}: start one")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no")
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
+
+
+def heed_launcher(args: argparse.Namespace) -> int:
+    """Reads what accelerate would read otherwise in the launcher's environment; returns the number of processes."""
+    processes, told = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("ACCELERATE_USE_CPU", "").lower()
+    args.deepspeed = os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false") == "true"  # its launcher, not its engine
+    if args.deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") not in ("1", "2"):
+        raise UserError("DeepSpeed: use zero_stage 1 or 2; config/accelerate_config_fsdp2.yaml splits the base itself")
+    if os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no" and not args.compile:
+        say("the launcher's dynamo_backend means --compile")
+        args.compile = True
+    if processes > 1 and told != "true" and not torch.accelerator.is_available():
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate's launcher, not torchrun
+            raise UserError("the launcher's configuration is for GPUs, and there is none here: start it without one")
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # else each process would train alone, into one folder
+    return processes
 
 
 def make_output_folder(args: argparse.Namespace) -> None:
@@ -3753,8 +3777,7 @@ class OneLineParser(argparse.ArgumentParser):
             wrong = message.split(":", 1)[1].split()[0].split("=")[0]
             near = self.nearest(wrong, cutoff=0.5)
             message = f"unknown flag {wrong}" + (f"; did you mean {near}?" if near else "; --help lists all flags")
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(fail(message, 2))
 
     def nearest(self, wrong: str, cutoff: float) -> str | None:
         """The flag that other trainers call so, else the one of nearest spelling; never a hidden one."""

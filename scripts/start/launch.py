@@ -23,7 +23,7 @@ from scripts.start.parts.env_file import export, settings_of
 from scripts.start.parts.process import ROOT, become, complain
 from scripts.start.parts.words import StartError
 
-PATIENCE = 60  # seconds that the first machine may take to answer
+PATIENCE = 60  # seconds in which all machines have to be there
 
 
 def count_gpus() -> int:
@@ -35,7 +35,7 @@ def count_gpus() -> int:
 def check_machine(args: argparse.Namespace, gpus: int) -> None:
     """Refuses what a configuration wants and this machine hasn't. args: accelerate's, with its configuration filled in."""
     name = args.config_file or "the configuration of `accelerate config`"
-    if args.cpu or args.use_cpu:
+    if args.cpu or args.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         return
     several = args.multi_gpu or args.use_fsdp or args.use_deepspeed or args.use_megatron_lm
     here = max(1, args.num_processes // max(1, args.num_machines or 1))
@@ -53,11 +53,17 @@ def check_machine(args: argparse.Namespace, gpus: int) -> None:
         )
 
 
-def wait_for_first_machine(args: argparse.Namespace, patience: float = PATIENCE) -> None:
-    """On every machine but the first: until that one answers. Errors: StartError if it doesn't."""
-    if (args.num_machines or 1) < 2 or not args.machine_rank:
+def check_peers(args: argparse.Namespace, patience: float = PATIENCE) -> None:
+    """With several machines, on the first: others must be able to reach it. On the others: waits until it answers."""
+    if (args.num_machines or 1) < 2:
         return
     place, end = (args.main_process_ip, int(args.main_process_port or 29500)), time.monotonic() + patience
+    if not args.machine_rank:
+        if place[0] in (None, "localhost") or place[0].startswith("127."):
+            raise StartError(
+                f"main_process_ip {place[0]} is out of the other machines' reach: give this machine's address"
+            )
+        return
     print(f"waiting for the first machine, {place[0]}:{place[1]}", flush=True)
     while True:
         try:
@@ -74,23 +80,30 @@ def wait_for_first_machine(args: argparse.Namespace, patience: float = PATIENCE)
 def launch(args: argparse.Namespace) -> int:
     """Starts the processes and waits for them; returns the exit code of the one that ended first with an error."""
     from accelerate.commands import launch as accelerate_launch
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     resolved, _, _ = accelerate_launch._validate_launch_command(argparse.Namespace(**vars(args)))
     check_machine(resolved, count_gpus())
-    wait_for_first_machine(resolved)
+    check_peers(resolved)
     several = (
         resolved.multi_gpu or resolved.use_fsdp or resolved.use_deepspeed or resolved.use_megatron_lm or resolved.tpu
     )
     if not several and not resolved.mpirun_hostfile:
         return become(*accelerate_launch.prepare_simple_launcher_cmd_env(resolved))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the script says what was wrong
+    args.rdzv_conf = args.rdzv_conf or f"timeout={PATIENCE}"
     try:
         accelerate_launch.launch_command(args)
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code >= 0 else 128 - code
+    except DistError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise StartError(
+            f"not all of {resolved.num_machines} machines were there within {PATIENCE} s ({reason})"
+        ) from None
     except SignalException as stop:
         return 128 + stop.sigval
     return 0
