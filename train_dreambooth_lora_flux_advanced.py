@@ -337,7 +337,7 @@ def fail(why: str, code: int) -> int:
     """Says why the run ends. Beside a first process that says it too, the launcher ends this one while it waits."""
     if int(os.environ.get("RANK", "0")) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
+        time.sleep(10)
     print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr)
     return code
 
@@ -3434,7 +3434,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     marked = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     for name, why in FOREIGN_FLAGS.items():  # what another family's commands carry: fine while it's off
         marked.__dict__.pop(name)
-        if (args.__dict__.pop(name) or "none").lower() not in ("none", "0", "0.0", "false", "no", '""'):
+        if (args.__dict__.pop(name) or "none").lower() not in ("none", "0", "0.0", "false", "no", '""', "epsilon"):
             raise UserError(f"--{name}: {why}")
     settings, defaults = dict(vars(args)), {name: parser.get_default(name) for name in vars(args)}
     check_args(args, {name for name, value in vars(marked).items() if value is not unset}, parser)
