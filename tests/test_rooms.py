@@ -13,7 +13,7 @@ from conftest import ROOT
 
 pytestmark = [pytest.mark.run, pytest.mark.xdist_group("rooms")]  # one worker asks every command once
 SCRIPTS = ROOT / "scripts"
-ROOMS = ("bases", "dataset", "lora", "measuring", "reports", "toys")
+ROOMS = ("bases", "dataset", "lora", "measuring", "reports", "start", "toys")
 COMMANDS = sorted(f.relative_to(SCRIPTS).as_posix() for room in ROOMS for f in (SCRIPTS / room).glob("*.py"))
 MOVED = {f"{name}.py": f"lora/{name}.py" for name in ("convert_lora", "merge_lora", "inspect_lora")}
 MOVED |= {

@@ -27,7 +27,7 @@ JOBS = {  # wrapper: what it starts, and what has to be installed for it
     "run_lora_infer": ("scripts/start/infer.py", ("requirements.txt",)),
     "run_prepare_dataset": ("scripts/start/prepare.py", ("requirements.txt",)),
     "run_tests": ("scripts/start/tests.py", ("requirements.txt", "requirements-dev.txt")),
-    "nothing": ("", ("requirements.txt",)),
+    "environment": ("", ("requirements.txt",)),
 }
 LIST_MISSING = f"""
 import importlib.metadata, sys
@@ -141,7 +141,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Finds or makes a Python with this project's packages, and starts a job."
     )
-    parser.add_argument("wrapper", choices=sorted(JOBS), help="what is started; `nothing`: the environment alone")
+    parser.add_argument(
+        "wrapper", choices=sorted(JOBS), help="what is started; `environment`: nothing, the interpreter is printed"
+    )
     parser.add_argument("words", nargs=argparse.REMAINDER, help="flags of the job")
     args = parser.parse_args(argv)
     script, files = JOBS[args.wrapper]

@@ -184,11 +184,10 @@ def translate(workflow: dict, file: str) -> Workflow:
     model, passes = section(workflow, "input_model", file), section(workflow, "passes", file)
     if str(model.get("type")).lower() != "diffusersmodel" or not isinstance(model.get("model_path"), str):
         raise StartError(f"{file}: input_model: expected type DiffusersModel and a model_path")
-    notes = [
-        f"note: {file}: {n} is left out: the training runs here, as it was started" for n in NOTED if n in workflow
-    ]
+    noted = ", ".join(name for name in NOTED if name in workflow)
+    notes = [f"note: {file}: {noted}: left out; the training runs here, as it was started"] if noted else []
     lora, others = training_pass(passes, file)
-    notes += [f"note: {file}: the pass {name} is left out: only SDLoRA trains" for name in others]
+    notes += [f"note: {file}: {name}: left out; only the SDLoRA pass trains" for name in others]
     training = section(lora, "training_args", file) if lora.get("training_args") else {}
     data = data_config(workflow.get("data_configs"), lora.get("train_data_config"), file)
     flags = {"output_dir": workflow.get("output_dir")} | source_flags(data, file)
