@@ -83,34 +83,38 @@ def decide(words: list[str], settings: dict) -> Start:
     """What a command line and the settings (.env, environment) start. Errors: StartError."""
     named, words = leading_family(words)
     (variant, launch_config), words = taken(words, "--model_variant", "--config_file")
-    (model, config), _ = taken(words, MODEL, "--config")
     variant_family = olive.family_named(variant, "--model_variant") if variant else None
     if named and variant_family and named != variant_family:
         raise StartError(f"the family is given as {named} and with --model_variant {variant}: give one")
     start = Start(named or variant_family or "auto", [], launch_config or settings.get("ACCELERATE_CONFIG") or None)
-    values = read_values(config) if config else {}
+    (config,), others = taken(words, "--config")
+    values, defaults = read_values(config) if config else {}, {}
+    if not config:
+        words = [*env_words(words, settings), *words]
+    (model,), _ = taken(words, MODEL)
     if olive.is_workflow(values):
-        workflow, (_, words) = olive.translate(values, config), taken(words, "--config")
+        workflow, words = olive.translate(values, config), others
         model = model or workflow.model
-        start.family = workflow.family or start.family if start.family == "auto" else start.family
+        start.family = workflow.family or "auto" if start.family == "auto" else start.family
         start.notes, start.prepare = workflow.notes, workflow.prepare
         defaults = {"pretrained_model_name_or_path": model} | workflow.train
     elif config:
-        model = model or (values.get("pretrained_model_name_or_path") or values.get("model_name_or_path"))
-        defaults = {}
-    else:
-        words = [*env_words(words, settings), *words]
-        (model,), _ = taken(words, MODEL)
-        defaults = olive.one_liner(words) if variant and model else {}
+        model = model or values.get("pretrained_model_name_or_path") or values.get("model_name_or_path")
+    elif variant and model:
+        defaults = olive.one_liner(words)
     if start.family == "auto":
         start.family = detected(model, config)
+    if model:
+        start.environment = environment_of(settings, start.launch_config)
     if defaults:
         defaults, notes = olive.for_family(defaults, start.family)
         start.notes = [*start.notes, *notes, f"Olive's settings, as flags: {shown(as_words(defaults))}"]
+        if (
+            not start.launch_config and "mixed_precision" in defaults
+        ):  # a wish: what a machine can't do, it does without
+            start.environment["ACCELERATE_MIXED_PRECISION"] = defaults.pop("mixed_precision")
     recipe = [] if config or defaults else ["--config", f"config/{'recipe' if model else 'toy'}_{start.family}.yaml"]
     start.words = ["--report", *recipe, *as_words(defaults), *words]
-    if model:
-        start.environment = environment_of(settings, start.launch_config)
     return start
 
 
