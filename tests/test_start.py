@@ -13,6 +13,7 @@ from conftest import FAMILIES, ROOT, SAMPLE, load_script
 
 from scripts.dataset.parts.settings import read_settings
 from scripts.start import launch, set_up, train
+from scripts.start.parts import process
 from scripts.start.parts.dreambooth import class_prompt
 from scripts.start.parts.env_file import read_env_file, settings_of
 from scripts.start.parts.words import StartError
@@ -207,6 +208,23 @@ def test_the_set_up_uses_nothing_but_the_standard_library():
     command = [sys.executable, "-I", "-S", str(ROOT / "scripts/start/set_up.py"), "--help"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and "run_lora_train" in result.stdout, result.stderr
+
+
+def test_a_job_is_waited_for_where_a_process_cannot_become_another(monkeypatch):
+    monkeypatch.setattr(process, "WINDOWS", True)
+    code = "import os, sys; sys.exit(7 if os.environ['PYTHONUTF8'] == '1' and os.environ['MORE'] == 'x' else 1)"
+    assert process.become([sys.executable, "-c", code], {"MORE": "x"}) == 7
+
+
+def test_an_old_python_takes_a_newer_one_or_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(set_up, "OLDEST_PYTHON", (99, 0))
+    monkeypatch.setattr(set_up, "needs_other_torch", lambda windows: False)
+    monkeypatch.setattr(set_up.shutil, "which", {"python3.12": "/bin/python3.12"}.get)
+    assert set_up.install_commands(tmp_path, "requirements.txt", None)[0][0] == "/bin/python3.12"
+    assert "99.0" in set_up.install_commands(tmp_path, "requirements.txt", "uv")[0]
+    monkeypatch.setattr(set_up.shutil, "which", lambda name: None)
+    with pytest.raises(set_up.SetUpError, match="Python 99.0 or later is needed; found 3"):
+        set_up.install_commands(tmp_path, "requirements.txt", None)
 
 
 @pytest.mark.parametrize("name", ["run_lora_train", "run_lora_infer", "run_prepare_dataset", "run_tests"])

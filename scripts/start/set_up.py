@@ -7,8 +7,6 @@ An active virtual or conda environment that has the packages of requirements.txt
 filled once, with uv where that is installed. It runs before any package is there, so it needs the standard library only.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re
@@ -22,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, 
 from scripts.start.parts.process import ROOT, WINDOWS, become, complain
 
 OLDEST_PYTHON = (3, 11)
+NEWER_PYTHONS = ("python3.13", "python3.12", "python3.11")  # where `python3` is older
 JOBS = {  # wrapper: what it starts, and what has to be installed for it
     "run_lora_train": ("scripts/start/train.py", ("requirements.txt",)),
     "run_lora_infer": ("scripts/start/infer.py", ("requirements.txt",)),
@@ -47,8 +46,8 @@ def python_in(folder: Path, windows: bool = WINDOWS) -> Path:
     return folder / ("Scripts/python.exe" if windows else "bin/python")
 
 
-def active_python(variables, windows: bool = WINDOWS) -> Path | None:
-    """The interpreter of the environment that is active, as its variables say."""
+def active_python(variables, windows: bool = WINDOWS):
+    """The interpreter of the environment that is active, as its variables say; or None."""
     if variables.get("VIRTUAL_ENV"):
         return python_in(Path(variables["VIRTUAL_ENV"]), windows)
     if variables.get("CONDA_PREFIX"):
@@ -57,14 +56,14 @@ def active_python(variables, windows: bool = WINDOWS) -> Path | None:
     return None
 
 
-def package_names(files) -> list[str]:
+def package_names(files) -> list:
     """What requirements files ask for, without versions."""
     lines = [line.strip() for file in files for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
     names = [re.split(r"[=<>!~\[ #;]", line, maxsplit=1)[0] for line in lines]
     return [name for name in names if name and not name.startswith("-")]
 
 
-def missing_in(python: Path, names: list[str]) -> list[str]:
+def missing_in(python: Path, names: list) -> list:
     """Those packages that an interpreter doesn't have; all of them if it doesn't run."""
     try:
         answer = subprocess.run(
@@ -79,18 +78,17 @@ def has_nvidia_gpu() -> bool:
     return shutil.which("nvidia-smi") is not None and subprocess.call(["nvidia-smi"], stdout=subprocess.DEVNULL) == 0
 
 
-def install_commands(venv: Path, file: str, uv: str | None, windows: bool = WINDOWS) -> list[list[str]]:
+def install_commands(venv: Path, file: str, uv, windows: bool = WINDOWS) -> list:
     """The commands that make the environment, where it isn't there, and fill it from a requirements file."""
     python, commands = python_in(venv, windows), []
-    new_enough = sys.version_info[:2] >= OLDEST_PYTHON
-    if not python.exists() and uv:
-        wanted = sys.executable if new_enough else "%d.%d" % OLDEST_PYTHON  # noqa: UP031
-        commands.append([uv, "venv", "--python", wanted, str(venv)])
-    elif not python.exists():
-        if not new_enough:
+    if not python.exists():
+        base = sys.executable
+        if sys.version_info[:2] < OLDEST_PYTHON:
+            base = "%d.%d" % OLDEST_PYTHON if uv else next(filter(None, map(shutil.which, NEWER_PYTHONS)), None)  # noqa: UP031
+        if base is None:
             found = ".".join(map(str, sys.version_info[:3]))
             raise SetUpError("Python %d.%d or later is needed; found %s" % (*OLDEST_PYTHON, found))  # noqa: UP031
-        commands.append([sys.executable, "-m", "venv", str(venv)])
+        commands.append([uv, "venv", "--python", base, str(venv)] if uv else [base, "-m", "venv", str(venv)])
     if uv:
         # PyPI's torch has CUDA on Linux, and no GPU at all on Windows, nor AMD's anywhere
         other_torch = ["--torch-backend", "auto"] if needs_other_torch(windows) else []
@@ -103,7 +101,7 @@ def needs_other_torch(windows: bool = WINDOWS) -> bool:
     return (windows and has_nvidia_gpu()) or shutil.which("rocminfo") is not None
 
 
-def fill(venv: Path, files, uv: str | None) -> Path:
+def fill(venv: Path, files, uv) -> Path:
     """Makes .venv and installs what its stamps don't name yet; returns its interpreter."""
     python = python_in(venv)
     for file in files:
@@ -137,7 +135,7 @@ def find_python(files, variables) -> Path:
     return fill(ROOT / ".venv", files, shutil.which("uv"))
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         description="Finds or makes a Python with this project's packages, and starts a job."
     )

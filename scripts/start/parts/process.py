@@ -1,6 +1,8 @@
-"""How a job is started: as which Python, under which name. Needs the standard library only, and no Python of today."""
+"""How a job is started: as which Python, under which name.
 
-from __future__ import annotations
+It runs before any package is there, and in whatever Python a machine has, if only to say that that is too old: so it needs the
+standard library alone, and has no annotations that Python 3.6 can't read.
+"""
 
 import os
 import subprocess
@@ -22,7 +24,7 @@ def complain(message: str) -> int:
     return 2
 
 
-def become(command: list[str], environment: dict[str, str] | None = None) -> int:
+def become(command, environment=None) -> int:
     """Goes on as another program, so that signals reach it; on Windows, which can't, waits for it and returns its exit code."""
     sys.stdout.flush()
     environment = {**os.environ, **(environment or {})}
