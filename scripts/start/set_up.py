@@ -145,7 +145,6 @@ def main(argv=None) -> int:
     parser.add_argument("words", nargs=argparse.REMAINDER, help="flags of the job")
     args = parser.parse_args(argv)
     script, files = JOBS[args.wrapper]
-    os.environ["STARTED_AS"] = args.wrapper
     try:
         python = str(find_python(files, os.environ))
     except SetUpError as error:
@@ -155,7 +154,7 @@ def main(argv=None) -> int:
     if not script:
         print(python)
         return 0
-    return become([python, str(ROOT / script), *args.words])
+    return become([python, str(ROOT / script), *args.words], {"STARTED_AS": args.wrapper})
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 WINDOWS = os.name == "nt"
+STARTED_AS = os.environ.pop("STARTED_AS", None)  # the wrapper's name, for this process alone
 
 
 def program() -> str:
     """What the person has called, for messages: the wrapper's name, which set_up.py leaves, or this file's."""
-    return os.environ.get("STARTED_AS", Path(sys.argv[0]).name)
+    return STARTED_AS or Path(sys.argv[0]).name
 
 
 def complain(message: str) -> int:
