@@ -112,7 +112,10 @@ def fill(venv: Path, files, uv) -> Path:
         for command in install_commands(venv, file, uv):
             if subprocess.call(command):
                 shown = " ".join(map(str, command))
-                debian = "; on Debian and Ubuntu, `apt install python3-venv` first" if "venv" in command else ""
+                debian = ""
+                if "venv" in command:
+                    debian = "; on Debian and Ubuntu, `apt install python3-venv` first"
+                    shutil.rmtree(str(venv), ignore_errors=True)  # a half-made one would be taken for whole
                 raise SetUpError(f"the set-up ended at `{shown}`, see above; start again to go on with it{debian}")
         stamp.write_text(wanted, encoding="utf-8")
         if not uv and needs_other_torch():
@@ -145,8 +148,12 @@ def main(argv=None) -> int:
     parser.add_argument("words", nargs=argparse.REMAINDER, help="flags of the job")
     args = parser.parse_args(argv)
     script, files = JOBS[args.wrapper]
+    asks_for_help = args.wrapper == "run_lora_train" and {"-h", "--help", "--help_all"} & set(args.words)
     try:
-        python = str(find_python(files, os.environ))
+        if asks_for_help and sys.version_info >= OLDEST_PYTHON:  # which no package is needed for
+            python = sys.executable
+        else:
+            python = str(find_python(files, os.environ))
     except SetUpError as error:
         return complain(str(error))
     except KeyboardInterrupt:

@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
 
 from scripts.parts.base_family import BaseError, family_of
-from scripts.parts.training_scripts import SCRIPTS, load_script
+from scripts.parts.training_scripts import SCRIPTS, bare_script, load_script
 from scripts.start.parts import olive
 from scripts.start.parts.dreambooth import class_prompt
 from scripts.start.parts.env_file import export, settings_of
@@ -206,7 +206,7 @@ def gpu_precision() -> str | None:
 
 def print_help(family: str | None) -> None:
     """Families and the usual flags, as the training script explains them."""
-    script = load_script(family or "sd15", libraries=False)
+    script = bare_script(family or "sd15")
     parser = script.OneLineParser(add_help=False)
     script.add_shared_args(parser)
     actions = {action.dest: action for action in parser._actions}
@@ -225,14 +225,14 @@ def print_help(family: str | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    settings = settings_of(ROOT / ".env", os.environ)
-    export(settings)
     try:
         if is_given(words, "--help -h --help_all"):
             family, everything = leading_family(words)[0], is_given(words, "--help_all")
             if everything:
                 return become([sys.executable, str(ROOT / SCRIPTS[family or "sd15"]), "--help"])
             return print_help(family) or 0
+        settings = settings_of(ROOT / ".env", os.environ)
+        export(settings)
         start = decide(words, settings)
         print("".join(f"{note}\n" for note in start.notes), end="", flush=True)
         if start.prepare:

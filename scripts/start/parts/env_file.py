@@ -13,10 +13,10 @@ ARRAY = re.compile(r"^[ \t]*(?:export[ \t]+)?(\w+)=\((.*?)\)[ \t]*(?:#.*)?$", re
 
 def read_env_file(file: Path) -> dict[str, str | list[str]]:
     """Names and values of a .env file; NAME=("a" "b") is a list. `~`, `$HOME` and the like are replaced."""
-    from dotenv import dotenv_values
-
     if not file.is_file():
         return {}
+    from dotenv import dotenv_values
+
     text = file.read_text(encoding="utf-8-sig")
     lists = {name: shlex.split(words, comments=True) for name, words in ARRAY.findall(text)}
     plain = dotenv_values(stream=io.StringIO(ARRAY.sub("", text)))
