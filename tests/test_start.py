@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -143,7 +144,7 @@ def test_an_accelerate_configuration_before_or_among_the_flags(words):
         (["-m", "/nowhere/base", "-d", "D"], "/nowhere/base: neither a folder nor a file"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
         (["--config", str(ROOT / "config" / "diffusion_trainer.yaml")], "name the family first"),
-        (["--config", str(ROOT / "requirements.txt")], "expected flag names and values, found str"),
+        (["--config", str(ROOT / "requirements.txt")], "expected names and values, found str"),
         (["--config", str(ROOT / "docs" / "report.png")], "not YAML or JSON"),
         (["--config_file"], "expected one argument"),
     ],
@@ -201,6 +202,19 @@ def test_an_active_environment_without_the_packages_is_not_used(tmp_path, monkey
     python = set_up.find_python(("requirements.txt",), {"VIRTUAL_ENV": sys.prefix})
     assert python == set_up.python_in(tmp_path / ".venv") and [c[1:3] for c in made] == [["-m", "venv"], ["-m", "pip"]]
     assert "the active environment lacks no-such-package: using .venv instead" in capsys.readouterr().out
+
+
+def test_what_an_environment_lacks_by_name_and_by_version(tmp_path, monkeypatch):
+    found = ".".join(str(pytest.__version__).split(".")[:3])
+    (tmp_path / "r.txt").write_text(
+        f"# pins\npytest=={found}  # here\nruff==0.0.1\nnone-such; python_version > '3'\n\n"
+    )
+    monkeypatch.setattr(set_up, "ROOT", tmp_path)
+    assert set_up.packages(["r.txt"]) == ["pytest", "ruff", "none-such"]
+    python = set_up.python_in(Path(sys.prefix))
+    assert set_up.missing_in(python, set_up.packages(["r.txt"])) == ["none-such"]
+    assert set_up.missing_in(python, set_up.packages(["r.txt"], pins=True)) == ["ruff", "none-such"]
+    assert set_up.missing_in(tmp_path / "no python", ["a", "b"]) == ["a", "b"]
 
 
 def test_the_set_up_uses_nothing_but_the_standard_library():

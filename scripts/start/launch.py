@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, 
 
 from scripts.start.parts.env_file import export, settings_of
 from scripts.start.parts.process import ROOT, become, complain
-from scripts.start.parts.words import StartError
+from scripts.start.parts.words import StartError, read_values
 
 PATIENCE = 60  # seconds in which all machines have to be there
 
@@ -84,6 +84,8 @@ def launch(args: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    if args.config_file and not read_values(args.config_file, "--config_file"):
+        raise StartError(f"--config_file {args.config_file} is empty")
     resolved, _, _ = accelerate_launch._validate_launch_command(argparse.Namespace(**vars(args)))
     check_machine(resolved, count_gpus())
     check_peers(resolved)

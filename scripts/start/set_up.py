@@ -31,9 +31,11 @@ JOBS = {  # wrapper: what it starts, and what has to be installed for it
 LIST_MISSING = f"""
 import importlib.metadata, sys
 if sys.version_info < {OLDEST_PYTHON}: print("Python of {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or later")
-for name in sys.argv[1:]:
-    try: importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError: print(name)
+for word in sys.argv[1:]:
+    name, _, pin = word.partition("==")
+    try: found = importlib.metadata.version(name).split("+")[0]
+    except importlib.metadata.PackageNotFoundError: found = None
+    if found is None or pin not in ("", found): print(name)
 """
 
 
@@ -56,15 +58,15 @@ def active_python(variables, windows: bool = WINDOWS):
     return None
 
 
-def package_names(files) -> list:
-    """What requirements files ask for, without versions."""
-    lines = [line.strip() for file in files for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
-    names = [re.split(r"[=<>!~\[ #;]", line, maxsplit=1)[0] for line in lines]
-    return [name for name in names if name and not name.startswith("-")]
+def packages(files, pins: bool = False) -> list:
+    """What requirements files ask for, with or without versions."""
+    lines = [line for file in files for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
+    wanted = [line.split("#")[0].split(";")[0].strip() for line in lines]
+    return [name if pins else re.split(r"[=<>!~\[ ]", name, maxsplit=1)[0] for name in wanted if name]
 
 
 def missing_in(python: Path, names: list) -> list:
-    """Those packages that an interpreter doesn't have; all of them if it doesn't run."""
+    """Those packages that an interpreter doesn't have, NAME==VERSION in this version; all of them if it doesn't run."""
     try:
         answer = subprocess.run(
             [str(python), "-c", LIST_MISSING, *names], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -108,6 +110,9 @@ def fill(venv: Path, files, uv) -> Path:
         stamp, wanted = venv / f".ready-{file}", (ROOT / file).read_text(encoding="utf-8")
         if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted and python.exists():
             continue
+        if not missing_in(python, packages([file], pins=True)):  # of a set-up that left no such stamp
+            stamp.write_text(wanted, encoding="utf-8")
+            continue
         print(f"setting up: {file} into {venv.name} (once; some minutes)", flush=True)
         for command in install_commands(venv, file, uv):
             if subprocess.call(command):
@@ -130,7 +135,7 @@ def find_python(files, variables) -> Path:
     """The interpreter that has everything: the active environment's, else .venv's, which is made and filled."""
     active = active_python(variables)
     if active is not None:
-        missing = missing_in(active, package_names(files))
+        missing = missing_in(active, packages(files))
         if not missing:
             return active
         lacking = ", ".join(missing[:4]) + (", …" if missing[4:] else "")

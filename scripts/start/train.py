@@ -242,6 +242,8 @@ def main(argv: list[str] | None = None) -> int:
         add_class_prompt(start)
     except StartError as error:
         return complain(str(error))
+    if start.launch_config:  # whose errors are the wrapper's too
+        start.environment["STARTED_AS"] = program()
     return become(start.command(), start.environment)
 
 

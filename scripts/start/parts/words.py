@@ -48,16 +48,16 @@ def shown(words: list[str]) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
 
-def read_values(file: str) -> dict:
+def read_values(file: str, flag: str = "--config") -> dict:
     """The names and values of a YAML or JSON file. Errors: StartError that names it."""
     import yaml
 
     try:
         values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))  # JSON is YAML too
     except OSError as error:
-        raise StartError(f"--config {file}: {error.strerror}") from None
+        raise StartError(f"{flag} {file}: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise StartError(f"--config {file}: not YAML or JSON: {' '.join(str(error).split())}") from None
+        raise StartError(f"{flag} {file}: not YAML or JSON: {' '.join(str(error).split())}") from None
     if not isinstance(values or {}, dict):
-        raise StartError(f"--config {file}: expected flag names and values, found {type(values).__name__}")
+        raise StartError(f"{flag} {file}: expected names and values, found {type(values).__name__}")
     return values or {}
