@@ -398,6 +398,19 @@ def test_olives_workflow_of_each_family_and_source(tmp_path):
     assert "note: guidance_scale is left out: it is for flux" in start.notes and parsed(start).snr_gamma == 5
 
 
+def test_what_olive_writes_down_although_it_has_no_effect(tmp_path):
+    """As `olive diffusion-lora --save_config_file` leaves it; and parameters beside a component's type."""
+    idle = {"dreambooth": False, "num_class_images": 200, "prior_loss_weight": 0.5, "alpha": None, "lora_dropout": 0.0}
+    source = {"type": "image_folder_dataset", "data_dir": str(SAMPLE), "recursive": True}
+    start = started(workflow(TOY["sd15"], source, **idle), tmp_path)
+    args = parsed(start)
+    assert args.train_data_dir == str(SAMPLE) and not args.with_prior_preservation and args.num_class_images == 100
+    assert any("recursive: left out" in note for note in start.notes)
+    real = workflow(TOY["sd15"], dreambooth=True, class_prompt="a dog", prior_loss_weight=0.5)
+    args = parsed(started(real, tmp_path))
+    assert (args.with_prior_preservation, args.num_class_images, args.prior_loss_weight) == (True, 200, 0.5)
+
+
 CHAIN = {
     **{"base_resolution": 1024, "output_dir": "resized_images", "device": "cuda"},
     "steps": {

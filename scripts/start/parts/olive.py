@@ -146,6 +146,7 @@ ONE_LINER = {
     "aspect_ratio_buckets": "auto",
     "logging_steps": 10,
 }
+PRIOR = ("class_prompt", "class_data_dir", "num_class_images", "prior_loss_weight")
 ONE_LINER_PRIOR = {"num_class_images": 200}
 
 
@@ -193,21 +194,26 @@ def translate(workflow: dict, file: str) -> Workflow:
     flags = {"output_dir": workflow.get("output_dir")} | source_flags(data, file)
     flags |= translated(PASS, lora, f"{file}: SDLoRA", ("type", "model_variant", "train_data_config", "training_args"))
     flags |= translated(TRAINING, training, f"{file}: training_args")
-    if lora.get("dreambooth") and "num_class_images" not in lora:
+    if not (lora.get("dreambooth") or lora.get("with_prior_preservation")):  # Olive writes them down all the same
+        flags = {name: value for name, value in flags.items() if name not in PRIOR}
+    elif "num_class_images" not in lora:
         flags |= ONE_LINER_PRIOR
-    chain = section(data, "pre_process_data_config", file) if data.get("pre_process_data_config") else {}
-    chosen = chain.get("params") or {}
+    chosen = parameters(section(data, "pre_process_data_config", file)) if data.get("pre_process_data_config") else {}
     check_names(chosen, PREPROCESSING, f"{file}: image_lora_preprocess")
+    source = section(data, "load_dataset_config", file)
+    idle = left_out(SOURCES[source["type"]], parameters(source))
     prepare: list[str] = []
     if chosen.get("steps"):
         folder = chosen.get("output_dir") or f"{workflow.get('output_dir') or 'output/olive'}_prepared"
         moved = {name: flags.pop(name) for name in PREPARED if name in flags}
         prepare = [*as_words(moved | {"output_dir": folder}), *step_words(chosen, file)]
+        idle += [f"{step}.{n}" for step, given in chosen["steps"].items() for n in left_out(STEPS[step], given or {})]
         flags["train_data_dir"] = folder
     if not chosen.get("steps"):
         flags["aspect_ratio_buckets"] = "auto"
     if "aspect_ratio_bucketing" not in (chosen.get("steps") or {}):  # where it's prepared, buckets.json has the size
         flags["resolution"] = chosen.get("base_resolution", BASE_RESOLUTION)
+    notes += [f"note: {file}: {name}: left out; there is no such choice here" for name in idle]
     family = family_named(lora.get("model_variant", "auto"), f"{file}: model_variant")
     return Workflow(family, model["model_path"], flags, prepare, notes)
 
@@ -242,7 +248,13 @@ def source_flags(data: dict, file: str) -> dict[str, object]:
     source = section(data, "load_dataset_config", file)
     if source.get("type") not in SOURCES:
         raise StartError(f"{file}: load_dataset_config: type {source.get('type')!r} is none of {', '.join(SOURCES)}")
-    return translated(SOURCES[source["type"]], source.get("params") or {}, f"{file}: {source['type']}")
+    return translated(SOURCES[source["type"]], parameters(source), f"{file}: {source['type']}")
+
+
+def parameters(component: dict) -> dict:
+    """The parameters of a data component, which stand in its params or beside its type."""
+    beside = {name: value for name, value in component.items() if name not in ("type", "name", "params")}
+    return beside | (component.get("params") or {})
 
 
 def step_words(chosen: dict, file: str) -> list[str]:
@@ -267,6 +279,12 @@ def translated(table, values: dict, where: str, others: tuple[str, ...] = ()) ->
     check_names(values, (*(theirs for theirs, _, _ in table), *others), where)
     pairs = {ours: values.get(theirs, default) for theirs, ours, default in table if ours is not LEFT_OUT}
     return {name: value for name, value in pairs.items() if value is not None}
+
+
+def left_out(table, values: dict) -> list[str]:
+    """The names in `values` that have no meaning here; where Olive writes and whether over what is there is ours to say."""
+    known = {theirs for theirs, ours, _ in table if ours is LEFT_OUT} - {"output_dir", "overwrite"}
+    return [name for name in values if name in known]
 
 
 def section(values: dict, name: str, file: str) -> dict:
