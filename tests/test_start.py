@@ -132,6 +132,7 @@ def test_an_accelerate_configuration_before_or_among_the_flags(words):
     assert command[1:4] == [str(ROOT / "scripts/start/launch.py"), "--config_file", "x.yaml"]
     assert "--config_file" not in command[4:]
     assert train.decide(["sd15"], {"ACCELERATE_CONFIG": "other.yaml"}).launch_config == "other.yaml"
+    assert train.decide([*words, "--num_processes", "3"], {}).command()[4:6] == ["--num_processes", "3"]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +148,7 @@ def test_an_accelerate_configuration_before_or_among_the_flags(words):
         (["--config", str(ROOT / "requirements.txt")], "expected names and values, found str"),
         (["--config", str(ROOT / "docs" / "report.png")], "not YAML or JSON"),
         (["--config_file"], "expected one argument"),
+        (["--num_processes", "2"], "--num_processes needs --config_file config/accelerate_config_multi_gpu.yaml"),
     ],
 )
 def test_mistakes_at_the_start_are_one_line(words, complaint):

@@ -5,7 +5,8 @@
     without a model       the family's toy base and sample data, with config/toy_FAMILY.yaml
     -m BASE               your own base; the family is found out, settings come from config/recipe_FAMILY.yaml
     --config FILE         your own settings, or a workflow of Olive; the recipe is left out
-    --config_file FILE    a configuration of accelerate, for several GPUs (or ACCELERATE_CONFIG=FILE)
+    --config_file FILE    a configuration of accelerate, for several GPUs (or ACCELERATE_CONFIG=FILE); with it, the
+                          launcher's --num_processes, --num_machines, --machine_rank, --main_process_ip, --main_process_port
 
 What is missing comes from .env (see .env.example); flags on the command line win over everything.
 """
@@ -57,6 +58,10 @@ ENV_FLAGS = (  # a name in .env, its flag, and the flags beside which it isn't w
 )
 
 
+# of accelerate's launcher, on top of its configuration
+LAUNCH_FLAGS = ("--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port")
+
+
 @dataclass
 class Start:
     """What is started: words for the training script, what runs before it, and what has to be said."""
@@ -64,13 +69,14 @@ class Start:
     family: str
     words: list[str]
     launch_config: str | None = None
+    launch_flags: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     prepare: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def command(self) -> list[str]:
         """One process needs no launcher; a configuration of accelerate goes to launch.py, which starts what it asks for."""
-        launcher = [str(ROOT / "scripts/start/launch.py"), "--config_file", self.launch_config]
+        launcher = [str(ROOT / "scripts/start/launch.py"), "--config_file", self.launch_config, *self.launch_flags]
         return [
             sys.executable,
             *(launcher if self.launch_config else []),
@@ -82,11 +88,18 @@ class Start:
 def decide(words: list[str], settings: dict) -> Start:
     """What a command line and the settings (.env, environment) start. Errors: StartError."""
     named, words = leading_family(words)
-    (variant, launch_config), words = taken(words, "--model_variant", "--config_file")
+    (variant, launch_config, *launch_values), words = taken(words, "--model_variant", "--config_file", *LAUNCH_FLAGS)
+    launch_config = launch_config or settings.get("ACCELERATE_CONFIG") or None
+    launch_flags = {flag: value for flag, value in zip(LAUNCH_FLAGS, launch_values, strict=True) if value is not None}
+    if launch_flags and not launch_config:
+        way_out = "--config_file config/accelerate_config_multi_gpu.yaml, or another configuration of accelerate"
+        raise StartError(f"{next(iter(launch_flags))} needs {way_out}")
     variant_family = olive.family_named(variant, "--model_variant") if variant else None
     if named and variant_family and named != variant_family:
         raise StartError(f"the family is given as {named} and with --model_variant {variant}: give one")
-    start = Start(named or variant_family or "auto", [], launch_config or settings.get("ACCELERATE_CONFIG") or None)
+    start = Start(
+        named or variant_family or "auto", [], launch_config, [w for pair in launch_flags.items() for w in pair]
+    )
     (config,), others = taken(words, "--config")
     values, defaults = read_values(config) if config else {}, {}
     if not config:
