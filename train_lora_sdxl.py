@@ -279,12 +279,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 292 the run: what happens, in which order · 607 the loop, and one step of it · 865 what is logged, and the
-# guard against learning nothing · 993 data: images and captions · 1361 images: decoding, buckets, crops, batches ·
-# 1890 text: embeddings and new tokens · 2148 LoRA and optimizer · 2702 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2994 checkpoints and signals · 3169 pictures: validation, class images, comparison · 3394
-# probes: what was learned, what was forgotten · 3570 files that a run leaves · 4018 command line · 4675 base model:
-# loading, quantising, splitting · 4934 errors, lines, seeds, libraries
+# By line: 292 the run: what happens, in which order · 619 the loop, and one step of it · 877 what is logged, and the
+# guard against learning nothing · 1005 data: images and captions · 1373 images: decoding, buckets, crops, batches ·
+# 1902 text: embeddings and new tokens · 2160 LoRA and optimizer · 2714 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3006 checkpoints and signals · 3181 pictures: validation, class images, comparison · 3406
+# probes: what was learned, what was forgotten · 3582 files that a run leaves · 4030 command line · 4686 base model:
+# loading, quantising, splitting · 4945 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     """Trains as the command line says; returns the exit code. What a person can mend ends as one line on stderr, and so does
     a fault of ours, which names the file that has its traceback.
     """
-    program, args = Path(sys.argv[0]).name, None
+    args = None
     try:
         args = parse_args(argv)
         with temporary_output(args) if args.dry_run else locked_output(args):
@@ -307,9 +307,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         # one that a loader's process has raised comes with its stack
-        line = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
-        print(f"{program}: error: {line}", file=sys.stderr)
-        return 2
+        return fail(str(error).strip().splitlines()[-1].split("UserError: ")[-1], 2)
     except Interrupted as stop:
         return stop.args[0]
     except KeyboardInterrupt:  # before the signals were answered
@@ -318,20 +316,16 @@ def main(argv: list[str] | None = None) -> int:
         if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
             advice = "--gradient_checkpointing, --cache_latents, --mixed_precision bf16, --optimizer adamw8bit,"
             advice += " --quantize_base nf4, a lower --train_batch_size or --resolution"
-            print(f"{program}: error: out of memory; try, in this order, {advice}", file=sys.stderr)
-            return 1
+            return fail(f"out of memory; try, in this order, {advice}", 1)
         if isinstance(error, OSError) and error.errno:  # a full disk, a folder that is no more, missing rights
             where = error.filename or (args.output_dir if args else "")
-            kept = last_good(Path(args.output_dir)) if args else ""
-            print(f"{program}: error: {where}: {error.strerror}{kept}", file=sys.stderr)
-            return 1
+            return fail(f"{where}: {error.strerror}{last_good(Path(args.output_dir)) if args else ''}", 1)
         for folder in [args.output_dir] * (args is not None) + [tempfile.gettempdir()]:
             with contextlib.suppress(OSError):
                 log = Path(folder) / "crash.log"
                 log.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
                 break
-        print(f"{program}: error: a fault of this script ({brief(error)}); {log} has the traceback", file=sys.stderr)
-        return 1
+        return fail(f"a fault of this script ({brief(error)}); {log} has the traceback", 1)
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -449,19 +443,37 @@ def start_accelerator(args: argparse.Namespace):
     if wanted == "fp16" and PREDICTS_FLOW:
         say(f"{FAMILY_TITLE} overflows in fp16: using bf16")
         args.mixed_precision = "bf16"
-    args.deepspeed = os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false") == "true"  # its launcher, not its engine
-    if args.deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") not in ("1", "2"):
-        raise UserError("DeepSpeed: use zero_stage 1 or 2; config/accelerate_config_fsdp2.yaml splits the base itself")
+    processes = heed_launcher(args)
     try:
         precision = {"mixed_precision": args.mixed_precision}
         accelerator = accelerate.Accelerator(**precision, log_with=trackers, project_config=project)
     except ValueError as error:
         raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from None
+    except RuntimeError as error:
+        raise UserError(f"the {processes} processes can't be connected: {brief(error)}") from None
+    if accelerator.num_processes != processes:
+        raise UserError(f"{processes} processes can't train together on {accelerator.device.type}: start one")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no")
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
+
+
+def heed_launcher(args: argparse.Namespace) -> int:
+    """Reads what accelerate would read otherwise in the launcher's environment; returns the number of processes."""
+    processes, told = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("ACCELERATE_USE_CPU", "").lower()
+    args.deepspeed = os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false") == "true"  # its launcher, not its engine
+    if args.deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") not in ("1", "2"):
+        raise UserError("DeepSpeed: use zero_stage 1 or 2; config/accelerate_config_fsdp2.yaml splits the base itself")
+    if os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no" and not args.compile:
+        say("the launcher's dynamo_backend means --compile")
+        args.compile = True
+    if processes > 1 and told != "true" and not torch.accelerator.is_available():
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate's launcher, not torchrun
+            raise UserError("the launcher's configuration is for GPUs, and there is none here: start it without one")
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # else each process would train alone, into one folder
+    return processes
 
 
 def settle_seed(args: argparse.Namespace, resume: tuple[Path, dict] | None) -> None:
@@ -4034,7 +4046,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     marked = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     for name, why in FOREIGN_FLAGS.items():  # what another family's commands carry: fine while it's off
         marked.__dict__.pop(name)
-        if (args.__dict__.pop(name) or "none").lower() not in ("none", "0", "0.0", "false", "no", '""'):
+        if (args.__dict__.pop(name) or "none").lower() not in ("none", "0", "0.0", "false", "no", '""', "epsilon"):
             raise UserError(f"--{name}: {why}")
     settings, defaults = dict(vars(args)), {name: parser.get_default(name) for name in vars(args)}
     given = {name for name, value in vars(marked).items() if value is not unset}
@@ -4511,8 +4523,7 @@ class OneLineParser(argparse.ArgumentParser):
             wrong = message.split(":", 1)[1].split()[0].split("=")[0]
             near = self.nearest(wrong, cutoff=0.5)
             message = f"unknown flag {wrong}" + (f"; did you mean {near}?" if near else "; --help lists all flags")
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(fail(message, 2))
 
     def nearest(self, wrong: str, cutoff: float) -> str | None:
         """The flag that other trainers call so, else the one of nearest spelling; never a hidden one."""
@@ -4940,6 +4951,15 @@ class UserError(Exception):
 
 class Interrupted(BaseException):
     """Raised after a signal has been answered with a checkpoint; carries the exit code. No handler of errors catches it."""
+
+
+def fail(why: str, code: int) -> int:
+    """Says why the run ends. Beside a first process that says it too, the launcher ends this one while it waits."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+    print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr)
+    return code
 
 
 def say(text: str) -> None:

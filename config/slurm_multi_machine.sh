@@ -14,7 +14,7 @@
 #SBATCH --output=slurm-%j.log
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
-source scripts/setup_env.sh requirements.txt
+PYTHON=$(python3 scripts/start/set_up.py environment | tail -n 1)
 
 MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export PYTHON MAIN_ADDRESS GPUS=${SLURM_GPUS_ON_NODE:-8}
@@ -22,7 +22,7 @@ export PYTHON MAIN_ADDRESS GPUS=${SLURM_GPUS_ON_NODE:-8}
 # Runs on each machine. The launcher would die of the signal, so it ignores it, and the shell hands it to the launcher's children.
 on_machine='
   ( trap "" USR1
-    exec "$PYTHON" -m accelerate.commands.launch --config_file config/accelerate_config_multi_machine.yaml \
+    exec "$PYTHON" scripts/start/launch.py --config_file config/accelerate_config_multi_machine.yaml \
       --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * GPUS)) \
       --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_ADDRESS" "$@" ) &
   launcher=$! asked=no status=0

@@ -121,14 +121,6 @@ def test_wrapper_trains_what_the_env_file_names(checkout, tmp_path):
     assert "no checkpoint" in result.stdout  # resume_from_checkpoint latest is in the recipe
 
 
-def test_wrapper_asks_for_the_family_with_a_config_of_ones_own(checkout):
-    folder, env = checkout
-    result = subprocess.run(
-        ["bash", str(folder / "run_lora_train.sh"), "--config", "x.yaml"], capture_output=True, text=True, env=env
-    )
-    assert result.returncode == 2 and "name the family first" in result.stderr
-
-
 def test_slurm_script_starts_processes_and_queues_again_after_its_signal(checkout, tmp_path):
     """With stand-ins for srun and scontrol: two processes train, SIGUSR1 ends them with a checkpoint, the job is requeued."""
     folder, env = checkout

@@ -9,13 +9,12 @@ run), or a hub id. Imports nothing heavy unless the checkpoint is a .ckpt.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
 
-from scripts.parts.base_family import detect
+from scripts.parts.base_family import BaseError, family_of
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,18 +22,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("base", help="a diffusers folder, a .safetensors or .ckpt checkpoint, or a hub id")
     base = parser.parse_args(argv).base
     try:
-        family = detect(base)
-    except Exception as error:  # the hub's client and torch's reader of pickles raise many kinds
-        reason = " ".join(str(error).split())[:200]
-        there = (
-            "damaged, or no base" if os.path.exists(base) else "neither a folder nor a file, nor to be had from the hub"
-        )
-        print(f"{base}: {there} ({reason})", file=sys.stderr)
+        print(family_of(base))
+    except BaseError as error:
+        print(error, file=sys.stderr)
         return 2
-    if family is None:
-        print(f"{base}: not a base of Stable Diffusion 1.x/2.x, SDXL, SD3 or FLUX.1", file=sys.stderr)
-        return 2
-    print(family)
     return 0
 
 

@@ -70,3 +70,22 @@ def detect(base: str) -> str | None:
     from huggingface_hub import hf_hub_download
 
     return of_index(Path(hf_hub_download(base, "model_index.json")).read_text(encoding="utf-8"))
+
+
+class BaseError(Exception):
+    """Why a base's family can't be told, as one line."""
+
+
+def family_of(base: str) -> str:
+    """The family of a base. Errors: BaseError that names the base."""
+    try:
+        family = detect(base)
+    except Exception as error:  # the hub's client and torch's reader of pickles raise many kinds
+        reason = " ".join(str(error).split())[:200]
+        there = (
+            "damaged, or no base" if Path(base).exists() else "neither a folder nor a file, nor to be had from the hub"
+        )
+        raise BaseError(f"{base}: {there} ({reason})") from None
+    if family is None:
+        raise BaseError(f"{base}: not a base of Stable Diffusion 1.x/2.x, SDXL, SD3 or FLUX.1")
+    return family

@@ -15,12 +15,18 @@ SCRIPTS = {
 }
 
 
-def load_script(family: str, libraries: bool = True):
-    """The family's training script as a module, with its libraries, or with those alone that read pictures."""
+def bare_script(family: str):
+    """The family's training script as a module without any package: its command line and its constants."""
     spec = importlib.util.spec_from_file_location(f"{family}_script", ROOT / SCRIPTS[family])
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    return module
+
+
+def load_script(family: str, libraries: bool = True):
+    """The family's training script as a module, with its libraries, or with those alone that read pictures."""
+    module = bare_script(family)
     if libraries:
         module.import_libraries()
     else:
