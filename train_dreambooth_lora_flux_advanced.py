@@ -72,7 +72,6 @@ from pathlib import Path
 
 FAMILY = "flux"
 FAMILY_TITLE = "FLUX.1"
-MODELSPEC_ARCHITECTURE = "flux-1-dev/lora"
 HUB_TAGS = ["flux", "flux-diffusers"]
 PIPELINE_CLASS = "FluxPipeline"
 PIPELINE_OPTIONS: dict[str, object] = {}
@@ -238,10 +237,15 @@ def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
     return ()
 
 
+def base_version(config: dict, schedule: dict) -> tuple[str, str, str]:
+    """(version, architecture, implementation) as kohya's files name this base; config: the transformer's."""
+    architecture = "flux-1-dev" if config["guidance_embeds"] else "flux-1-schnell"
+    return "flux1", architecture, "https://github.com/black-forest-labs/flux"
+
+
 def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     """The transformer's modules under the names of the original checkpoint, where q, k, v (and the MLP) are one layer.
 
-    transformer_blocks.N.attn.{to_q,to_k,to_v} -> double_blocks.N.img_attn.qkv,
     single_transformer_blocks.N.{attn.to_q,attn.to_k,attn.to_v,proj_mlp} -> single_blocks.N.linear1, and so on.
     """
     single = {
@@ -266,26 +270,22 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     }
     groups = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
     embedders = {"timestep_embedder": "time_in", "text_embedder": "vector_in", "guidance_embedder": "guidance_in"}
-    outer = {"x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear"}
+    ends = {"linear_1": "in_layer", "linear_2": "out_layer"}
+    outer = {f"time_text_embed.{e}.{n}": f"{o}.{end}" for e, o in embedders.items() for n, end in ends.items()}
+    outer |= {"x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear"}
     outer |= {"norm_out.linear": "final_layer.adaLN_modulation.1"}
-    for name, original in embedders.items():
-        for layer, place in (("linear_1", "in_layer"), ("linear_2", "out_layer")):
-            outer[f"time_text_embed.{name}.{layer}"] = f"{original}.{place}"
     width = config["num_attention_heads"] * config["attention_head_dim"]
     out, waiting = {}, {}
     for name, tensors in modules.items():
         if name in outer:
-            if name == "norm_out.linear":  # the original holds shift before scale
-                tensors = tensors | {"lora_up.weight": torch.cat(tensors["lora_up.weight"].chunk(2)[::-1])}
-            out[outer[name]] = tensors
+            out[outer[name]] = halves_swapped(tensors) if name == "norm_out.linear" else tensors  # shift first there
             continue
         group, number, rest = name.split(".", 2)
         block = f"{groups[group]}.{number}"
         if rest in single[group]:
             out[f"{block}.{single[group][rest]}"] = tensors
             continue
-        target = next(t for t, parts in fused[group].items() if rest in parts)
-        parts = fused[group][target]
+        target, parts = next(item for item in fused[group].items() if rest in item[1])
         waiting.setdefault(f"{block}.{target}", [None] * len(parts))[parts.index(rest)] = tensors
     mlp = [width] * 3 + [4 * width]
     return out | {name: fuse_projections(parts, mlp[: len(parts)]) for name, parts in waiting.items()}
@@ -294,9 +294,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 304 the run: what happens, in which order · 604 the loop, and one step of it · 783 what is logged, and the
 # guard against learning nothing · 914 data: images and captions · 1209 images: decoding, buckets, crops, batches ·
 # 1619 text: embeddings and new tokens · 1840 LoRA and optimizer · 2258 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2548 checkpoints and signals · 2704 pictures: validation, class images, comparison · 2904
-# probes: what was learned, what was forgotten · 3082 files that a run leaves · 3394 command line · 3850 base model:
-# loading, quantising, splitting · 4058 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 2547 checkpoints and signals · 2703 pictures: validation, class images, comparison · 2903
+# probes: what was learned, what was forgotten · 3081 files that a run leaves · 3446 command line · 3902 base model:
+# loading, quantising, splitting · 4110 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2508,7 +2508,6 @@ def load_quantized(kind, folder: Path, quantize: str, dtype, device, variant: st
     (embeddings, the last layer) are few and sensitive, and stay in `dtype`. Errors: UserError if weights are missing.
     """
     from accelerate import init_empty_weights
-    from safetensors import safe_open
 
     with init_empty_weights():
         model = kind.from_config(kind.load_config(folder)).requires_grad_(False).eval()
@@ -3168,22 +3167,20 @@ def write_weights(run: Run, folder: Path, dtype) -> None:
         states = {part: lora_state(module, run.parts) for part, module in run.lora_modules.items()}
         states, alpha, rank = reference_free(states, run.initial_states, args)
         states = {part: {k: v.to(dtype) for k, v in state.items()} for part, state in states.items()}
-        write_diffusers_file(run, folder, states, alpha, rank)
-        try:
-            scale = math.sqrt(rank) if args.use_rslora else 1.0
-            exported = kohya_state(states, alpha * scale, run.components.config(DENOISER))
-        except ValueError as error:
-            say(f"warning: {name}.safetensors, for other tools, can't hold this LoRA: {error}")
-        else:
-            exported = {k: v.contiguous() for k, v in exported.items()}
-            save_file(exported, folder / f"{name}.safetensors", metadata=kohya_metadata(args, exported, alpha, rank))
+        about = lora_metadata(run, alpha, rank)
+        write_diffusers_file(run, folder / "pytorch_lora_weights.safetensors", states, alpha, rank, about)
+        norms = neighbours_norms(run.denoiser, states[DENOISER]) if args.use_dora else {}
+        scale = math.sqrt(rank) if args.use_rslora else 1.0
+        exported = kohya_state(states, alpha * scale, run.components.config(DENOISER), norms)
+        exported = {k: v.contiguous() for k, v in exported.items()}
+        save_file(exported, folder / f"{name}.safetensors", metadata=about | tensor_hashes(exported))
     if run.rows:
         tables = {key: row.weight.detach().float().cpu().clone() for key, row in run.rows.items()}
         save_file(tables, folder / f"{name}_emb.safetensors", metadata={"format": "pt"})
 
 
-def write_diffusers_file(run: Run, folder: Path, states: dict, alpha: float, rank: int) -> None:
-    """pytorch_lora_weights.safetensors, as the family's pipeline writes it, with alpha and rank in its metadata."""
+def write_diffusers_file(run: Run, file: Path, states: dict, alpha: float, rank: int, about: dict[str, str]) -> None:
+    """The LoRA as the family's pipeline writes it, with alpha and rank in its metadata, and `about`."""
     from diffusers.training_utils import _collate_lora_metadata
 
     arguments = _collate_lora_metadata(run.lora_modules)  # without it alpha is lost
@@ -3192,7 +3189,10 @@ def write_diffusers_file(run: Run, folder: Path, states: dict, alpha: float, ran
         metadata = arguments[f"{part}_lora_adapter_metadata"]
         metadata |= {"lora_alpha": alpha, "r": rank, "init_lora_weights": True}
         metadata |= {key: sorted(value) for key, value in metadata.items() if isinstance(value, set)}
-    library_class("diffusers", PIPELINE_CLASS).save_lora_weights(folder, **arguments)
+    library_class("diffusers", PIPELINE_CLASS).save_lora_weights(file.parent, weight_name=file.name, **arguments)
+    with safe_open(file, "pt") as written:  # the pipeline takes no other metadata than its own
+        about = about | {"modelspec.implementation": "diffusers"} | written.metadata()
+    save_file(load_file(file), file, metadata=about)
 
 
 def to_diffusers_keys(state: dict) -> dict:
@@ -3228,10 +3228,11 @@ def reference_free(states: dict, initials: dict, args: argparse.Namespace) -> tu
     return out, args.lora_alpha * (math.sqrt(2) if args.use_rslora else 2), args.rank * 2
 
 
-def kohya_state(states: dict[str, dict], alpha: float, config: dict) -> dict:
+def kohya_state(states: dict[str, dict], alpha: float, config: dict, norms: dict | None = None) -> dict:
     """LoRA weights with the keys of kohya's scripts, AUTOMATIC1111 and ComfyUI.
 
-    states: pipeline name -> weights with peft's keys; config: the denoiser's. Each module gets its own alpha.
+    states: pipeline name -> weights with peft's keys; config: the denoiser's; norms: see `neighbours_norms`. Each module gets its
+    own alpha.
     """
     kinds = {
         "lora_A.weight": "lora_down.weight",
@@ -3243,28 +3244,49 @@ def kohya_state(states: dict[str, dict], alpha: float, config: dict) -> dict:
         modules: dict[str, dict] = {}
         for key, value in (state if part == DENOISER else text_encoder_keys(state)).items():
             suffix = next(k for k in kinds if key.endswith(k))
-            name = key[: -len(suffix) - 1]
-            if suffix == "lora_magnitude_vector":
-                value = value.reshape(-1, 1)  # a column, as ComfyUI multiplies it
-            modules.setdefault(name, {"alpha": torch.tensor(float(alpha))})[kinds[suffix]] = value
+            if suffix == "lora_magnitude_vector":  # a column, as ComfyUI multiplies it; of convolutions (out, 1, 1, 1)
+                value = value.reshape(-1, *[1] * max(1, value.dim() - 1))
+            module = modules.setdefault(key[: -len(suffix) - 1], {"alpha": torch.tensor(float(alpha))})
+            module[kinds[suffix]] = value
         if part == DENOISER:
-            modules = kohya_layout(modules, config)
+            unchanged = {name: {"dora_scale": norm[:, None]} for name, norm in (norms or {}).items()}
+            modules = kohya_layout(modules | unchanged, config)
         for name, tensors in modules.items():
             out |= {f"{KOHYA_PREFIXES[part]}_{name.replace('.', '_')}.{kind}": t for kind, t in tensors.items()}
     return out
 
 
+def halves_swapped(tensors: dict) -> dict:
+    """A module whose rows are scale and shift, in the other order."""
+    by_row = ("lora_up.weight", "dora_scale")
+    return {kind: torch.cat(t.chunk(2)[::-1]) if kind in by_row else t for kind, t in tensors.items()}
+
+
+def neighbours_norms(denoiser, state: dict) -> dict:
+    """{layer: norms of its rows} of layers without LoRA that the original holds as one with a layer that has one, for DoRA:
+    the magnitudes with which they stay as they are.
+    """
+    probe = {"lora_down.weight": torch.zeros(1, 1), "lora_up.weight": torch.zeros(1, 1), "alpha": torch.tensor(1.0)}
+    trained = {key.split(".lora_")[0] for key in state}
+    layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear) and ".lora_" not in n}
+    layers = {name.removesuffix(".base_layer"): module for name, module in layers.items()}
+    original = {name: next(iter(kohya_layout({name: probe}, dict(denoiser.config)))) for name in layers}
+    shared = {original[name] for name in trained if name in original}
+    beside = [name for name in layers if name not in trained and original[name] in shared]
+    return {name: layers[name].weight.detach().float().norm(dim=1).cpu() for name in beside}
+
+
 def fuse_projections(parts: list[dict | None], heights: list[int]) -> dict:
-    """The LoRAs of layers that the original holds as one (None: a layer without LoRA) as one LoRA.
+    """The LoRAs of layers that the original holds as one (without matrices, or None: a layer without LoRA) as one LoRA.
 
     The down matrices stand under each other, the up matrices on a block diagonal of `heights` rows each; the rank is
-    their sum, and so is alpha. Errors: ValueError for DoRA on some of the layers, whose magnitudes would be missing.
+    their sum, and so is alpha. Errors: ValueError for DoRA on some of the layers, where the others' magnitudes are missing.
     """
-    there = [p for p in parts if p is not None]
+    there = [p for p in parts if p is not None and "lora_up.weight" in p]
     rank = sum(p["lora_down.weight"].shape[0] for p in there)
     up, row, column = there[0]["lora_up.weight"].new_zeros(sum(heights), rank), 0, 0
     for part, height in zip(parts, heights, strict=True):
-        if part is not None:
+        if any(part is p for p in there):
             width = part["lora_up.weight"].shape[1]
             up[row : row + height, column : column + width] = part["lora_up.weight"]
             column += width
@@ -3272,34 +3294,64 @@ def fuse_projections(parts: list[dict | None], heights: list[int]) -> dict:
     down = torch.cat([p["lora_down.weight"] for p in there])
     fused = {"lora_down.weight": down, "lora_up.weight": up, "alpha": sum(p["alpha"] for p in there)}
     if "dora_scale" in there[0]:
-        if len(there) < len(parts):
+        if None in parts:
             raise ValueError("DoRA on some of the layers that the original holds as one")
-        fused["dora_scale"] = torch.cat([p["dora_scale"] for p in there])
+        fused["dora_scale"] = torch.cat([p["dora_scale"].to(up.dtype) for p in parts])
     return fused
 
 
-def kohya_metadata(args: argparse.Namespace, tensors: dict, alpha: float, rank: int) -> dict[str, str]:
-    """Metadata that other tools show: kohya's ss_ fields and SAI modelspec 1.0.0."""
+KOHYA_SETTINGS = """ learning_rate unet_lr=learning_rate text_encoder_lr lr_scheduler lr_warmup_steps optimizer max_grad_norm
+    seed mixed_precision gradient_checkpointing gradient_accumulation_steps batch_size_per_device=train_batch_size clip_skip
+    noise_offset min_snr_gamma=snr_gamma loss_type prior_loss_weight network_dropout=lora_dropout cache_latents
+    caption_dropout_rate=caption_dropout flip_aug=random_flip """  # kohya's names (without ss_), and ours where they differ
+
+
+def lora_metadata(run: Run, alpha: float, rank: int) -> dict[str, str]:
+    """What both files of a LoRA say of it: kohya's ss_ fields and SAI modelspec 1.0.0, which other tools show and sort by."""
+    args, name = run.args, Path(run.args.output_dir).resolve().name
+    base, size = Path(args.pretrained_model_name_or_path).name, (args.resolution * 2)[:2]
+    folder = Path(args.dataset_name or args.train_data_dir or args.instance_data_dir).name
+    trained = [e for e in run.data.examples if not e.held_out]
+    tags = Counter(tag.strip() for e in trained for caption in e.captions for tag in caption.split(",") if tag.strip())
+    settings = (word.partition("=") for word in KOHYA_SETTINGS.split())
+    values = {f"ss_{kohya}": getattr(args, own or kohya, None) for kohya, _, own in settings} | {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": alpha,
+        "ss_output_name": name,
+        "ss_base_model": base,
+        "ss_sd_model_name": base,
+        "ss_resolution": size,
+        "ss_max_train_steps": run.max_steps,
+        "ss_num_train_images": len(trained),
+        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": args.repeats, "img_count": len(trained)}}),
+        "ss_tag_frequency": json.dumps({folder: dict(tags.most_common(500))}, ensure_ascii=False),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": args.run_name or name,
+        "modelspec.resolution": "{}x{}".format(*size),
+        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "modelspec.trigger_phrase": args.trigger_word or None,
+    }
+    if run.abstractions:
+        stands = ", ".join(f"{''.join(tokens)} for {word}" for word, tokens in run.abstractions.items())
+        values["modelspec.usage_hint"] = f"new tokens, of {name}_emb.safetensors: {stands}"
+    values |= base_versions(run.components.config(DENOISER), run.components.config("scheduler"))
+    return {key: str(value) for key, value in values.items() if value is not None}
+
+
+def base_versions(config: dict, schedule: dict) -> dict[str, str]:
+    """What a LoRA's metadata says of its base; AUTOMATIC1111 hides LoRAs by it. The configurations as in `base_version`."""
+    version, architecture, implementation = base_version(config, schedule)
+    spec = {"modelspec.architecture": f"{architecture}/lora", "modelspec.implementation": implementation}
+    return spec | {"ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2"))}
+
+
+def tensor_hashes(tensors: dict) -> dict[str, str]:
+    """The hash by which other tools know a file whatever its metadata."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(key.encode() + tensors[key].float().numpy().tobytes())
-    width, height = (args.resolution * 2)[:2]
-    trigger = {"modelspec.trigger_phrase": args.trigger_word} if args.trigger_word else {}
-    return trigger | {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(alpha),
-        "ss_output_name": Path(args.output_dir).name,
-        "ss_base_model": Path(args.pretrained_model_name_or_path).name,
-        "sshs_model_hash": digest.hexdigest(),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": args.run_name or Path(args.output_dir).name,
-        "modelspec.architecture": MODELSPEC_ARCHITECTURE,
-        "modelspec.implementation": "diffusers",
-        "modelspec.resolution": f"{width}x{height}",
-        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "modelspec.hash_sha256": f"0x{digest.hexdigest()}",
-    }
+    return {"sshs_model_hash": digest.hexdigest(), "modelspec.hash_sha256": f"0x{digest.hexdigest()}"}
 
 
 def save_merged(run: Run, folder: Path) -> None:
@@ -4099,12 +4151,12 @@ def stable_seed(*place: object) -> int:
 
 def import_libraries() -> None:
     """Imports what is slow to import (5 to 10 s) into this module, once the arguments are known to be right."""
-    global torch, F, load_file, save_file, SafetensorError
+    global torch, F, load_file, safe_open, save_file, SafetensorError
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import_image_libraries()
     import torch
     import torch.nn.functional as F
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file, save_file
 
     import_logging_quietly()

@@ -276,7 +276,7 @@ def test_foreign_file_with_one_pair_for_a_fused_layer(tmp_path):
     for k, name in enumerate(("to_q", "to_k", "to_v")):
         layer = lora.layers["transformer"][f"transformer_blocks.0.attn.{name}"]
         assert torch.allclose(layer.update(), whole[k * d : (k + 1) * d], atol=1e-5)
-    again = to_kohya(lora, FAMILIES["flux"].base)
+    again = to_kohya(lora)
     update = again[f"{key}.lora_up.weight"] @ again[f"{key}.lora_down.weight"] / len(again[f"{key}.lora_down.weight"])
     assert torch.allclose(update * again[f"{key}.alpha"], whole, atol=1e-4)
 
@@ -285,8 +285,8 @@ def test_peft_adapter_folder(tmp_path):
     """adapter_model.safetensors with adapter_config.json, as peft itself writes them; rsLoRA's scale is kept."""
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     state = {
-        f"base_model.model.{name}.lora_A.weight": torch.randn(4, 8),
-        f"base_model.model.{name}.lora_B.weight": torch.randn(8, 4),
+        f"base_model.model.{name}.lora_A.weight": torch.randn(4, 320),
+        f"base_model.model.{name}.lora_B.weight": torch.randn(320, 4),
     }
     (tmp_path / "peft").mkdir()
     save_file(state, tmp_path / "peft" / "adapter_model.safetensors")

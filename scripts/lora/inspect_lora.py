@@ -21,19 +21,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
 
-from scripts.lora.parts.lora_files import FileError, Layer, Lora, read_lora
-from scripts.lora.parts.original_layout import read_weights
+from scripts.lora.parts.lora_files import Lora, read_lora
+from scripts.lora.parts.low_rank import FileError
+from scripts.lora.parts.original_layout import BaseWeights
 from scripts.parts.training_scripts import SCRIPTS
 
 FAINT, STRONG = 1e-6, 0.05  # root mean square of an update; the weights of a base are about 0.02 to 0.05
 FAINT_SHARE, STRONG_SHARE = 1e-4, 1.0  # of the base's own weight
-
-
-def update_norm(layer: Layer) -> float:
-    """Frobenius norm of alpha / r * up @ down, without making the product."""
-    up, down = layer.up.double().flatten(1), layer.down.double().flatten(1)
-    square = ((up.T @ up) * (down @ down.T)).sum().item()
-    return abs(layer.alpha) / layer.rank * math.sqrt(max(square, 0.0)) if math.isfinite(square) else math.nan
 
 
 def block_of(part: str, name: str) -> str:
@@ -54,21 +48,16 @@ def order_of(block: str) -> list:
 
 def measure(lora: Lora, base: Path | None) -> tuple[dict[str, float], dict[str, float], list[str]]:
     """(size by block, size by layer, layers that are not finite): root mean squares, or shares of the base's weights."""
-    weights: dict[str, dict] = {part: read_weights(base / part) for part in lora.layers} if base else {}
+    weights = BaseWeights(base, lora.family, lora.base.config) if base else None
     sums, sizes, broken = defaultdict(lambda: [0.0, 0.0]), {}, []
     for part, name, layer in lora:
-        if not all(torch.isfinite(t.float()).all() for t in (layer.down, layer.up)):
+        if not all(torch.isfinite(t.float()).all() for t in layer.tensors):
             broken.append(f"{part}.{name}")
             continue
-        norm = update_norm(layer)
-        count = layer.up.shape[0] * layer.down[0].numel()
-        reference = math.sqrt(count)
+        norm = layer.norm()
+        reference = math.sqrt(math.prod(layer.shape))
         if base:
-            keys = (f"{name}.weight", f"{name.removeprefix('text_model.')}.weight")
-            own = next((weights[part][k] for k in keys if k in weights[part]), None)
-            if own is None:
-                raise FileError(f"{base}: {part} has no layer {name}")
-            reference = own.float().norm().item()
+            reference = weights(part, name).float().norm().item()
         sizes[f"{part}.{name}"] = norm / reference
         total = sums[block_of(part, name)]
         total[0] += norm**2

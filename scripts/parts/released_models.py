@@ -30,6 +30,15 @@ CLIP_G = CLIP | {
     "projection_dim": 1280,
     "hidden_act": "gelu",
 }
+CLIP_H = CLIP | {  # of Stable Diffusion 2.x, whose pipelines leave its last layer out
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "projection_dim": 512,
+    "hidden_act": "gelu",
+}
+T5_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24}
 # Stable Diffusion 1.5, SDXL, SD 3.5 medium, FLUX.1-dev: (class of diffusers, what differs from its defaults)
 DENOISERS = {
     "sd15": ("UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768}),
@@ -66,6 +75,26 @@ DENOISERS = {
         },
     ),
     "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
+}
+# Released models of the same families with other layers: {title: what differs from the above}
+VARIANTS: dict[str, dict[str, dict]] = {
+    "sd15": {
+        "Stable Diffusion 2.x": {
+            "cross_attention_dim": 1024,
+            "attention_head_dim": (5, 10, 20, 20),
+            "use_linear_projection": True,
+        }
+    },
+    "sdxl": {},
+    "sd3": {
+        "SD 3.5 large": {
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "dual_attention_layers": (),
+        }
+    },
+    "flux": {},
 }
 # The other parts, of the families whose tokenizers a package carries: {part: (library, class, configuration)}
 OTHER_PARTS = {
