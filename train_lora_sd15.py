@@ -211,8 +211,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 830 data: images and captions · 1125 images: decoding, buckets, crops, batches ·
 # 1535 text: embeddings and new tokens · 1756 LoRA and optimizer · 2174 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 2463 checkpoints and signals · 2619 pictures: validation, class images, comparison · 2819
-# probes: what was learned, what was forgotten · 2997 files that a run leaves · 3362 command line · 3818 base model:
-# loading, quantising, splitting · 4026 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 2997 files that a run leaves · 3352 command line · 3808 base model:
+# loading, quantising, splitting · 4016 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3033,6 +3033,12 @@ def save_results(run: Run) -> None:
         shutil.rmtree(part, ignore_errors=True)
     if args.merge_lora:
         save_merged(run, output / "merged")
+    elif args.use_dora:
+        say(
+            "note: DoRA: diffusers draws it as trained, ComfyUI nearly, AUTOMATIC1111 and kohya's scripts do not; a plain LoRA of it:"
+            f" python scripts/lora/resize_lora.py {output} plain.safetensors --to kohya --rank 64 --base"
+            f" {args.pretrained_model_name_or_path}; the whole model: --merge_lora"
+        )
 
 
 def write_run_files(run: Run) -> None:
@@ -3052,18 +3058,11 @@ def write_run_files(run: Run) -> None:
     (output / "config.yaml").write_text("\n".join([*head, body]), encoding="utf-8")
     sizes = ["{} x {}".format(*bucket) for bucket in buckets]
     rows = [[e.name, e.captions[0], "{} x {}".format(*e.size), sizes[e.bucket]] for e in examples[:500]]
-    inside = Counter(e.bucket for e in examples)
-    used = [
-        [sizes[b], n, sum(lost_to_crop(e.size, buckets[b]) for e in examples if e.bucket == b) / n]
-        for b, n in inside.items()
-    ]
-    summary = {
-        "images": len(examples),
-        "held_out": sum(e.held_out for e in examples),
-        "captions": rows,
-        "buckets": used,
-    }
-    summary["findings"] = run.findings
+    used = []
+    for b, n in Counter(e.bucket for e in examples).items():
+        used.append([sizes[b], n, sum(lost_to_crop(e.size, buckets[b]) for e in examples if e.bucket == b) / n])
+    summary = {"images": len(examples), "held_out": sum(e.held_out for e in examples), "captions": rows}
+    summary |= {"buckets": used, "findings": run.findings}
     (output / "data.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
     folder = output / "training_pictures"
     shutil.rmtree(folder, ignore_errors=True)
@@ -3249,8 +3248,8 @@ def lora_metadata(run: Run, alpha: float, rank: int) -> dict[str, str]:
         "modelspec.trigger_phrase": args.trigger_word or None,
     }
     if run.abstractions:
-        stands = ", ".join(f"{''.join(tokens)} for {word}" for word, tokens in run.abstractions.items())
-        values["modelspec.usage_hint"] = f"new tokens, of {name}_emb.safetensors: {stands}"
+        words = ", ".join(f"{''.join(tokens)} for {word}" for word, tokens in run.abstractions.items())
+        values["modelspec.usage_hint"] = f"new tokens, of {name}_emb.safetensors: {words}"
     values |= base_versions(run.components.config(DENOISER), run.components.config("scheduler"))
     return {key: str(value) for key, value in values.items() if value is not None}
 
@@ -3348,13 +3347,8 @@ def push_to_hub(args: argparse.Namespace) -> None:
         repo = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
         public = ["*.safetensors", "README.md", "comparison.png", "samples/*"]
         hidden = ["checkpoint-*", "merged/*", "class_images/*"]
-        upload_folder(
-            repo_id=repo,
-            folder_path=args.output_dir,
-            allow_patterns=public,
-            ignore_patterns=hidden,
-            token=args.hub_token,
-        )
+        what = {"folder_path": args.output_dir, "allow_patterns": public, "ignore_patterns": hidden}
+        upload_folder(repo_id=repo, token=args.hub_token, **what)
     except Exception as error:  # whatever the hub's client raises, the results are already on the disk
         raise UserError(f"--push_to_hub failed ({brief(error)}); the results are in {args.output_dir}") from None
 
