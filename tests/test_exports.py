@@ -10,9 +10,10 @@ import torch
 from conftest import FAMILIES, ROOT, SAMPLE, load_script, run_here
 from safetensors.torch import load_file, save_file
 
-from scripts.lora import convert_lora, inspect_lora, merge_lora
+from scripts.lora import convert_lora, inspect_lora, merge_lora, resize_lora
 from scripts.lora.parts.lora_files import FileError, read_lora, to_kohya
-from scripts.lora.parts.original_layout import single_file
+from scripts.lora.parts.low_rank import doras_weight
+from scripts.lora.parts.original_layout import BaseWeights, single_file
 from scripts.parts.released_models import denoiser_config, meta_denoiser
 
 pytestmark = pytest.mark.run
@@ -457,6 +458,136 @@ def test_other_trainers_files_keep_their_update_both_ways(tool, dtype, tmp_path)
         assert sum(t.numel() for t in load_file(second).values()) == sum(t.numel() for t in load_file(source).values())
 
 
+KEY, LAYER = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", f"{UNET}.to_k"  # (640, 2048) in SDXL
+LOKR, QUERY = f"lycoris_{SINGLE.replace('.', '_')}_attn_to_q", f"{SINGLE}.attn.to_q"  # (3072, 3072) in FLUX.1
+
+
+def factors(**shapes) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def loha() -> tuple[dict, torch.Tensor, str]:
+    f = factors(hada_w1_a=(640, 3), hada_w1_b=(3, 2048), hada_w2_a=(640, 3), hada_w2_b=(3, 2048))
+    update = (f["hada_w1_a"] @ f["hada_w1_b"]) * (f["hada_w2_a"] @ f["hada_w2_b"]) / 3  # alpha 1
+    return {f"{KEY}.{k}": v for k, v in f.items()} | {f"{KEY}.alpha": torch.tensor(1.0)}, update, LAYER
+
+
+def lokr() -> tuple[dict, torch.Tensor, str]:
+    f = factors(lokr_w1=(4, 4), lokr_w2_a=(768, 2), lokr_w2_b=(2, 768))
+    update = torch.kron(f["lokr_w1"], f["lokr_w2_a"] @ f["lokr_w2_b"]) * 0.5  # alpha 1, rank 2
+    return {f"{LOKR}.{k}": v for k, v in f.items()} | {f"{LOKR}.alpha": torch.tensor(1.0)}, update, QUERY
+
+
+def convolution() -> tuple[dict, torch.Tensor, str]:
+    """A LoHa with a core, on a 3 x 3 convolution."""
+    f = factors(hada_w1_a=(2, 320), hada_w1_b=(2, 320), hada_t1=(2, 2, 3, 3))
+    f |= factors(hada_w2_a=(2, 320), hada_w2_b=(2, 320), hada_t2=(2, 2, 3, 3))
+    halves = [torch.einsum("abkl,ao,bi->oikl", f[f"hada_t{n}"], f[f"hada_w{n}_a"], f[f"hada_w{n}_b"]) for n in (1, 2)]
+    key = "lora_unet_input_blocks_1_0_in_layers_2"
+    return {f"{key}.{k}": v for k, v in f.items()}, halves[0] * halves[1], "down_blocks.0.resnets.0.conv1"
+
+
+def difference() -> tuple[dict, torch.Tensor, str]:
+    update = torch.randn(640, 5) @ torch.randn(5, 2048)
+    return {f"{KEY}.diff": update}, update, LAYER
+
+
+@pytest.mark.parametrize(("kind", "rank"), [(loha, 9), (lokr, 8), (convolution, 4), (difference, 5)])
+def test_loha_lokr_and_differences_become_plain_loras(kind, rank, tmp_path, capsys):
+    """At the rank that they have, nothing is lost; at half of it, as much as the line says."""
+    tensors, update, layer = kind()
+    save_file(tensors, tmp_path / "x.safetensors")
+    for given in (rank, rank // 2):
+        target = tmp_path / f"{given}.safetensors"
+        assert convert_lora.main([str(tmp_path / "x.safetensors"), str(target), "--rank", str(given)]) == 0
+        made = next(x for _, name, x in read_lora(target) if name == layer)
+        lost = ((made.update() - update).norm() / update.norm()).item()
+        said = capsys.readouterr().out
+        printed = float(said.split("% of the update")[0].rsplit(" ", 1)[1]) / 100
+        assert made.rank == given and printed == pytest.approx(lost, abs=1e-3)
+        assert lost < 1e-4 if given == rank else lost > 0.01
+    assert inspect_lora.main([str(tmp_path / "x.safetensors")]) in (0, 1)
+    assert "(LoHa)" in capsys.readouterr().out or kind not in (loha, convolution)
+
+
+def test_resized_lora_is_the_best_of_its_rank(family, trained, tmp_path, capsys):
+    source, target = trained / f"{family.name}.safetensors", tmp_path / "small.safetensors"
+    exact = {(part, name): x.update() for part, name, x in read_lora(source, base=family.base)}
+    sizes = {}
+    for flags in (["--rank", "2"], ["--keep", "0.9"], ["--keep", "1"]):
+        assert resize_lora.main([str(source), str(target), *flags, "--base", family.base]) == 0
+        small = {(part, name): x for part, name, x in read_lora(target, base=family.base)}
+        assert small.keys() == exact.keys()
+        lost = sum((small[k].update() - u).square().sum() for k, u in exact.items())
+        share = (lost / sum(u.square().sum() for u in exact.values())).sqrt().item()
+        said = capsys.readouterr().out
+        printed = float(said.split("% of the update")[0].rsplit(" ", 1)[1]) / 100
+        assert printed == pytest.approx(share, abs=1e-4)
+        sizes[flags[1]] = (target.stat().st_size, share)
+        assert all(
+            t.shape[0] == 2 for k, t in load_file(target).items() if flags[1] == "2" and k.endswith("lora_down.weight")
+        )
+    assert sizes["1"][1] < 1e-5 and 0 < sizes["0.9"][1] < 0.33 and sizes["2"][0] < source.stat().st_size
+    assert resize_lora.main([str(source), str(target)]) == 2
+    assert resize_lora.main([str(source), str(source), "--rank", "2"]) == 2
+    assert "name another target" in capsys.readouterr().err
+
+
+@pytest.mark.families("flux", "sd3")
+def test_dora_of_default_layers_is_written_for_other_tools(family, tmp_path, capsys):
+    """Where the original holds layers as one, those without LoRA keep their norms; a plain LoRA of it is the way out."""
+    output = tmp_path / "x"
+    assert run_here(family, output, "-d", SAMPLE, "--use_dora", "--learning_rate", 2e-2) == 0
+    assert "resize_lora.py" in capsys.readouterr().out
+    own, other = read_lora(output), read_lora(output / "x.safetensors")
+    weights = BaseWeights(ROOT / family.base, family.name, own.base.config)
+
+    def merged(lora):
+        return {(part, n): doras_weight(weights(part, n), x.update(), x) for part, n, x in lora}
+
+    first, second = merged(own), merged(other)
+    assert all(torch.equal(first[k], second[k]) for k in first) and len(second) > len(first)
+    assert all(torch.allclose(second[k], weights(*k).float(), atol=1e-6) for k in second.keys() - first.keys())
+    file, small = tmp_path / "alone.safetensors", tmp_path / "small.safetensors"
+    shutil.copy(output / "x.safetensors", file)
+    assert resize_lora.main([str(file), str(small), "--keep", "0.9999", "--base", family.base]) == 0
+    plain = {(part, n): weights(part, n).float() + x.update() for part, n, x in read_lora(small)}
+    total = sum((first[k] - weights(*k).float()).square().sum() for k in first)
+    assert sum((plain[k] - first[k]).square().sum() for k in first) < 1e-3 * total
+    assert convert_lora.main([str(output), str(tmp_path / "again.safetensors")]) == 0
+    again = load_file(tmp_path / "again.safetensors")
+    assert all(torch.allclose(again[k], t, atol=1e-6) for k, t in load_file(output / "x.safetensors").items())
+
+
+def test_dora_of_the_first_lycoris_merges_by_columns(tmp_path, capsys):
+    """dora_scale (1, in): diffusers has no place for it, merging does what its formula says."""
+    base, name = FAMILIES["sd15"].base, "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    weights = BaseWeights(ROOT / base, "sd15", {})
+    weight = weights("unet", name).float()
+    down, up, scale = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2), torch.rand(1, weight.shape[1])
+    key, file = f"lora_unet_{name.replace('.', '_')}", tmp_path / "x.safetensors"
+    save_file({f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.dora_scale": scale}, file)
+    assert merge_lora.main([base, str(tmp_path / "m"), "--lora", str(file), "--dtype", "float32"]) == 0
+    whole = weight + up @ down
+    expected = whole * scale / whole.norm(dim=0, keepdim=True)
+    merged = BaseWeights(tmp_path / "m", "sd15", {})("unet", name)
+    assert torch.allclose(merged, expected, atol=1e-5)
+    assert convert_lora.main([str(file), str(tmp_path / "y.safetensors"), "--base", base]) == 2
+    assert "diffusers has no place for DoRA by columns; scripts/lora/resize_lora.py" in capsys.readouterr().err
+    small = tmp_path / "z.safetensors"
+    assert resize_lora.main([str(file), str(small), "--rank", "64", "--base", base]) == 0
+    plain = read_lora(small, base=base).layers["unet"][name].update()
+    assert (weight + plain - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_convolutions_have_their_dora_scale_as_comfyui_multiplies_it():
+    script = load_script("train_lora_sd15.py")
+    name = "down_blocks.0.resnets.0.conv1"
+    state = {f"{name}.lora_A.weight": torch.ones(2, 4, 3, 3), f"{name}.lora_B.weight": torch.ones(8, 2, 1, 1)}
+    out = script.kohya_state({"unet": state | {f"{name}.lora_magnitude_vector": torch.ones(1, 8, 1, 1)}}, 1.0, {})
+    assert out["lora_unet_down_blocks_0_resnets_0_conv1.dora_scale"].shape == (8, 1, 1, 1)
+
+
 def test_foreign_file_with_one_pair_for_a_fused_layer(tmp_path):
     """kohya's own Flux training has one rank for q, k and v together: every part gets the down matrix and its rows."""
     d = 128
@@ -556,6 +687,50 @@ def test_inspect_says_why_a_lora_has_no_effect(shelf, tmp_path, capsys, change, 
         assert "not finite" in capsys.readouterr().err and not (tmp_path / "m").exists()
 
 
+def test_metadata_of_both_files_is_what_other_tools_read(family, trained, capsys):
+    """AUTOMATIC1111 hides a LoRA whose ss_base_model_version is another model's, and shows tags and trigger words."""
+    from safetensors import safe_open
+
+    version, architecture = {
+        "sd15": ("sd_v1", "stable-diffusion-v1"),
+        "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+        "sd3": ("medium", "stable-diffusion-3-medium"),
+        "flux": ("flux1", "flux-1-dev"),
+    }[family.name]
+    for name in ("pytorch_lora_weights", family.name):
+        with safe_open(trained / f"{name}.safetensors", "pt") as file:
+            said = file.metadata()
+        assert said["ss_base_model_version"] == version and said["modelspec.architecture"] == f"{architecture}/lora"
+        assert said["modelspec.trigger_phrase"] == "sks" and said["ss_learning_rate"] == "0.02"
+        assert said["ss_max_train_steps"] == "4" and said["ss_num_train_images"] == "12"
+        (tags,) = json.loads(said["ss_tag_frequency"]).values()
+        assert sum(tags.values()) == 12
+        assert inspect_lora.main([str(trained / f"{name}.safetensors"), "--base", family.base]) in (0, 1)
+        shown = capsys.readouterr().out
+        assert (
+            f"base_model_version {version}" in shown and "max_train_steps 4" in shown and "learning_rate 0.02" in shown
+        )
+    back = trained.parent / f"{family.name}_back.safetensors"
+    assert convert_lora.main([str(trained / f"{family.name}.safetensors"), str(back), "--base", family.base]) == 0
+    with safe_open(back, "pt") as file:
+        assert file.metadata().items() >= {k: v for k, v in said.items() if k.startswith("ss_")}.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "version", "architecture"),
+    [
+        ("train_lora_sd15.py", {"cross_attention_dim": 1024}, "sd_v2", "stable-diffusion-v2-512"),
+        ("train_lora_sd3.py", {"num_layers": 38, "dual_attention_layers": ()}, "5-large", "stable-diffusion-3-5-large"),
+        ("train_lora_sd3.py", {"num_layers": 24, "dual_attention_layers": (0,)}, "5-medium", "stable-diffusion-3-5-medium"),
+        ("train_dreambooth_lora_flux_advanced.py", {"guidance_embeds": False}, "flux1", "flux-1-schnell"),
+    ],
+)  # fmt: skip
+def test_other_models_of_a_family_are_named_in_the_metadata(name, change, version, architecture):
+    said = load_script(name).base_versions(change, {})
+    assert said["ss_base_model_version"] == version and said["modelspec.architecture"] == f"{architecture}/lora"
+    assert said["ss_v2"] == str(version == "sd_v2")
+
+
 def test_inspect_names_trigger_words_and_text_encoders(family, trained, capsys):
     assert inspect_lora.main([str(trained / f"{family.name}.safetensors"), "--base", family.base]) in (0, 1)
     said = capsys.readouterr().out
@@ -569,6 +744,9 @@ def test_inspect_names_trigger_words_and_text_encoders(family, trained, capsys):
         ("lora_unet_conv_in.hada_w1_a", "LoHa"),
         ("lora_unet_conv_in.lokr_w1", "LoKr"),
         ("model.weight", "not a key of a LoRA"),
+        ("lora_unet_conv_in.oft_blocks", "OFT can't be"),
+        ("lora_unet_conv_in.a1.weight", "GLoRA can't be"),
+        ("double_blocks.0.img_attn.norm.key_norm.scale", "a control LoRA"),
     ],
 )
 def test_other_adapters_are_named(key, words, tmp_path):
@@ -592,6 +770,17 @@ def test_a_lora_for_another_base_is_one_line(tmp_path, capsys):
     words = [FAMILIES["flux"].base, str(tmp_path / "m"), "--lora", str(tmp_path / "sd.safetensors")]
     assert merge_lora.main(words) == 2
     assert "a LoRA with a unet does not fit flux" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("keys", [("clip_l", "t5xxl"), ("emb_params",)])
+def test_embeddings_of_other_tools_are_read(keys, tmp_path, capsys):
+    theirs = {key: torch.randn(2, 8) for key in keys}
+    save_file(theirs, tmp_path / "a.safetensors")
+    assert convert_lora.main([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]) == 0
+    assert "for diffusers" in capsys.readouterr().out
+    ours = load_file(tmp_path / "b.safetensors")
+    assert set(ours) == {"clip_l", "t5"} if len(keys) == 2 else {"clip_l"}
+    assert torch.equal(ours["clip_l"], theirs[keys[0]])
 
 
 def test_embeddings_for_comfyui_and_back(tmp_path):

@@ -95,6 +95,7 @@ def shape_of(base: str | None) -> str | None:
 
 def weights_of(lora: Lora, base: str | None) -> BaseWeights | None:
     """The base's weights, where they are at hand."""
+    base = base or lora.base.folder
     return BaseWeights(Path(base), lora.family, lora.base.config) if base else None
 
 

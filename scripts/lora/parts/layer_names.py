@@ -115,8 +115,8 @@ def encoder_shapes(config: dict) -> dict[str, tuple[int, int]]:
 class Base:
     """The layers of a base: which a name means, and their shapes. Made by `bases`."""
 
-    def __init__(self, family: str, config: dict, encoders: dict[str, dict], title: str) -> None:
-        self.family, self.title, self.config = family, title, config
+    def __init__(self, family: str, config: dict, encoders: dict[str, dict], title: str, folder: str | None) -> None:
+        self.family, self.title, self.config, self.folder = family, title, config, folder
         self.script = script_of(family)
         denoiser = meta_denoiser(family, config)
         part = self.script.DENOISER
@@ -210,6 +210,7 @@ def script_of(family: str):
 
 def bases(family: str, folder: str | None):
     """The bases that a file of this family may be for: the one in the folder, or the released ones, the usual first."""
+    script_of(family)  # first, because it keeps the libraries quiet
     if folder is not None:
         yield local_base(family, folder)
         return
@@ -227,7 +228,7 @@ def released_base(family: str, name: str) -> Base:
         encoders["text_encoder_2"] = CLIP_G
     if family in T5:
         encoders[T5[family]] = T5_XXL
-    return Base(family, config, encoders, f"the released {name or family}")
+    return Base(family, config, encoders, f"the released {name or family}", None)
 
 
 @functools.cache
@@ -241,7 +242,7 @@ def local_base(family: str, folder: str) -> Base:
         file = Path(folder) / name / "config.json"
         if file.is_file():
             encoders[name] = json.loads(file.read_text(encoding="utf-8"))
-    base = Base(family, config, encoders, folder)
+    base = Base(family, config, encoders, folder, folder)
     for key, shape in released.shapes.items():  # a folder without text encoders, as --shape may be
         if key[0].startswith("text_encoder") and not encoders:
             base.shapes[key] = shape

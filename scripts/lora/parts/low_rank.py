@@ -134,24 +134,13 @@ def leading(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
     return u[:, :count], s[:count], v[:, :count]
 
 
-def decomposed(layer: Layer | Product, weight: torch.Tensor | None, rank: int | None, keep: float | None):
-    """(U, S, V, energy of all) of a layer's whole update, with DoRA's magnitude if there is one, for which `weight` is needed."""
-    if layer.kind == "LoRA" and layer.magnitude is None:
-        (q_up, r_up), (q_down, r_down) = (
-            torch.linalg.qr(m.double()) for m in (layer.up.flatten(1), layer.down.flatten(1).T)
-        )
-        u, s, vh = torch.linalg.svd(r_up @ r_down.T * (layer.alpha / layer.rank), full_matrices=False)
-        return q_up @ u, s, q_down @ vh.mH, s.square().sum().item()
-    update = layer.update()
-    if layer.magnitude is not None:
-        update = doras_weight(weight, update, layer) - weight.float()
-    update = update.flatten(1)
-    energy, count = update.double().square().sum().item(), rank or 16
-    while True:
-        u, s, v = leading(update, count)
-        if rank or len(s) == min(update.shape) or s.double().square().sum().item() >= keep * energy:
-            return u, s, v, energy
-        count *= 4
+def decomposed(layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(U, S, V) of the whole update of a plain LoRA, float64, from its two matrices."""
+    (q_up, r_up), (q_down, r_down) = (
+        torch.linalg.qr(m.double()) for m in (layer.up.flatten(1), layer.down.flatten(1).T)
+    )
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T * (layer.alpha / layer.rank), full_matrices=False)
+    return q_up @ u, s, q_down @ vh.mH
 
 
 def shrunk(
@@ -159,18 +148,36 @@ def shrunk(
 ) -> tuple[Layer, float, float]:
     """The nearest plain LoRA of a rank, or of the least rank that keeps this share of the update's energy (sum of squares).
 
-    With both, `rank` is the highest. weight: the base's, for DoRA. Returns (LoRA, squared error, squared norm of the update), as the LoRA will be stored.
+    With both, `rank` is the highest. weight: the base's, for DoRA. Returns (LoRA, squared error, squared norm of the update), as the
+    LoRA will be stored.
     """
-    u, s, v, energy = decomposed(layer, weight, rank, keep)
+    if layer.kind == "LoRA" and layer.magnitude is None:
+        u, s, v = decomposed(layer)
+        energy, update = s.square().sum().item(), None
+    else:
+        update = layer.update()
+        if layer.magnitude is not None:
+            update = doras_weight(weight, update, layer) - weight.float()
+        update = update.flatten(1)
+        energy, count = update.double().square().sum().item(), rank or 16
+        u, s, v = leading(update, count)
+        while not rank and len(s) < min(update.shape) and s.double().square().sum().item() < keep * energy:
+            count *= 4
+            u, s, v = leading(update, count)
     count = min(rank or len(s), len(s))
     if keep:
         count = min(count, int((s.double().square().cumsum(0) < keep * energy).sum()) + 1)
     root, dtype = s[:count].sqrt(), next(t.dtype for t in layer.tensors)
     up, down = (u[:, :count] * root).to(dtype), (v[:, :count] * root).T.to(dtype)
-    # |update - up down|^2 = |update|^2 - |kept|^2, and what rounding to the file's precision adds
-    exact = (u[:, :count] * s[:count]).double(), v[:, :count].double()
-    rounded = Layer(torch.cat([down.double(), exact[1].T]), torch.cat([up.double(), -exact[0]], dim=1), 2 * count)
-    lost = max(energy - s[:count].double().square().sum().item(), 0.0) + (rounded.norm() ** 2 if count else 0.0)
-    shape = [1] * (len(layer.shape) - 2)
-    small = Layer(down.reshape(count, *layer.shape[1:]), up.reshape(layer.shape[0], count, *shape), float(count))
+    if update is not None:
+        lost = (update - up.float() @ down.float()).double().square().sum().item()
+    else:  # what is left out, and what rounding to the file's precision adds
+        kept = Layer(
+            torch.cat([down.double(), v[:, :count].T]),
+            torch.cat([up.double(), -u[:, :count] * s[:count]], 1),
+            2 * count,
+        )
+        lost = s[count:].square().sum().item() + kept.norm() ** 2
+    ones = [1] * (len(layer.shape) - 2)
+    small = Layer(down.reshape(count, *layer.shape[1:]), up.reshape(layer.shape[0], count, *ones), float(count))
     return small, lost, energy
