@@ -986,7 +986,7 @@ def load_lora(pipeline, file: Path, name: str, base: str) -> None:
             lora = read_lora(file, family, base if (Path(base) / "model_index.json").is_file() else None)
             write_diffusers(lora, Path(folder) / file.name)
         except FileError as error:
-            raise UserError(f"paths.lora_weights_path: {error}") from None
+            raise UserError(f"paths.lora_weights_path: it does not fit {kind}: {error}") from None
         pipeline.load_lora_weights(folder, weight_name=file.name, adapter_name=name)
 
 

@@ -295,8 +295,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 914 data: images and captions · 1209 images: decoding, buckets, crops, batches ·
 # 1619 text: embeddings and new tokens · 1840 LoRA and optimizer · 2258 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 2547 checkpoints and signals · 2703 pictures: validation, class images, comparison · 2903
-# probes: what was learned, what was forgotten · 3081 files that a run leaves · 3436 command line · 3892 base model:
-# loading, quantising, splitting · 4100 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 3081 files that a run leaves · 3440 command line · 3896 base model:
+# loading, quantising, splitting · 4104 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 

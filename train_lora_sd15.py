@@ -211,8 +211,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 830 data: images and captions · 1125 images: decoding, buckets, crops, batches ·
 # 1535 text: embeddings and new tokens · 1756 LoRA and optimizer · 2174 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 2463 checkpoints and signals · 2619 pictures: validation, class images, comparison · 2819
-# probes: what was learned, what was forgotten · 2997 files that a run leaves · 3352 command line · 3808 base model:
-# loading, quantising, splitting · 4016 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 2997 files that a run leaves · 3356 command line · 3812 base model:
+# loading, quantising, splitting · 4020 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 

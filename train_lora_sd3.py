@@ -283,8 +283,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 902 data: images and captions · 1197 images: decoding, buckets, crops, batches ·
 # 1607 text: embeddings and new tokens · 1828 LoRA and optimizer · 2246 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 2535 checkpoints and signals · 2691 pictures: validation, class images, comparison · 2891
-# probes: what was learned, what was forgotten · 3069 files that a run leaves · 3424 command line · 3880 base model:
-# loading, quantising, splitting · 4088 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 3069 files that a run leaves · 3428 command line · 3884 base model:
+# loading, quantising, splitting · 4092 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 

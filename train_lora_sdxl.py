@@ -265,8 +265,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 884 data: images and captions · 1179 images: decoding, buckets, crops, batches ·
 # 1589 text: embeddings and new tokens · 1810 LoRA and optimizer · 2228 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 2517 checkpoints and signals · 2673 pictures: validation, class images, comparison · 2873
-# probes: what was learned, what was forgotten · 3051 files that a run leaves · 3406 command line · 3862 base model:
-# loading, quantising, splitting · 4070 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 3051 files that a run leaves · 3410 command line · 3866 base model:
+# loading, quantising, splitting · 4074 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
