@@ -380,7 +380,10 @@ FILES = {
     ),
     "onetrainer-sdxl": (
         KOHYA,
-        {"lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k": (2048, [(f"unet.{UNET}.to_k", 640)])},
+        {
+            "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k": (2048, [(f"unet.{UNET}.to_k", 640)]),
+            "lora_te2_text_projection": (1280, [("text_encoder_2.text_projection", 1280)]),
+        },
     ),
     "omi-sdxl": (KOHYA, {"unet.input_blocks.4.1.transformer_blocks.0.attn2.to_out.0": (640, [(f"unet.{UNET}.to_out.0", 640)])}),
     "kohya-sd15": (
@@ -578,6 +581,23 @@ def test_dora_of_the_first_lycoris_merges_by_columns(tmp_path, capsys):
     assert resize_lora.main([str(file), str(small), "--rank", "64", "--base", base]) == 0
     plain = read_lora(small, base=base).layers["unet"][name].update()
     assert (weight + plain - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_readme_says_how_exactly_other_tools_draw_dora():
+    """ComfyUI divides by the norm of the base's rows, AUTOMATIC1111 by that of the new weight's columns; kohya's does not divide."""
+    torch.manual_seed(0)
+    rows = []
+    for where, shape in (("as many inputs as outputs", (640, 640)), ("1280 outputs, 2048 inputs", (1280, 2048))):
+        for size in (0.03, 0.1, 0.3):
+            weight, update = torch.randn(shape), torch.randn(shape[0], 8) @ torch.randn(8, shape[1])
+            whole = weight + update * (size * weight.norm() / update.norm())
+            lengths = weight.norm(dim=1, keepdim=True) * (1 + 0.5 * size * torch.randn(shape[0], 1))
+            exact = lengths * whole / whole.norm(dim=1, keepdim=True)
+            drawn = (lengths * whole / weight.norm(dim=1, keepdim=True), lengths * whole / whole.norm(dim=0), whole)
+            errors = [f"{((other - exact).norm() / (exact - weight).norm()).item():.0%}" for other in drawn]
+            rows.append(f"| {where}, update {size:.0%} | exact | {' | '.join(errors)} |")
+    readme = (ROOT / "README.md").read_text()
+    assert not [row for row in rows if row not in readme], "\n".join(rows)
 
 
 def test_convolutions_have_their_dora_scale_as_comfyui_multiplies_it():

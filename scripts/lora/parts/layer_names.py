@@ -47,6 +47,7 @@ REFUSED = (  # parts of keys that are no LoRA, and what they are
 )
 ENCODERS = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
 T5 = {"sd3": "text_encoder_3", "flux": "text_encoder_2"}
+PROJECTED = (("sdxl", "text_encoder_2"), ("sd3", "text_encoder"), ("sd3", "text_encoder_2"))  # CLIPs with a projection
 PREFIXES = tuple(  # of keys, as patterns: the part
     [(rf"{part}\.", part) for part in ("text_encoder", "text_encoder_2", "text_encoder_3")]
     + [(rf"(?:text_encoders\.{name}\.transformer|{name})\.", part) for name, part in ENCODERS.items()]
@@ -123,6 +124,8 @@ class Base:
         self.shapes = {(part, n): tuple(m.weight.shape) for n, m in denoiser.named_modules() if is_layer(m)}
         for encoder, settings in encoders.items():
             self.shapes |= {(encoder, name): shape for name, shape in encoder_shapes(settings).items()}
+            if (family, encoder) not in PROJECTED:
+                self.shapes.pop((encoder, "text_projection"), None)
         self.places = original_places(self.script, denoiser)
         self.parts: dict[str, list[str]] = {}  # {layer of the original: the layers of diffusers that it holds}
         for name, place in sorted(self.places.items(), key=lambda item: int(item[1].rows[0])):
