@@ -265,8 +265,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 884 data: images and captions · 1179 images: decoding, buckets, crops, batches ·
 # 1589 text: embeddings and new tokens · 1810 LoRA and optimizer · 2228 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 2517 checkpoints and signals · 2673 pictures: validation, class images, comparison · 2873
-# probes: what was learned, what was forgotten · 3051 files that a run leaves · 3410 command line · 3866 base model:
-# loading, quantising, splitting · 4074 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 3051 files that a run leaves · 3417 command line · 3873 base model:
+# loading, quantising, splitting · 4081 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3138,9 +3138,10 @@ def write_weights(run: Run, folder: Path, dtype) -> None:
         states = {part: {k: v.to(dtype) for k, v in state.items()} for part, state in states.items()}
         about = lora_metadata(run, alpha, rank)
         write_diffusers_file(run, folder / "pytorch_lora_weights.safetensors", states, alpha, rank, about)
-        norms = neighbours_norms(run.denoiser, states[DENOISER]) if args.use_dora else {}
-        scale = math.sqrt(rank) if args.use_rslora else 1.0
-        exported = kohya_state(states, alpha * scale, run.components.config(DENOISER), norms)
+        config, scale = run.components.config(DENOISER), math.sqrt(rank) if args.use_rslora else 1.0
+        base = run.components.folder_of(DENOISER)
+        norms = neighbours_norms(base, states[DENOISER], config) if args.use_dora else {}
+        exported = kohya_state(states, alpha * scale, config, norms)
         exported = {k: v.contiguous() for k, v in exported.items()}
         save_file(exported, folder / f"{name}.safetensors", metadata=about | tensor_hashes(exported))
     if run.rows:
@@ -3231,18 +3232,24 @@ def halves_swapped(tensors: dict) -> dict:
     return {kind: torch.cat(t.chunk(2)[::-1]) if kind in by_row else t for kind, t in tensors.items()}
 
 
-def neighbours_norms(denoiser, state: dict) -> dict:
-    """{layer: norms of its rows} of layers without LoRA that the original holds as one with a layer that has one, for DoRA:
-    the magnitudes with which they stay as they are.
+def neighbours_norms(folder: Path, state: dict, config: dict) -> dict:
+    """{layer: norms of its rows} of the base's layers without LoRA that the original holds as one with a layer that has one, for
+    DoRA: the magnitudes with which they stay as they are. folder: the denoiser's.
     """
-    probe = {"lora_down.weight": torch.zeros(1, 1), "lora_up.weight": torch.zeros(1, 1), "alpha": torch.tensor(1.0)}
-    trained = {key.split(".lora_")[0] for key in state}
-    layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear) and ".lora_" not in n}
-    layers = {name.removesuffix(".base_layer"): module for name, module in layers.items()}
-    original = {name: next(iter(kohya_layout({name: probe}, dict(denoiser.config)))) for name in layers}
-    shared = {original[name] for name in trained if name in original}
-    beside = [name for name in layers if name not in trained and original[name] in shared]
-    return {name: layers[name].weight.detach().float().norm(dim=1).cpu() for name in beside}
+
+    def original(name: str) -> str:
+        probe = {"lora_down.weight": torch.zeros(1, 1), "lora_up.weight": torch.zeros(1, 1), "alpha": torch.tensor(1.0)}
+        return next(iter(kohya_layout({name: probe}, config)))
+
+    trained, norms = {key.split(".lora_")[0] for key in state}, {}
+    shared = {original(name) for name in trained}
+    for file in sorted(folder.glob("*.safetensors")) if DENOISER == "transformer" else ():  # a UNet's are single
+        with safe_open(file, "pt") as shard:
+            linear = [k for k in shard.keys() if k.endswith(".weight") and len(shard.get_slice(k).get_shape()) == 2]  # noqa: SIM118
+            for name in {key.removesuffix(".weight") for key in linear} - trained:
+                if original(name) in shared:
+                    norms[name] = shard.get_tensor(f"{name}.weight").float().norm(dim=1)
+    return norms
 
 
 def fuse_projections(parts: list[dict | None], heights: list[int]) -> dict:

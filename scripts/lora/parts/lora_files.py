@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from scripts.lora.parts.layer_names import Base, bases, families_in_order, split_key
 from scripts.lora.parts.low_rank import FileError, Layer, Product, shrunk
@@ -100,6 +101,9 @@ def read_lora(path: str | Path, family: str | None = None, base: str | None = No
     for key, value in tensors.items():
         if not key.startswith("bundle_emb."):
             layer, kind = split_key(key, path)
+            if not value.is_floating_point():
+                raise FileError(f"{path}: {key}: whole numbers ({value.dtype}), where weights were expected")
+            value = value.float() if value.element_size() == 1 else value  # fp8, which nothing can be counted in
             raw.setdefault(layer, {})[kind] = value
     if not raw:
         raise FileError(f"{path}: no LoRA in this file")
@@ -126,26 +130,36 @@ def read_lora(path: str | Path, family: str | None = None, base: str | None = No
 
 def layers_of(raw: dict, base: Base, metadata: dict[str, str], path: Path) -> dict[str, dict[str, Layer | Product]]:
     """{part: {layer: its LoRA}}; fused projections are taken apart."""
-    settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    if "adapter_config" in metadata:
-        config = json.loads(metadata["adapter_config"])
-        settings = {f"{base.script.DENOISER}.{key}": value for key, value in config.items()}
+    settings = adapter_settings(metadata, base.script.DENOISER, path)
     out: dict[str, dict[str, Layer | Product]] = {}
     for key, found in raw.items():
         part, meant = base.meaning(key, path)
-        place = meant[0][1]
-        shape = base.shapes[part, meant[0][0]]
+        place, shape = meant[0][1], base.shapes[part, meant[0][0]]
         whole = (place.height if place else shape[0], *shape[1:])
-        alpha = found["alpha"].item() if "alpha" in found else None
-        layer = as_layer(found, whole, f"{path}: {key}", base.title)
-        if layer.kind == "LoRA":
-            alpha = set_alpha(settings, part, meant[0][0], layer.rank) if alpha is None else alpha
+        try:
+            layer = as_layer(found, whole, f"{path}: {key}", base.title)
+            alpha = found["alpha"].item() if "alpha" in found else None
+        except (RuntimeError, IndexError, TypeError, KeyError, ValueError) as error:  # torch's own, of all kinds
+            raise FileError(f"{path}: {key}: tensors that don't belong together ({error})") from None
+        if layer.kind == "LoRA" and alpha is None:
+            alpha = set_alpha(settings, part, meant[0][0], layer.rank)
         layer.alpha = alpha
         for name, piece in taken_apart(layer, meant, f"{path}: {key}").items():
             if name in out.get(part, {}):
                 raise FileError(f"{path}: {key}: {part}.{name} is twice in this file")
             out.setdefault(part, {})[name] = piece
     return out
+
+
+def adapter_settings(metadata: dict[str, str], denoiser: str, path: Path) -> dict:
+    """What diffusers (`unet.r`, …) or peft's adapter_config.json say of rank and alpha."""
+    try:
+        settings = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+        if "adapter_config" in metadata:
+            settings = {f"{denoiser}.{key}": value for key, value in json.loads(metadata["adapter_config"]).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise FileError(f"{path}: its metadata is damaged ({error})") from None
+    return settings
 
 
 def set_alpha(settings: dict, part: str, name: str, rank: int) -> float:
@@ -172,9 +186,10 @@ def as_layer(found: dict, shape: tuple[int, ...], what: str, title: str) -> Laye
             raise FileError(f"{what}: {len(magnitude)} magnitudes (DoRA) for a layer of {shape}")
     if factors:
         layer = Product(factors, None, shape, magnitude=magnitude, per_input=per_input)
-        try:
-            rows = layer.update().shape[0] if len(shape) else 0
-        except (RuntimeError, KeyError) as error:
+        try:  # without numbers, which would take minutes for a large base
+            nothing = {name: factor.to("meta") for name, factor in factors.items()}
+            rows = Product(nothing, None, shape).update().shape[0]
+        except (RuntimeError, KeyError, TypeError, IndexError) as error:
             raise FileError(f"{what}: {layer.kind} factors that don't fit a layer of {shape} ({error})") from None
     else:
         if "down" not in found or "up" not in found:
@@ -336,6 +351,8 @@ def plain_lora(
 
     def small(layer: Layer | Product, part: str, name: str) -> Layer:
         weight = None
+        if not all(torch.isfinite(t).all() for t in layer.tensors):
+            raise FileError(f"{part}.{name} has weights that are not finite")
         if layer.magnitude is not None:
             if weights is None:
                 raise FileError("DoRA changes every weight of its layers: --base BASE says which weights these are")
@@ -346,14 +363,14 @@ def plain_lora(
         return made
 
     for part, layers in lora.layers.items():
-        for name, layer in layers.items():
+        for name, layer in tqdm(layers.items(), part, disable=None, leave=False):
             if only is None or only(layer):
                 place = base.places.get(name) if fused and part == base.script.DENOISER else None
                 siblings = [n for n in base.parts[place.name] if n in layers] if place else [name]
                 plain = all(layers[n].kind == "LoRA" and layers[n].magnitude is None for n in siblings)
                 if len(siblings) == 1 or not plain:
                     out[part][name] = small(layer, part, name)
-    for original, names in base.parts.items() if fused else ():
+    for original, names in tqdm(base.parts.items() if fused else (), "fused layers", disable=None, leave=False):
         own = out.get(base.script.DENOISER, {})
         there = {name: own[name] for name in names if name in own}
         if len(there) > 1:
