@@ -461,6 +461,14 @@ def test_other_trainers_files_keep_their_update_both_ways(tool, dtype, tmp_path)
         assert sum(t.numel() for t in load_file(second).values()) == sum(t.numel() for t in load_file(source).values())
 
 
+def test_infer_lora_leaves_to_diffusers_what_it_reads_right(family, trained):
+    """What another trainer names otherwise is converted before it is loaded."""
+    own = load_script("infer_lora.py").OWN_KEY
+    assert all(own.match(key) for key in load_file(trained / "pytorch_lora_weights.safetensors"))
+    for tool, (endings, keys) in FILES.items():
+        assert all(own.match(f"{key}.{endings[0]}") for key in keys) == (tool == "ai-toolkit-flux")
+
+
 KEY, LAYER = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", f"{UNET}.to_k"  # (640, 2048) in SDXL
 LOKR, QUERY = f"lycoris_{SINGLE.replace('.', '_')}_attn_to_q", f"{SINGLE}.attn.to_q"  # (3072, 3072) in FLUX.1
 

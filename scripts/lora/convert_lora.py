@@ -64,7 +64,11 @@ def kohya_metadata(lora: Lora, tensors: dict, name: str) -> dict[str, str]:
     ):
         values = {size(tensor) for name, tensor in tensors.items() if name.endswith(ending)}
         made[key] = f"{values.pop():g}" if len(values) == 1 else "Dynamic"
-    return lora.base.script.base_versions(lora.base.config, {}) | kept | made
+    versions = lora.base.script.base_versions(lora.base.config, {})
+    dual = any(".attn2." in layer for _, layer, _ in lora)
+    if lora.family == "sd3" and lora.base.folder is None and lora.base.config["num_layers"] == 24 and not dual:
+        versions = {"modelspec.architecture": "stable-diffusion-3/lora"}  # medium and 3.5 medium have these layers
+    return versions | kept | made
 
 
 def embedding_keys(path: Path) -> set[str]:

@@ -4,10 +4,9 @@
     python scripts/lora/merge_lora.py BASE_FOLDER merged.safetensors --lora output/mine        one file, for ComfyUI and the like
     python scripts/lora/merge_lora.py base.safetensors merged.safetensors --lora output/mine
 
-The weight after a LoRA is its scale (1). LoRAs may be of any spelling, with text encoders; DoRA, LoHa and
-LoKr too. A folder is diffusers' own
-layout, file by file as it was; a .safetensors file has the original checkpoint's names. Sums are made in float32 and
-stored in the base's precision, or in --dtype. A LoRA or base with NaN is refused.
+The weight after a LoRA is its scale (1). LoRAs may be of any spelling, with text encoders; DoRA, LoHa and LoKr too. A folder is
+diffusers' own layout, file by file as it was; a .safetensors file has the original checkpoint's names. Sums are made in
+float32 and stored in the base's precision, or in --dtype. A LoRA or base with NaN is refused.
 """
 
 from __future__ import annotations
