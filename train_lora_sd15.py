@@ -194,7 +194,7 @@ def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def base_version(config: dict, schedule: dict) -> tuple[str, str, str]:
-    """(version, architecture, implementation) as kohya's files name this base; config: the denoiser's, schedule: the scheduler's."""
+    """(version, architecture, implementation) as kohya's files name this base, from its denoiser's and scheduler's config."""
     if config["cross_attention_dim"] != 1024:
         return "sd_v1", "stable-diffusion-v1", "diffusers"
     if schedule.get("prediction_type") == "v_prediction":
@@ -3035,7 +3035,7 @@ def save_results(run: Run) -> None:
         save_merged(run, output / "merged")
     elif args.use_dora:
         say(
-            "note: DoRA: diffusers draws it as trained, ComfyUI nearly, AUTOMATIC1111 and kohya's scripts do not; a plain LoRA of it:"
+            "note: DoRA: diffusers draws it as trained, ComfyUI nearly, AUTOMATIC1111 and kohya's scripts do not; as a plain LoRA:"
             f" python scripts/lora/resize_lora.py {output} plain.safetensors --to kohya --rank 64 --base"
             f" {args.pretrained_model_name_or_path}; the whole model: --merge_lora"
         )
@@ -3147,8 +3147,8 @@ def reference_free(states: dict, initials: dict, args: argparse.Namespace) -> tu
 def kohya_state(states: dict[str, dict], alpha: float, config: dict, norms: dict | None = None) -> dict:
     """LoRA weights with the keys of kohya's scripts, AUTOMATIC1111 and ComfyUI.
 
-    states: pipeline name -> weights with peft's keys; config: the denoiser's; norms: see `neighbours_norms`. Each module gets its
-    own alpha.
+    states: pipeline name -> weights with peft's keys; config: the denoiser's; norms: of `neighbours_norms`. Each module gets
+    its own alpha.
     """
     kinds = {
         "lora_A.weight": "lora_down.weight",
@@ -3179,8 +3179,8 @@ def halves_swapped(tensors: dict) -> dict:
 
 
 def neighbours_norms(folder: Path, state: dict, config: dict) -> dict:
-    """{layer: norms of its rows} of the base's layers without LoRA that the original holds as one with a layer that has one, for
-    DoRA: the magnitudes with which they stay as they are. folder: the denoiser's.
+    """{layer: norms of its rows} of the base's layers without LoRA that the original holds as one with a layer that has one:
+    with these as their magnitudes (DoRA) they stay as they are. folder: the denoiser's.
     """
 
     def original(name: str) -> str:
@@ -3191,9 +3191,9 @@ def neighbours_norms(folder: Path, state: dict, config: dict) -> dict:
     shared = {original(name) for name in trained}
     for file in sorted(folder.glob("*.safetensors")) if DENOISER == "transformer" else ():  # a UNet's are single
         with safe_open(file, "pt") as shard:
-            linear = [k for k in shard.keys() if k.endswith(".weight") and len(shard.get_slice(k).get_shape()) == 2]  # noqa: SIM118
-            for name in {key.removesuffix(".weight") for key in linear} - trained:
-                if original(name) in shared:
+            keys = shard.keys()
+            for name in {k.removesuffix(".weight") for k in keys if len(shard.get_slice(k).get_shape()) == 2} - trained:
+                if f"{name}.weight" in keys and original(name) in shared:
                     norms[name] = shard.get_tensor(f"{name}.weight").float().norm(dim=1)
     return norms
 

@@ -266,7 +266,7 @@ def test_text_encoder_keys_are_known_to_other_tools(family, trained):
     assert found and found <= known
 
 
-# -------------------------------------------- other trainers' files, at the released models' shapes, key by key from their formats
+# ------------------------------------- other trainers' files, at the released models' shapes, key by key from their formats
 
 D, W = 3072, 1536  # widths of FLUX.1 and SD 3.5 medium
 PEFT = ("lora_A.weight", "lora_B.weight")
@@ -366,7 +366,15 @@ FILES = {
         KOHYA,
         {"transformer.joint_blocks.5.context_block.attn.qkv.0": (W, [(f"transformer.{JOINT}.attn.add_q_proj", W)])},
     ),
-    "large-sd3": (KOHYA, {"lora_unet_joint_blocks_37_x_block_attn_qkv": (2432, three("transformer.transformer_blocks.37", *QKV, width=2432))}),
+    "large-sd3": (
+        KOHYA,
+        {
+            "lora_unet_joint_blocks_37_x_block_attn_qkv": (
+                2432,
+                three("transformer.transformer_blocks.37", *QKV, width=2432),
+            )
+        },
+    ),
     "kohya-sdxl": (
         KOHYA,
         {
@@ -592,7 +600,7 @@ def test_dora_of_the_first_lycoris_merges_by_columns(tmp_path, capsys):
 
 
 def test_readme_says_how_exactly_other_tools_draw_dora():
-    """ComfyUI divides by the norm of the base's rows, AUTOMATIC1111 by that of the new weight's columns; kohya's does not divide."""
+    """ComfyUI divides by the norm of the base's rows, AUTOMATIC1111 by that of the new weight's columns, kohya's by nothing."""
     torch.manual_seed(0)
     rows = []
     for where, shape in (("as many inputs as outputs", (640, 640)), ("1280 outputs, 2048 inputs", (1280, 2048))):

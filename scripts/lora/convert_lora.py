@@ -6,8 +6,8 @@
 
 Reads what kohya's scripts, OneTrainer, ai-toolkit, SimpleTuner, x-flux, peft and diffusers (of 2023, too) write, and the layout
 of Black Forest Labs. Writes the spelling that the input does not have, or what --to says. Weights, ranks and alpha of every
-layer survive, text encoders and DoRA too; LoHa, LoKr and full differences become plain LoRAs of the rank --rank, and how far they
-are off is printed. What has no place in the other spelling is an error. --base BASE is for a base of another shape than the
+layer survive, text encoders and DoRA too; LoHa, LoKr and full differences become plain LoRAs of the rank --rank, and how far
+they are off is printed. What has no place in the other spelling is an error. --base BASE is for a base of another shape than the
 released models (the toys in assets/, say), and for DoRA on a part of FLUX.1's or SD3's fused layers. Only .safetensors files
 are read: others can run code when they are opened.
 """

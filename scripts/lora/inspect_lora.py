@@ -3,8 +3,8 @@
     python scripts/lora/inspect_lora.py output/mine
     python scripts/lora/inspect_lora.py mine.safetensors --plot mine.png --base BASE_FOLDER
 
-Prints family, rank, alpha, layers, trained text encoders and what the file's metadata says of words, data and training, whichever
-trainer wrote it; the size of the update by block, as numbers and with --plot as
+Prints family, rank, alpha, layers, trained text encoders and what the file's metadata says of words, data and training,
+whichever trainer wrote it; the size of the update by block, as numbers and with --plot as
 a picture; and whether the update is zero, not finite, or out of scale. With --base FOLDER sizes are relative to the base's
 weights. Exit status: 0 sound, 1 something is wrong with the weights, 2 not a LoRA.
 """

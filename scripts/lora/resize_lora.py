@@ -6,8 +6,8 @@
 
 --rank gives every layer that rank; --keep each layer the least rank that keeps this share of its update's energy (the sum of
 its squares: 0.98 loses 14% of its length), at most --rank if both are given. What is printed is how far the new update is from
-that of the file, as it is stored. A DoRA changes every weight of its layers, so that its plain LoRA needs the base's weights and a
-higher rank. The new file has the spelling of the old one, or that of --to; in the spelling of other tools q, k and v of SD3 and
+that of the file, as it is stored. A DoRA changes every weight of its layers, so that its plain LoRA needs the base's weights
+and a higher rank. The new file has the spelling of the old one, or that of --to; in the spelling of other tools q, k and v of SD3 and
 FLUX.1 are one layer, which has the rank.
 """
 

@@ -110,7 +110,7 @@ class Product:
 
 
 def doras_weight(weight: torch.Tensor, update: torch.Tensor, layer: Layer | Product) -> torch.Tensor:
-    """weight + update, float32; with DoRA its rows (or columns) brought to their magnitudes, https://arxiv.org/abs/2402.09353."""
+    """weight + update, float32; with DoRA its rows (or columns) have their magnitudes, https://arxiv.org/abs/2402.09353."""
     out = weight.float() + update.reshape(weight.shape)
     if layer.magnitude is None:
         return out
@@ -148,8 +148,8 @@ def shrunk(
 ) -> tuple[Layer, float, float]:
     """The nearest plain LoRA of a rank, or of the least rank that keeps this share of the update's energy (sum of squares).
 
-    With both, `rank` is the highest. weight: the base's, for DoRA. Returns (LoRA, squared error, squared norm of the update), as the
-    LoRA will be stored.
+    With both, `rank` is the highest. weight: the base's, for DoRA. Returns (LoRA, squared error, squared norm of the update),
+    as the LoRA will be stored.
     """
     if layer.kind == "LoRA" and layer.magnitude is None:
         u, s, v = decomposed(layer)
