@@ -982,16 +982,22 @@ def check_finite(file: Path) -> dict:
     return tensors
 
 
+OWN_KEY = re.compile(  # of a file of diffusers: its names of layers, and what it holds of them
+    r"(unet|transformer|text_encoder(_2|_3)?)\.(?!(double|single|joint|input|output)_blocks|middle_block|img_in|.*processor)"
+    r".*\.(lora(\.|_linear_layer\.)(up|down)\.weight|lora_[AB]\.weight|lora_magnitude_vector(\.weight)?)$"
+)
+
+
 def load_lora(pipeline, file: Path, name: str, base: str) -> None:
-    """Loads a LoRA file as an adapter. Of other tools' files, diffusers reads SD3's not at all, FLUX.1's of one width
-    alone, and DoRA's without their magnitude; those are converted first.
+    """Loads a LoRA file as an adapter. Of other trainers' files diffusers reads those of kohya's for Stable Diffusion and SDXL;
+    the others are converted first: it takes some for other layers, and DoRA's without their magnitude.
     """
     kind = type(pipeline).__name__
     family = next((name for name, family in FAMILIES.items() if family.pipeline == kind), None)
     _, keys = header_of(file)
-    foreign = any(key.startswith(("lora_unet_", "lora_te")) for key in keys)
     dora = any(key.endswith(".dora_scale") for key in keys)
-    if not foreign or not (family in ("sd3", "flux") or family and dora):
+    kohya = all(re.match(r"lora_(unet|te[12]?)_.*\.(lora_(up|down)\.weight|alpha)$", key) for key in keys)
+    if all(OWN_KEY.match(key) for key in keys) or family in ("sd15", "sdxl") and kohya:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
         return
     beside = file.with_name("pytorch_lora_weights.safetensors")
@@ -1010,7 +1016,7 @@ def load_lora(pipeline, file: Path, name: str, base: str) -> None:
             lora = read_lora(file, family, base if (Path(base) / "model_index.json").is_file() else None)
             write_diffusers(lora, Path(folder) / file.name)
         except FileError as error:
-            raise UserError(f"paths.lora_weights_path: {error}") from None
+            raise UserError(f"paths.lora_weights_path: it does not fit {kind}: {error}") from None
         pipeline.load_lora_weights(folder, weight_name=file.name, adapter_name=name)
 
 
@@ -1026,6 +1032,7 @@ def load_embeddings(pipeline, file: Path, first: int) -> None:
     if type(pipeline).__name__.startswith("Flux"):
         places["t5"] = ("tokenizer_2", "text_encoder_2")
     for key, table in check_finite(file).items():
+        key = {"t5xxl": "t5", "emb_params": "clip_l"}.get(key, key)  # other tools' names
         tokenizer, encoder = (pipeline.components.get(name) for name in places.get(key, ("", "")))
         if encoder is None or table.shape[1] != encoder.get_input_embeddings().embedding_dim:
             raise UserError(

@@ -74,7 +74,6 @@ from pathlib import Path
 
 FAMILY = "sd3"
 FAMILY_TITLE = "Stable Diffusion 3"
-MODELSPEC_ARCHITECTURE = "stable-diffusion-v3/lora"
 HUB_TAGS = ["sd3", "sd3-diffusers"]
 PIPELINE_CLASS = "StableDiffusion3Pipeline"
 PIPELINE_OPTIONS: dict[str, object] = {}
@@ -226,6 +225,12 @@ def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
     return (f"{last}.add_q_proj",)
 
 
+def base_version(config: dict, schedule: dict) -> tuple[str, str, str]:
+    """(version, architecture, implementation) as kohya's files name this base; config: the transformer's."""
+    size = "5-large" if config["num_layers"] == 38 else "5-medium" if config["dual_attention_layers"] else "medium"
+    return size, f"stable-diffusion-3-{size}", "diffusers"
+
+
 def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     """The transformer's modules under the names of the original checkpoint, where q, k and v are one layer.
 
@@ -262,29 +267,29 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     for name, tensors in modules.items():
         if name in outer:
             if name == "norm_out.linear":  # the original holds shift before scale
-                tensors = tensors | {"lora_up.weight": torch.cat(tensors["lora_up.weight"].chunk(2)[::-1])}
+                tensors = halves_swapped(tensors)
             out[outer[name]] = tensors
             continue
         _, number, rest = name.split(".", 2)
         if rest == "norm1_context.linear" and int(number) == config["num_layers"] - 1:  # shift and scale alone, too
-            tensors = tensors | {"lora_up.weight": torch.cat(tensors["lora_up.weight"].chunk(2)[::-1])}
+            tensors = halves_swapped(tensors)
         if rest in single:
             out[f"joint_blocks.{number}.{single[rest]}"] = tensors
         else:
             target, place = places[rest]
             waiting.setdefault(f"joint_blocks.{number}.{target}", [None] * 3)[place] = tensors
     for name, parts in waiting.items():
-        width = next(len(p["lora_up.weight"]) for p in parts if p is not None)
+        width = next(len(p["lora_up.weight"]) for p in parts if p is not None and "lora_up.weight" in p)
         out[name] = fuse_projections(parts, [width] * 3)
     return out
 
 
-# By line: 292 the run: what happens, in which order · 619 the loop, and one step of it · 877 what is logged, and the
-# guard against learning nothing · 1005 data: images and captions · 1373 images: decoding, buckets, crops, batches ·
-# 1902 text: embeddings and new tokens · 2160 LoRA and optimizer · 2714 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3006 checkpoints and signals · 3181 pictures: validation, class images, comparison · 3406
-# probes: what was learned, what was forgotten · 3582 files that a run leaves · 4030 command line · 4686 base model:
-# loading, quantising, splitting · 4945 errors, lines, seeds, libraries
+# By line: 297 the run: what happens, in which order · 624 the loop, and one step of it · 882 what is logged, and the
+# guard against learning nothing · 1010 data: images and captions · 1378 images: decoding, buckets, crops, batches ·
+# 1907 text: embeddings and new tokens · 2165 LoRA and optimizer · 2719 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3011 checkpoints and signals · 3186 pictures: validation, class images, comparison · 3411
+# probes: what was learned, what was forgotten · 3587 files that a run leaves · 4095 command line · 4751 base model:
+# loading, quantising, splitting · 5010 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3632,6 +3637,12 @@ def save_results(run: Run) -> None:
         (part / "README.md").write_text(model_card(run, sheet is not None, advice), encoding="utf-8")
     if args.merge_lora:
         save_merged(run, output / "merged")
+    elif args.use_dora:
+        say(
+            "note: DoRA: diffusers draws it as trained, ComfyUI nearly, AUTOMATIC1111 and kohya's scripts do not; as a plain LoRA:"
+            f" python scripts/lora/resize_lora.py {output} plain.safetensors --to kohya --rank 64 --base"
+            f" {args.pretrained_model_name_or_path}; the whole model: --merge_lora"
+        )
 
 
 def write_run_files(run: Run) -> None:
@@ -3653,14 +3664,8 @@ def write_run_files(run: Run) -> None:
     rows = [[e.name, e.captions[0], "{} x {}".format(*e.size), sizes[e.bucket]] for e in examples[:500]]
     lost = {b: [lost_to_crop(e.size, buckets[b]) for e in examples if e.bucket == b] for b in range(len(buckets))}
     used = [[sizes[b], len(shares), sum(shares) / len(shares)] for b, shares in lost.items() if shares]
-    held_out = sum(e.held_out for e in examples)
-    summary = {
-        "images": len(examples),
-        "held_out": held_out,
-        "captions": rows,
-        "buckets": used,
-        "findings": run.findings,
-    }
+    summary = {"images": len(examples), "held_out": sum(e.held_out for e in examples), "captions": rows}
+    summary |= {"buckets": used, "findings": run.findings}
     (output / "data.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
     folder = output / "training_pictures"
     shutil.rmtree(folder, ignore_errors=True)
@@ -3809,22 +3814,21 @@ def write_weights(run: Run, folder: Path, dtype) -> None:
         states = {part: lora_state(module, run.parts) for part, module in run.lora_modules.items()}
         states, alpha, rank = reference_free(states, run.initial_states, args)
         states = {part: {k: v.to(dtype) for k, v in state.items()} for part, state in states.items()}
-        write_diffusers_file(run, folder, states, alpha, rank)
-        try:
-            scale = math.sqrt(rank) if args.use_rslora else 1.0
-            exported = kohya_state(states, alpha * scale, run.components.config(DENOISER))
-        except ValueError as error:
-            say(f"warning: {name}.safetensors, for other tools, can't hold this LoRA: {error}")
-        else:
-            exported = {k: v.contiguous() for k, v in exported.items()}
-            save_file(exported, folder / f"{name}.safetensors", metadata=kohya_metadata(args, exported, alpha, rank))
+        about = lora_metadata(run, alpha, rank)
+        write_diffusers_file(run, folder / "pytorch_lora_weights.safetensors", states, alpha, rank, about)
+        config, scale = run.components.config(DENOISER), math.sqrt(rank) if args.use_rslora else 1.0
+        base = run.components.folder_of(DENOISER)
+        norms = neighbours_norms(base, states[DENOISER], config) if args.use_dora else {}
+        exported = kohya_state(states, alpha * scale, config, norms)
+        exported = {k: v.contiguous() for k, v in exported.items()}
+        save_file(exported, folder / f"{name}.safetensors", metadata=about | tensor_hashes(exported))
     if run.rows:
         tables = {key: row.weight.detach().float().cpu().clone() for key, row in run.rows.items()}
         save_file(tables, folder / f"{name}_emb.safetensors", metadata={"format": "pt"})
 
 
-def write_diffusers_file(run: Run, folder: Path, states: dict, alpha: float, rank: int) -> None:
-    """pytorch_lora_weights.safetensors, as the family's pipeline writes it, with alpha and rank in its metadata."""
+def write_diffusers_file(run: Run, file: Path, states: dict, alpha: float, rank: int, about: dict[str, str]) -> None:
+    """The LoRA as the family's pipeline writes it, with alpha and rank in its metadata, and `about`."""
     from diffusers.training_utils import _collate_lora_metadata
 
     arguments = _collate_lora_metadata(run.lora_modules)  # without it alpha is lost
@@ -3833,7 +3837,10 @@ def write_diffusers_file(run: Run, folder: Path, states: dict, alpha: float, ran
         metadata = arguments[f"{part}_lora_adapter_metadata"]
         metadata |= {"lora_alpha": alpha, "r": rank, "init_lora_weights": True}
         metadata |= {key: sorted(value) for key, value in metadata.items() if isinstance(value, set)}
-    library_class("diffusers", PIPELINE_CLASS).save_lora_weights(folder, **arguments)
+    library_class("diffusers", PIPELINE_CLASS).save_lora_weights(file.parent, weight_name=file.name, **arguments)
+    with safe_open(file, "pt") as written:  # the pipeline takes no other metadata than its own
+        about = about | {"modelspec.implementation": "diffusers"} | written.metadata()
+    save_file(load_file(file), file, metadata=about)
 
 
 def to_diffusers_keys(state: dict) -> dict:
@@ -3869,10 +3876,11 @@ def reference_free(states: dict, initials: dict, args: argparse.Namespace) -> tu
     return out, args.lora_alpha * (math.sqrt(2) if args.use_rslora else 2), args.rank * 2
 
 
-def kohya_state(states: dict[str, dict], alpha: float, config: dict) -> dict:
+def kohya_state(states: dict[str, dict], alpha: float, config: dict, norms: dict | None = None) -> dict:
     """LoRA weights with the keys of kohya's scripts, AUTOMATIC1111 and ComfyUI.
 
-    states: pipeline name -> weights with peft's keys; config: the denoiser's. Each module gets its own alpha.
+    states: pipeline name -> weights with peft's keys; config: the denoiser's; norms: of `neighbours_norms`. Each module gets
+    its own alpha.
     """
     kinds = {
         "lora_A.weight": "lora_down.weight",
@@ -3884,28 +3892,55 @@ def kohya_state(states: dict[str, dict], alpha: float, config: dict) -> dict:
         modules: dict[str, dict] = {}
         for key, value in (state if part == DENOISER else text_encoder_keys(state)).items():
             suffix = next(k for k in kinds if key.endswith(k))
-            name = key[: -len(suffix) - 1]
-            if suffix == "lora_magnitude_vector":
-                value = value.reshape(-1, 1)  # a column, as ComfyUI multiplies it
-            modules.setdefault(name, {"alpha": torch.tensor(float(alpha))})[kinds[suffix]] = value
+            if suffix == "lora_magnitude_vector":  # a column, as ComfyUI multiplies it; of convolutions (out, 1, 1, 1)
+                value = value.reshape(-1, *[1] * max(1, value.dim() - 1))
+            module = modules.setdefault(key[: -len(suffix) - 1], {"alpha": torch.tensor(float(alpha))})
+            module[kinds[suffix]] = value
         if part == DENOISER:
-            modules = kohya_layout(modules, config)
+            unchanged = {name: {"dora_scale": norm[:, None]} for name, norm in (norms or {}).items()}
+            modules = kohya_layout(modules | unchanged, config)
         for name, tensors in modules.items():
             out |= {f"{KOHYA_PREFIXES[part]}_{name.replace('.', '_')}.{kind}": t for kind, t in tensors.items()}
     return out
 
 
+def halves_swapped(tensors: dict) -> dict:
+    """A module whose rows are scale and shift, in the other order."""
+    by_row = ("lora_up.weight", "dora_scale")
+    return {kind: torch.cat(t.chunk(2)[::-1]) if kind in by_row else t for kind, t in tensors.items()}
+
+
+def neighbours_norms(folder: Path, state: dict, config: dict) -> dict:
+    """{layer: norms of its rows} of the base's layers without LoRA that the original holds as one with a layer that has one:
+    with these as their magnitudes (DoRA) they stay as they are. folder: the denoiser's.
+    """
+
+    def original(name: str) -> str:
+        probe = {"lora_down.weight": torch.zeros(1, 1), "lora_up.weight": torch.zeros(1, 1), "alpha": torch.tensor(1.0)}
+        return next(iter(kohya_layout({name: probe}, config)))
+
+    trained, norms = {key.split(".lora_")[0] for key in state}, {}
+    shared = {original(name) for name in trained}
+    for file in sorted(folder.glob("*.safetensors")) if DENOISER == "transformer" else ():  # a UNet's are single
+        with safe_open(file, "pt") as shard:
+            keys = shard.keys()
+            for name in {k.removesuffix(".weight") for k in keys if len(shard.get_slice(k).get_shape()) == 2} - trained:
+                if f"{name}.weight" in keys and original(name) in shared:
+                    norms[name] = shard.get_tensor(f"{name}.weight").float().norm(dim=1)
+    return norms
+
+
 def fuse_projections(parts: list[dict | None], heights: list[int]) -> dict:
-    """The LoRAs of layers that the original holds as one (None: a layer without LoRA) as one LoRA.
+    """The LoRAs of layers that the original holds as one (without matrices, or None: a layer without LoRA) as one LoRA.
 
     The down matrices stand under each other, the up matrices on a block diagonal of `heights` rows each; the rank is
-    their sum, and so is alpha. Errors: ValueError for DoRA on some of the layers, whose magnitudes would be missing.
+    their sum, and so is alpha. Errors: ValueError for DoRA on some of the layers, where the others' magnitudes are missing.
     """
-    there = [p for p in parts if p is not None]
+    there = [p for p in parts if p is not None and "lora_up.weight" in p]
     rank = sum(p["lora_down.weight"].shape[0] for p in there)
     up, row, column = there[0]["lora_up.weight"].new_zeros(sum(heights), rank), 0, 0
     for part, height in zip(parts, heights, strict=True):
-        if part is not None:
+        if any(part is p for p in there):
             width = part["lora_up.weight"].shape[1]
             up[row : row + height, column : column + width] = part["lora_up.weight"]
             column += width
@@ -3913,34 +3948,64 @@ def fuse_projections(parts: list[dict | None], heights: list[int]) -> dict:
     down = torch.cat([p["lora_down.weight"] for p in there])
     fused = {"lora_down.weight": down, "lora_up.weight": up, "alpha": sum(p["alpha"] for p in there)}
     if "dora_scale" in there[0]:
-        if len(there) < len(parts):
+        if None in parts:
             raise ValueError("DoRA on some of the layers that the original holds as one")
-        fused["dora_scale"] = torch.cat([p["dora_scale"] for p in there])
+        fused["dora_scale"] = torch.cat([p["dora_scale"].to(up.dtype) for p in parts])
     return fused
 
 
-def kohya_metadata(args: argparse.Namespace, tensors: dict, alpha: float, rank: int) -> dict[str, str]:
-    """Metadata that other tools show: kohya's ss_ fields and SAI modelspec 1.0.0."""
+KOHYA_SETTINGS = """ learning_rate unet_lr=learning_rate text_encoder_lr lr_scheduler lr_warmup_steps optimizer max_grad_norm
+    seed mixed_precision gradient_checkpointing gradient_accumulation_steps batch_size_per_device=train_batch_size clip_skip
+    noise_offset min_snr_gamma=snr_gamma loss_type prior_loss_weight network_dropout=lora_dropout cache_latents
+    caption_dropout_rate=caption_dropout flip_aug=random_flip """  # kohya's names (without ss_), and ours where they differ
+
+
+def lora_metadata(run: Run, alpha: float, rank: int) -> dict[str, str]:
+    """What both files of a LoRA say of it: kohya's ss_ fields and SAI modelspec 1.0.0, which other tools show and sort by."""
+    args, name = run.args, Path(run.args.output_dir).resolve().name
+    base, size = Path(args.pretrained_model_name_or_path).name, (args.resolution * 2)[:2]
+    folder = Path(args.dataset_name or args.train_data_dir or args.instance_data_dir).name
+    trained = [e for e in run.data.examples if not e.held_out]
+    tags = Counter(tag.strip() for e in trained for caption in e.captions for tag in caption.split(",") if tag.strip())
+    settings = (word.partition("=") for word in KOHYA_SETTINGS.split())
+    values = {f"ss_{kohya}": getattr(args, own or kohya, None) for kohya, _, own in settings} | {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": alpha,
+        "ss_output_name": name,
+        "ss_base_model": base,
+        "ss_sd_model_name": base,
+        "ss_resolution": size,
+        "ss_max_train_steps": run.max_steps,
+        "ss_num_train_images": len(trained),
+        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": args.repeats, "img_count": len(trained)}}),
+        "ss_tag_frequency": json.dumps({folder: dict(tags.most_common(500))}, ensure_ascii=False),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": args.run_name or name,
+        "modelspec.resolution": "{}x{}".format(*size),
+        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "modelspec.trigger_phrase": args.trigger_word or None,
+    }
+    if run.abstractions:
+        words = ", ".join(f"{''.join(tokens)} for {word}" for word, tokens in run.abstractions.items())
+        values["modelspec.usage_hint"] = f"new tokens, of {name}_emb.safetensors: {words}"
+    values |= base_versions(run.components.config(DENOISER), run.components.config("scheduler"))
+    return {key: str(value) for key, value in values.items() if value is not None}
+
+
+def base_versions(config: dict, schedule: dict) -> dict[str, str]:
+    """What a LoRA's metadata says of its base; AUTOMATIC1111 hides LoRAs by it. The configurations as in `base_version`."""
+    version, architecture, implementation = base_version(config, schedule)
+    spec = {"modelspec.architecture": f"{architecture}/lora", "modelspec.implementation": implementation}
+    return spec | {"ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2"))}
+
+
+def tensor_hashes(tensors: dict) -> dict[str, str]:
+    """The hash by which other tools know a file whatever its metadata."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(key.encode() + tensors[key].float().numpy().tobytes())
-    width, height = (args.resolution * 2)[:2]
-    trigger = {"modelspec.trigger_phrase": args.trigger_word} if args.trigger_word else {}
-    return trigger | {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(alpha),
-        "ss_output_name": Path(args.output_dir).name,
-        "ss_base_model": Path(args.pretrained_model_name_or_path).name,
-        "sshs_model_hash": digest.hexdigest(),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": args.run_name or Path(args.output_dir).name,
-        "modelspec.architecture": MODELSPEC_ARCHITECTURE,
-        "modelspec.implementation": "diffusers",
-        "modelspec.resolution": f"{width}x{height}",
-        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "modelspec.hash_sha256": f"0x{digest.hexdigest()}",
-    }
+    return {"sshs_model_hash": digest.hexdigest(), "modelspec.hash_sha256": f"0x{digest.hexdigest()}"}
 
 
 def save_merged(run: Run, folder: Path) -> None:
@@ -4996,13 +5061,13 @@ def stable_seed(*place: object) -> int:
 
 def import_libraries() -> None:
     """Imports what is slow to import (5 to 10 s) into this module, once the arguments are known to be right."""
-    global torch, F, safe_open, save_file, SafetensorError
+    global torch, F, load_file, safe_open, save_file, SafetensorError
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import_image_libraries()
     import torch
     import torch.nn.functional as F
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     import_logging_quietly()
     define_layers()

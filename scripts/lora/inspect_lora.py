@@ -3,7 +3,8 @@
     python scripts/lora/inspect_lora.py output/mine
     python scripts/lora/inspect_lora.py mine.safetensors --plot mine.png --base BASE_FOLDER
 
-Prints family, rank, alpha, layers, trained text encoders and trigger words; the size of the update by block, as numbers and with --plot as
+Prints family, rank, alpha, layers, trained text encoders and what the file's metadata says of words, data and training,
+whichever trainer wrote it; the size of the update by block, as numbers and with --plot as
 a picture; and whether the update is zero, not finite, or out of scale. With --base FOLDER sizes are relative to the base's
 weights. Exit status: 0 sound, 1 something is wrong with the weights, 2 not a LoRA.
 """
@@ -11,6 +12,7 @@ weights. Exit status: 0 sound, 1 something is wrong with the weights, 2 not a Lo
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import sys
@@ -21,19 +23,29 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
 
-from scripts.lora.parts.lora_files import FileError, Layer, Lora, read_lora
-from scripts.lora.parts.original_layout import read_weights
+from scripts.lora.parts.lora_files import Lora, read_lora
+from scripts.lora.parts.low_rank import FileError
+from scripts.lora.parts.original_layout import BaseWeights
 from scripts.parts.training_scripts import SCRIPTS
 
 FAINT, STRONG = 1e-6, 0.05  # root mean square of an update; the weights of a base are about 0.02 to 0.05
+SAID = {  # of the metadata, by line
+    "hint": ("modelspec.usage_hint",),
+    "base": ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name", "modelspec.prediction_type"),
+    "data": ("ss_num_train_images", "ss_resolution", "ss_caption_dropout_rate", "ss_clip_skip"),
+    "training": (
+        *(
+            "ss_max_train_steps",
+            "ss_steps",
+            "ss_learning_rate",
+            "ss_text_encoder_lr",
+            "ss_lr_scheduler",
+            "ss_optimizer",
+        ),
+        *("ss_batch_size_per_device", "ss_seed", "ss_min_snr_gamma", "ss_noise_offset", "modelspec.date"),
+    ),
+}
 FAINT_SHARE, STRONG_SHARE = 1e-4, 1.0  # of the base's own weight
-
-
-def update_norm(layer: Layer) -> float:
-    """Frobenius norm of alpha / r * up @ down, without making the product."""
-    up, down = layer.up.double().flatten(1), layer.down.double().flatten(1)
-    square = ((up.T @ up) * (down @ down.T)).sum().item()
-    return abs(layer.alpha) / layer.rank * math.sqrt(max(square, 0.0)) if math.isfinite(square) else math.nan
 
 
 def block_of(part: str, name: str) -> str:
@@ -54,21 +66,16 @@ def order_of(block: str) -> list:
 
 def measure(lora: Lora, base: Path | None) -> tuple[dict[str, float], dict[str, float], list[str]]:
     """(size by block, size by layer, layers that are not finite): root mean squares, or shares of the base's weights."""
-    weights: dict[str, dict] = {part: read_weights(base / part) for part in lora.layers} if base else {}
+    weights = BaseWeights(base, lora.family, lora.base.config) if base else None
     sums, sizes, broken = defaultdict(lambda: [0.0, 0.0]), {}, []
     for part, name, layer in lora:
-        if not all(torch.isfinite(t.float()).all() for t in (layer.down, layer.up)):
+        if not all(torch.isfinite(t.float()).all() for t in layer.tensors):
             broken.append(f"{part}.{name}")
             continue
-        norm = update_norm(layer)
-        count = layer.up.shape[0] * layer.down[0].numel()
-        reference = math.sqrt(count)
+        norm = layer.norm()
+        reference = math.sqrt(math.prod(layer.shape))
         if base:
-            keys = (f"{name}.weight", f"{name.removeprefix('text_model.')}.weight")
-            own = next((weights[part][k] for k in keys if k in weights[part]), None)
-            if own is None:
-                raise FileError(f"{base}: {part} has no layer {name}")
-            reference = own.float().norm().item()
+            reference = weights(part, name).float().norm().item()
         sizes[f"{part}.{name}"] = norm / reference
         total = sums[block_of(part, name)]
         total[0] += norm**2
@@ -106,26 +113,47 @@ def verdict(lora: Lora, sizes: dict[str, float], broken: list[str], relative: bo
     return findings or ["sound: finite, not zero, and of an ordinary size"], wrong
 
 
-def trigger_words(lora: Lora) -> list[str]:
-    """Words that the file says it was trained with."""
-    said = [lora.metadata.get("modelspec.trigger_phrase", "")]
-    return [word for word in said if word]
+def trigger_words(metadata: dict[str, str]) -> str:
+    """Words that the file says it was trained with: its trigger phrase, else the tags that most captions have."""
+    said = metadata.get("modelspec.trigger_phrase")
+    if said:
+        return said
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency", "{}")).values()
+        tags = sum((Counter(folder) for folder in folders), Counter())
+    except (ValueError, AttributeError, TypeError):
+        tags = Counter()
+    common = [tag.strip() for tag, _ in tags.most_common(5) if len(tag) < 30]  # no captions
+    return f"none in the metadata; its commonest tags: {', '.join(common)}" if common else "none in the metadata"
+
+
+def told(metadata: dict[str, str]) -> list[str]:
+    """Lines of what the metadata says of base, data and training; nothing for a file without."""
+    lines = []
+    for title, keys in SAID.items():
+        values = [(key.rpartition(".")[2].removeprefix("ss_"), metadata.get(key, "None")) for key in keys]
+        known = [f"{name} {value}" for name, value in values if value not in ("None", "")]
+        lines += [f"{title:<15} {', '.join(known)}"] if known else []
+    return lines
 
 
 def summary(lora: Lora) -> list[str]:
     """Lines about what the file holds."""
-    ranks, scales = Counter(x.rank for _, _, x in lora), Counter(f"{x.alpha / x.rank:g}" for _, _, x in lora)
+    ranks = Counter(x.rank for _, _, x in lora)
+    scales = Counter(f"{x.alpha / x.rank:g}" for _, _, x in lora if x.alpha is not None)
     kinds = Counter(re.sub(r"\d+", "N", name).rsplit("N.", 1)[-1] for _, name, _ in lora)
     text = [part for part in lora.layers if part.startswith("text_encoder")]
-    dora = any(x.magnitude is not None for _, _, x in lora)
+    made_of = ", ".join(kind for kind in lora.kinds if kind != "LoRA")
     return [
-        f"family          {lora.family}{' (DoRA)' if dora else ''}",
+        f"family          {lora.family}{f' ({made_of})' if made_of else ''}",
         f"rank            {', '.join(f'{r} ({n} layers)' if len(ranks) > 1 else str(r) for r, n in ranks.most_common())}",
         f"alpha / rank    {', '.join(s for s, _ in scales.most_common(5))}",
         f"layers          {', '.join(f'{n} x {kind}' for kind, n in kinds.most_common())}",
         f"text encoders   {', '.join(text) or 'none'}",
-        f"trigger words   {', '.join(trigger_words(lora)) or 'none in the metadata'}",
-        f"parameters      {sum(x.up.numel() + x.down.numel() for _, _, x in lora) / 1e6:.2f} million",
+        f"trigger words   {trigger_words(lora.metadata)}",
+        *told(lora.metadata),
+        f"parameters      {sum(t.numel() for _, _, x in lora for t in x.tensors) / 1e6:.2f} million",
+        *lora.notes,
     ]
 
 

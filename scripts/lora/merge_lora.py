@@ -4,14 +4,15 @@
     python scripts/lora/merge_lora.py BASE_FOLDER merged.safetensors --lora output/mine        one file, for ComfyUI and the like
     python scripts/lora/merge_lora.py base.ckpt merged.safetensors --lora output/mine      or a .safetensors base
 
-The weight after a LoRA is its scale (1). LoRAs may be of any spelling, with text encoders, DoRA too. A folder is diffusers' own
-layout, file by file as it was; a .safetensors file has the original checkpoint's names. Sums are made in float32 and
-stored in the base's precision, or in --dtype. A LoRA or base with NaN is refused.
+The weight after a LoRA is its scale (1). LoRAs may be of any spelling, with text encoders; DoRA, LoHa and LoKr too. A folder is
+diffusers' own layout, file by file as it was; a .safetensors file has the original checkpoint's names. Sums are made in
+float32 and stored in the base's precision, or in --dtype. A LoRA or base with NaN is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -24,22 +25,14 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
 
-from scripts.lora.parts.lora_files import FileError, Layer, Lora, read_lora
-from scripts.lora.parts.original_layout import DENOISER_PREFIX, TEXT_PREFIXES, denoiser_places, single_file
+from scripts.lora.parts.lora_files import Lora, read_lora
+from scripts.lora.parts.low_rank import FileError, Layer, Product, doras_weight
+from scripts.lora.parts.original_layout import DENOISER_PREFIX, TEXT_PREFIXES, denoiser_places, single_file, text_place
 from scripts.parts.base_family import detect, pickled_tensors
 from scripts.parts.released_models import denoiser_config
 from scripts.parts.training_scripts import SCRIPTS, load_script
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def merged_weight(weight: torch.Tensor, layer: Layer, scale: float) -> torch.Tensor:
-    """weight + scale x update, float32; with DoRA its rows brought to their magnitudes, https://arxiv.org/abs/2402.09353."""
-    out = weight.float() + scale * layer.update().reshape(weight.shape)
-    if layer.magnitude is not None:
-        norm = out.flatten(1).norm(dim=1)
-        out = out * (layer.magnitude.float() / norm).reshape(-1, *[1] * (out.dim() - 1))
-    return out
 
 
 class Merger:
@@ -49,7 +42,7 @@ class Merger:
         self.loras, self.dtype = loras, dtype
         self.left = {(k, part, name) for k, (lora, _) in enumerate(loras) for part, name, _ in lora}
 
-    def layers(self, part: str, name: str) -> list[tuple[Layer, float]]:
+    def layers(self, part: str, name: str) -> list[tuple[Layer | Product, float]]:
         """The LoRAs of one layer."""
         found = []
         for k, (lora, scale) in enumerate(self.loras):
@@ -65,9 +58,9 @@ class Merger:
         if not weight.is_floating_point():
             raise FileError(f"{part}.{name}: the base's weights are {weight.dtype}, to which nothing can be added")
         for layer, scale in self.layers(part, name):
-            if layer.up.shape[0] != weight.shape[0] or layer.down[0].numel() != weight[0].numel():
+            if layer.shape[0] != weight.shape[0] or math.prod(layer.shape) != weight.numel():
                 raise FileError(f"{part}.{name} is {tuple(weight.shape)} in the base, and another size in the LoRA")
-            out = merged_weight(out, layer, scale)
+            out = doras_weight(out, scale * layer.update(), layer)
         if not torch.isfinite(out).all():
             raise FileError(f"{part}.{name}: the base's weight is not finite")
         return out.to(weight.dtype)
@@ -141,25 +134,11 @@ def merge_single(base: Path, family: str, shape: str | None, merger: Merger) -> 
     for text, start in TEXT_PREFIXES[family].items():
         names = {name for lora, _ in merger.loras for name in lora.layers.get(text, {})}
         for name in sorted(names):
-            key, rows = text_place(start, name, tensors)
+            key, third = text_place(start, name)
             if key in tensors:
-                tensors[key][rows] = merger.merge(text, name, tensors[key][rows])
+                own = tensors[key] if third is None else tensors[key].chunk(3)[third]  # a view
+                own[:] = merger.merge(text, name, own)
     return tensors
-
-
-def text_place(prefix: str, name: str, tensors: dict) -> tuple[str, slice]:
-    """Where a text encoder's layer stands in a single file: (key, rows)."""
-    if prefix != "conditioner.embedders.1.model.":
-        return f"{prefix}{name}.weight", slice(None)
-    _, _, _, number, rest = name.split(".", 4)
-    block = f"{prefix}transformer.resblocks.{number}"
-    simple = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-    if rest in simple:
-        return f"{block}.{simple[rest]}.weight", slice(None)
-    key = f"{block}.attn.in_proj_weight"
-    width = len(tensors[key]) // 3 if key in tensors else 0
-    place = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj").index(rest)
-    return key, slice(place * width, (place + 1) * width)
 
 
 def read_loras(args: argparse.Namespace, family: str, shape: str | None) -> list[tuple[Lora, float]]:
@@ -176,7 +155,7 @@ def read_loras(args: argparse.Namespace, family: str, shape: str | None) -> list
             raise FileError(f"--lora {words[0]} {words[1]}: the scale is not finite")
         lora = read_lora(words[0], family, shape)
         for part, name, layer in lora:
-            if not all(torch.isfinite(t.float()).all() for t in (layer.down, layer.up)):
+            if not all(torch.isfinite(t.float()).all() for t in layer.tensors):
                 raise FileError(f"{words[0]}: {part}.{name} has weights that are not finite")
         loras.append((lora, scale))
     return loras

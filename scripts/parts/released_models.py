@@ -30,7 +30,7 @@ CLIP_G = CLIP | {
     "projection_dim": 1280,
     "hidden_act": "gelu",
 }
-T5 = {  # version 1.1, XXL
+T5_XXL = {  # version 1.1
     "vocab_size": 32128,
     "d_model": 4096,
     "d_kv": 64,
@@ -41,6 +41,14 @@ T5 = {  # version 1.1, XXL
     "tie_word_embeddings": False,
 }
 VAE_16 = VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": 1024}
+CLIP_H = CLIP | {  # of Stable Diffusion 2.x, whose pipelines leave its last layer out
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "projection_dim": 512,
+    "hidden_act": "gelu",
+}
 # Stable Diffusion 1.5, SDXL, SD 3.5 medium, FLUX.1-dev: (class of diffusers, what differs from its defaults)
 DENOISERS = {
     "sd15": ("UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768}),
@@ -78,6 +86,26 @@ DENOISERS = {
     ),
     "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
 }
+# Released models of the same families with other layers: {title: what differs from the above}
+VARIANTS: dict[str, dict[str, dict]] = {
+    "sd15": {
+        "Stable Diffusion 2.x": {
+            "cross_attention_dim": 1024,
+            "attention_head_dim": (5, 10, 20, 20),
+            "use_linear_projection": True,
+        }
+    },
+    "sdxl": {},
+    "sd3": {
+        "SD 3.5 large": {
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "dual_attention_layers": (),
+        }
+    },
+    "flux": {},
+}
 # The other parts, of the families whose tokenizers a package carries: {part: (library, class, configuration)}
 OTHER_PARTS = {
     "sd15": {
@@ -98,12 +126,12 @@ PARTS_WITHOUT_TOKENIZERS = {
         "vae": ("diffusers", "AutoencoderKL", VAE_16 | {"scaling_factor": 1.5305, "shift_factor": 0.0609}),
         "text_encoder": ("transformers", "CLIPTextModelWithProjection", CLIP_L),
         "text_encoder_2": ("transformers", "CLIPTextModelWithProjection", CLIP_G),
-        "text_encoder_3": ("transformers", "T5EncoderModel", T5),
+        "text_encoder_3": ("transformers", "T5EncoderModel", T5_XXL),
     },
     "flux": {
         "vae": ("diffusers", "AutoencoderKL", VAE_16 | {"scaling_factor": 0.3611, "shift_factor": 0.1159}),
         "text_encoder": ("transformers", "CLIPTextModel", CLIP_L),
-        "text_encoder_2": ("transformers", "T5EncoderModel", T5),
+        "text_encoder_2": ("transformers", "T5EncoderModel", T5_XXL),
     },
 }
 INDEXES = {  # of model_index.json, beside the parts

@@ -3,63 +3,29 @@
 In memory a LoRA is a `Lora`: for each layer, by pipeline part and diffusers name, its two matrices and its alpha. Files
 * of diffusers and peft: `unet.….lora.down.weight`, `transformer.….lora_A.weight`, adapter_model.safetensors;
 * of kohya's scripts, AUTOMATIC1111 and ComfyUI: `lora_unet_….lora_down.weight` with `.alpha`, names of the original
-  checkpoint for SDXL, SD3 and FLUX.1, projections fused as there.
-The names come from the training scripts' own layouts, tried layer by layer, so that there is one list of them.
+  checkpoint for SDXL, SD3 and FLUX.1, projections fused as there;
+* of other trainers, with the one's names in the other's dress: layer_names.py knows them.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
 
-from scripts.parts.released_models import denoiser_config, meta_denoiser
-from scripts.parts.training_scripts import load_script
+from scripts.lora.parts.layer_names import Base, bases, families_in_order, split_key
+from scripts.lora.parts.low_rank import FileError, Layer, Product, shrunk
+from scripts.parts.base_family import detect
+from scripts.parts.training_scripts import ROOT
 
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-ENDINGS = {  # of keys: what they hold
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".dora_scale": "magnitude",
-    ".alpha": "alpha",
-}
-
-
-class FileError(Exception):
-    """A file that can't be used; the message says which and why, in one line."""
-
-
-@dataclass
-class Layer:
-    """One layer's LoRA. down (r, in[, k, k]), up (out, r[, 1, 1]); its update is alpha / r * up @ down."""
-
-    down: torch.Tensor
-    up: torch.Tensor
-    alpha: float
-    magnitude: torch.Tensor | None = None  # DoRA's, (out,)
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    def update(self) -> torch.Tensor:
-        """The change of the layer's weight, float32, of the weight's own shape; without DoRA's magnitude."""
-        flat = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return (flat * (self.alpha / self.rank)).reshape(self.up.shape[0], *self.down.shape[1:])
+PLAIN = "scripts/lora/resize_lora.py makes a plain LoRA of it"
+PASSED_ON = ("modelspec.", "ss_", "sshs_")  # metadata that every file of a LoRA keeps
 
 
 @dataclass
@@ -67,12 +33,21 @@ class Lora:
     """A LoRA by pipeline part ("unet", "transformer", "text_encoder", …) and layer name, and what its file said of it."""
 
     family: str
-    layers: dict[str, dict[str, Layer]]
+    layers: dict[str, dict[str, Layer | Product]]
     metadata: dict[str, str] = field(default_factory=dict)
-    kohya: bool = False  # whether its file had the keys of kohya's scripts
+    foreign: bool = False  # whether its file had other keys than those of diffusers or peft
+    base: Base | None = None  # whose layers these are
+    notes: list[str] = field(default_factory=list)  # what else was in the file
 
     def __iter__(self):
         return ((part, name, layer) for part, layers in self.layers.items() for name, layer in layers.items())
+
+    @property
+    def kinds(self) -> list[str]:
+        """What it is made of: LoRA, DoRA, LoHa, …"""
+        return sorted(
+            {("DoRA" if x.magnitude is not None else "LoRA") if x.kind == "LoRA" else x.kind for _, _, x in self}
+        )
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -99,263 +74,328 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def split_key(key: str, source: Path) -> tuple[str, str]:
-    """A key -> (layer, what it holds)."""
-    for ending, kind in ENDINGS.items():
-        if key.endswith(ending):
-            return key[: -len(ending)], kind
-    other = {
-        "hada_": "LoHa",
-        "lokr_": "LoKr",
-        "lora_mid": "LoCon with a middle matrix",
-        "oft_": "OFT",
-        "diff": "full weights",
-    }
-    what = next((name for part, name in other.items() if part in key.rsplit(".", 2)[-2] + key.rsplit(".", 1)[-1]), None)
-    raise FileError(f"{source}: {key}: {f'{what} is not a LoRA of two matrices' if what else 'not a key of a LoRA'}")
+def base_of_training(path: Path, metadata: dict[str, str]) -> str | None:
+    """The local folder of the base that a LoRA was trained on, as the config.yaml beside it or its metadata say; else None."""
+    config = (path if path.is_dir() else path.parent) / "config.yaml"
+    named = [f"assets/{metadata.get('ss_base_model', '')}"]  # the toys
+    if config.is_file():
+        import yaml
 
-
-def family_of(layers: dict[str, dict], metadata: dict[str, str]) -> str:
-    """The model family: as the metadata says, else by the names and widths of the layers."""
-    said = metadata.get("modelspec.architecture", "")
-    for word, family in (("flux", "flux"), ("diffusion-v3", "sd3"), ("xl", "sdxl"), ("diffusion-v1", "sd15")):
-        if word in said:
-            return family
-    names = "\n".join(layers)
-    if "double_blocks" in names or "single_blocks" in names or "single_transformer_blocks" in names:
-        return "flux"
-    if "joint_blocks" in names:
-        return "sd3"
-    if "add_q_proj" in names or "transformer.transformer_blocks" in names:
-        widths = {t["down"].shape[1] for n, t in layers.items() if n.endswith("attn.to_q") and "down" in t}
-        return "flux" if 3072 in widths else "sd3"
-    deep = re.search(r"(attentions|blocks)[._]\d+[._].*transformer_blocks[._]1", names)
-    second = "lora_te2" in names or "text_encoder_2." in names
-    return "sdxl" if second or deep or "unet_input_blocks" in names else "sd15"
-
-
-@dataclass
-class Place:
-    """Where a layer stands in the original checkpoint: in the rows `rows` of layer `name`, in the order `order`."""
-
-    name: str
-    rows: torch.Tensor
-    order: torch.Tensor
-    height: int
-
-
-def original_places(script, denoiser) -> dict[str, Place]:
-    """{diffusers name of a layer: its place} of all linear and convolution layers, by the training script's own layout."""
-    places = {}
-    for name, module in denoiser.named_modules():
-        if not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-            continue
-        numbered = torch.arange(1, module.weight.shape[0] + 1).float()[
-            :, None
-        ]  # so that the layout shows where rows go
-        probe = {"lora_down.weight": torch.zeros(1, 1), "lora_up.weight": numbered, "alpha": torch.tensor(1.0)}
-        ((original, found),) = script.kohya_layout({name: probe}, dict(denoiser.config)).items()
-        column = found["lora_up.weight"].sum(1)
-        rows = column.nonzero()[:, 0]
-        places[name] = Place(original, rows, column[rows].long() - 1, len(column))
-    return places
-
-
-def text_layer_names(part: str) -> list[str]:
-    """Layers of a text encoder that a LoRA can have, more of them than any released encoder has."""
-    if part == "text_encoder_3":
-        inner = [f"layer.0.SelfAttention.{k}" for k in "qkvo"]
-        inner += [f"layer.1.DenseReluDense.{k}" for k in ("wi_0", "wi_1", "wo")]
-        return [f"encoder.block.{i}.{n}" for i in range(24) for n in inner]
-    inner = [f"self_attn.{k}_proj" for k in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
-    return [f"text_model.encoder.layers.{i}.{n}" for i in range(32) for n in inner]
-
-
-def text_prefixes(family: str, script) -> dict[str, tuple[str, ...]]:
-    """{pipeline part: the prefixes that other tools give its LoRA}."""
-    own = {part: (prefix,) for part, prefix in script.KOHYA_PREFIXES.items() if part.startswith("text_encoder")}
-    more = {"sd3": {"text_encoder_3": ("lora_te3",)}, "flux": {"text_encoder_2": ("lora_te3",)}}.get(family, {})
-    first = own["text_encoder"] + (("lora_te1",) if own["text_encoder"] == ("lora_te",) else ("lora_te",))
-    return own | more | {"text_encoder": first}
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        named.insert(0, str(settings.get("pretrained_model_name_or_path")) if isinstance(settings, dict) else "")
+    places = [folder for name in named for folder in (Path(name), ROOT / name)]
+    return next((str(folder) for folder in places if (folder / "model_index.json").is_file()), None)
 
 
 def read_lora(path: str | Path, family: str | None = None, base: str | None = None) -> Lora:
-    """A LoRA file of any known spelling. base: a diffusers folder, for a base of another shape than the released one.
+    """A LoRA file of any known spelling. base: a diffusers folder; without one, that of its training, or the released models.
 
-    Errors: FileError for what is not a LoRA, is another kind of adapter, or has a layer that the base does not have.
+    Every key is looked up among the base's real layers, and its shape compared. Errors: FileError for what is not a LoRA, is
+    another kind of adapter, or has a layer that the base does not have.
     """
     path = Path(path)
     tensors, metadata = read_tensors(path)
+    base = base or base_of_training(path, metadata)
+    bundled = sorted({key.split(".")[1] for key in tensors if key.startswith("bundle_emb.")})
     raw: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
-        layer, kind = split_key(key, path)
-        raw.setdefault(layer, {})[kind] = value
-    for layer, found in raw.items():
-        if "down" not in found or "up" not in found:
-            raise FileError(f"{path}: {layer}: one of its two matrices is missing")
-        if found["down"].shape[0] != found["up"].shape[1]:
-            raise FileError(f"{path}: {layer}: its matrices' ranks differ")
-    family = family or family_of(raw, metadata)
-    kohya = any(layer.startswith(("lora_unet_", "lora_te")) for layer in raw)
-    if kohya:
-        layers = from_kohya(raw, family, base, path)
-    else:
-        layers = from_diffusers(raw, metadata, family, path)
-    return Lora(family, layers, metadata, kohya)
+        if not key.startswith("bundle_emb."):
+            layer, kind = split_key(key, path)
+            if not value.is_floating_point():
+                raise FileError(f"{path}: {key}: whole numbers ({value.dtype}), where weights were expected")
+            value = value.float() if value.element_size() == 1 else value  # fp8, which nothing can be counted in
+            raw.setdefault(layer, {})[kind] = value
+    if not raw:
+        raise FileError(f"{path}: no LoRA in this file")
+    first_error, families = None, [family] if family else families_in_order(list(raw), metadata)
+    if base and not family and (Path(base) / "model_index.json").is_file():
+        families = [detect(base)]
+    for candidate in families:
+        for known in bases(candidate, base):
+            try:
+                layers = layers_of(raw, known, metadata, path)
+            except FileError as error:
+                first_error = first_error or error
+                continue
+            own = {f"{part}.{name}" for part, named in layers.items() for name in named} | set(
+                layers.get(known.script.DENOISER, {})
+            )
+            foreign = not any(key.removeprefix("base_model.model.") in own for key in raw)
+            lora = Lora(candidate, layers, metadata, foreign, known)
+            if bundled:
+                lora.notes.append(f"the embeddings of {', '.join(bundled)} that the file carries were left out")
+            return lora
+    raise first_error
 
 
-def as_layer(found: dict, alpha: float) -> Layer:
-    """Tensors by kind -> Layer."""
-    magnitude = found["magnitude"].flatten() if "magnitude" in found else None
-    return Layer(found["down"], found["up"], alpha, magnitude)
-
-
-def from_diffusers(raw: dict, metadata: dict[str, str], family: str, path: Path) -> dict[str, dict[str, Layer]]:
-    """Layers with the keys of diffusers or peft; alpha from the metadata, or from `.alpha` tensors, else the rank."""
-    denoiser = "transformer" if family in ("sd3", "flux") else "unet"
-    settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    if "adapter_config" in metadata:
-        config = json.loads(metadata["adapter_config"])
-        settings = {f"{denoiser}.{key}": value for key, value in config.items()}
-    out: dict[str, dict[str, Layer]] = {}
+def layers_of(raw: dict, base: Base, metadata: dict[str, str], path: Path) -> dict[str, dict[str, Layer | Product]]:
+    """{part: {layer: its LoRA}}; fused projections are taken apart."""
+    settings = adapter_settings(metadata, base.script.DENOISER, path)
+    out: dict[str, dict[str, Layer | Product]] = {}
     for key, found in raw.items():
-        name = key.removeprefix("base_model.model.")
-        part, _, rest = name.partition(".")
-        if part in ("unet", "transformer") and part != denoiser:
-            raise FileError(f"{path}: a LoRA with a {part} does not fit {family}, which has a {denoiser}")
-        if part not in (denoiser, *TEXT_PARTS):
-            part, rest = denoiser, name  # peft's own files don't say
-        rest = re.sub(
-            r"\.processor\.to_(q|k|v|out)_lora$", lambda m: f".to_{m[1]}" + (".0" if m[1] == "out" else ""), rest
+        part, meant = base.meaning(key, path)
+        place, shape = meant[0][1], base.shapes[part, meant[0][0]]
+        whole = (place.height if place else shape[0], *shape[1:])
+        try:
+            layer = as_layer(found, whole, f"{path}: {key}", base.title)
+            alpha = found["alpha"].item() if "alpha" in found else None
+        except (RuntimeError, IndexError, TypeError, KeyError, ValueError) as error:  # torch's own, of all kinds
+            raise FileError(f"{path}: {key}: tensors that don't belong together ({error})") from None
+        if layer.kind == "LoRA" and alpha is None:
+            alpha = set_alpha(settings, part, meant[0][0], layer.rank)
+        layer.alpha = alpha
+        for name, piece in taken_apart(layer, meant, f"{path}: {key}").items():
+            if name in out.get(part, {}):
+                raise FileError(f"{path}: {key}: {part}.{name} is twice in this file")
+            out.setdefault(part, {})[name] = piece
+    return out
+
+
+def adapter_settings(metadata: dict[str, str], denoiser: str, path: Path) -> dict:
+    """What diffusers (`unet.r`, …) or peft's adapter_config.json say of rank and alpha."""
+    try:
+        settings = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+        if "adapter_config" in metadata:
+            settings = {f"{denoiser}.{key}": value for key, value in json.loads(metadata["adapter_config"]).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise FileError(f"{path}: its metadata is damaged ({error})") from None
+    return settings
+
+
+def set_alpha(settings: dict, part: str, name: str, rank: int) -> float:
+    """Alpha of a layer as diffusers' or peft's settings say it; else its rank. With rsLoRA so that alpha / rank is the scale."""
+    pattern = settings.get(f"{part}.alpha_pattern") or {}
+    own = next((v for k, v in pattern.items() if name == k or name.endswith("." + k)), None)
+    alpha = own if own is not None else settings.get(f"{part}.lora_alpha")
+    alpha = float(rank if alpha is None else alpha)
+    return alpha * rank**0.5 if settings.get(f"{part}.use_rslora") else alpha
+
+
+def as_layer(found: dict, shape: tuple[int, ...], what: str, title: str) -> Layer | Product:
+    """Tensors by kind -> the LoRA of a weight of this shape. Errors: FileError where it is another's."""
+    factors = {k: v for k, v in found.items() if k.startswith(("hada_", "lokr_")) or k == "diff"}
+    magnitude, per_input = found.get("magnitude"), False
+    if "dora_scale" in found:  # (out, 1, …), or (1, in, …) as the first LyCORIS and OneTrainer's default have it
+        magnitude = found["dora_scale"]
+        per_input = magnitude.shape[0] != shape[0] or (
+            shape[0] == 1 and magnitude.dim() > 1 and magnitude.shape[1] != 1
         )
-        if part.startswith("text_encoder") and rest.startswith("encoder.layers."):
-            rest = f"text_model.{rest}"
-        rank = found["down"].shape[0]
-
-        def setting(what: str, rest=rest, part=part):
-            pattern = settings.get(f"{part}.{what}_pattern") or {}
-            own = next((v for k, v in pattern.items() if rest == k or rest.endswith("." + k)), None)
-            return own if own is not None else settings.get(f"{part}.{'lora_alpha' if what == 'alpha' else 'r'}")
-
-        alpha = found["alpha"].item() if "alpha" in found else setting("alpha")
-        alpha = float(rank if alpha is None else alpha)
-        if settings.get(f"{part}.use_rslora"):
-            alpha *= rank**0.5  # so that alpha / rank is the scale, as everywhere
-        out.setdefault(part, {})[rest] = as_layer(found, alpha)
-    return out
-
-
-def from_kohya(raw: dict, family: str, base: str | None, path: Path) -> dict[str, dict[str, Layer]]:
-    """Layers with the keys of kohya's scripts; fused projections are taken apart. A missing alpha is the rank."""
-    script = load_script(family)
-    denoiser = meta_denoiser(family, denoiser_config(family, base))
-    parts_of: dict[str, list[tuple[str, Place]]] = {}
-    for name, place in original_places(script, denoiser).items():
-        parts_of.setdefault(f"lora_unet_{place.name.replace('.', '_')}", []).append((name, place))
-    also = {
-        f"lora_unet_{n.replace('.', '_')}": n for n, _ in denoiser.named_modules()
-    }  # some tools keep diffusers' names
-    text = {
-        f"{prefix}_{name.replace('.', '_')}": (part, name)
-        for part, prefixes in text_prefixes(family, script).items()
-        for prefix in prefixes
-        for name in text_layer_names("text_encoder_3" if prefix == "lora_te3" else part)
-    }
-    out: dict[str, dict[str, Layer]] = {}
-    for key, found in raw.items():
-        alpha = float(found["alpha"].item()) if "alpha" in found else float(found["down"].shape[0])
-        layer = as_layer(found, alpha)
-        if key in parts_of:
-            height = parts_of[key][0][1].height
-            if layer.up.shape[0] != height:
-                raise FileError(
-                    f"{path}: {key}: {layer.up.shape[0]} rows, where {base or f'the released {family}'} has {height};"
-                    " --base FOLDER says which base it is for"
-                )
-            for name, piece in taken_apart(layer, parts_of[key]).items():
-                out.setdefault(script.DENOISER, {})[name] = piece
-        elif key in also:
-            out.setdefault(script.DENOISER, {})[also[key]] = layer
-        elif key in text:
-            part, name = text[key]
-            out.setdefault(part, {})[name] = layer
-        else:
-            advice = f"not a layer of {base or 'the released model'}"
-            raise FileError(f"{path}: {key}: {advice}; --family and --base FOLDER say which base it is for")
-    return out
+    if magnitude is not None:
+        magnitude = magnitude.flatten()
+        if len(magnitude) != shape[1 if per_input else 0]:
+            raise FileError(f"{what}: {len(magnitude)} magnitudes (DoRA) for a layer of {shape}")
+    if factors:
+        layer = Product(factors, None, shape, magnitude=magnitude, per_input=per_input)
+        try:  # without numbers, which would take minutes for a large base
+            nothing = {name: factor.to("meta") for name, factor in factors.items()}
+            rows = Product(nothing, None, shape).update().shape[0]
+        except (RuntimeError, KeyError, TypeError, IndexError) as error:
+            raise FileError(f"{what}: {layer.kind} factors that don't fit a layer of {shape} ({error})") from None
+    else:
+        if "down" not in found or "up" not in found:
+            raise FileError(f"{what}: one of its two matrices is missing")
+        down, up = found["down"], found["up"]
+        if "mid" in found:  # LoCon's core, (r, r, k, k): a LoRA of the same rank
+            down = torch.einsum("mnkl,ni->mikl", found["mid"].float(), down.float().flatten(1)).to(down.dtype)
+        if down.shape[0] != up.shape[1]:
+            raise FileError(f"{what}: its matrices' ranks differ")
+        rows = up.shape[0]
+        if rows == shape[0] and down[0].numel() == torch.Size(shape[1:]).numel():
+            down = down.reshape(-1, *shape[1:])
+            up = up.reshape(*up.shape[:2], *[1] * (len(shape) - 2))
+        elif rows == shape[0]:
+            raise FileError(f"{what}: {down[0].numel()} columns, where {title} has {torch.Size(shape[1:]).numel()}")
+        layer = Layer(down, up, 0.0, magnitude, per_input)
+    if rows != shape[0]:
+        raise FileError(f"{what}: {rows} rows, where {title} has {shape[0]}; --base FOLDER says which base it is for")
+    return layer
 
 
-def taken_apart(layer: Layer, parts: list[tuple[str, Place]]) -> dict[str, Layer]:
+def taken_apart(layer: Layer | Product, parts: list, what: str) -> dict[str, Layer | Product]:
     """The LoRA of a fused layer as LoRAs of its parts: of their own rank where the matrices show it, else all of it for each.
 
     A part whose rows are all zero has no LoRA, unless all are zero.
     """
-    rows = {name: torch.empty_like(layer.up[: len(place.rows)]) for name, place in parts}
-    first_row = {name: place.rows[0].item() for name, place in parts}
+    if parts[0][1] is None:
+        return {parts[0][0]: layer}
+    own_rows = {}
     for name, place in parts:
-        rows[name][place.order] = layer.up[place.rows]
-    magnitude = {name: None for name, _ in parts}
-    if layer.magnitude is not None:
-        for name, place in parts:
-            magnitude[name] = torch.empty_like(layer.magnitude[place.rows])
-            magnitude[name][place.order] = layer.magnitude[place.rows]
+        own_rows[name] = torch.empty_like(place.rows)
+        own_rows[name][place.order] = place.rows
+    if layer.per_input and len(parts) > 1:
+        raise FileError(f"{what}: a DoRA by columns on fused layers can't be taken apart")
+    magnitude = dict.fromkeys(own_rows, layer.magnitude)
+    if layer.magnitude is not None and not layer.per_input:
+        magnitude = {name: layer.magnitude[rows] for name, rows in own_rows.items()}
+    if layer.kind != "LoRA":
+        return {
+            name: Product(
+                layer.factors, layer.alpha, (len(rows), *layer.shape[1:]), rows, magnitude[name], layer.per_input
+            )
+            for name, rows in own_rows.items()
+        }
+    ups = {name: layer.up[rows] for name, rows in own_rows.items()}
     if len(parts) == 1:
         name = parts[0][0]
-        return {name: Layer(layer.down, rows[name], layer.alpha, magnitude[name])}
-    used = {name: up.flatten(1).any(0) for name, up in sorted(rows.items(), key=lambda item: first_row[item[0]])}
+        return {name: Layer(layer.down, ups[name], layer.alpha, magnitude[name], layer.per_input)}
+    used = {name: up.flatten(1).any(0) for name, up in ups.items()}
     present = [name for name, columns in used.items() if columns.any()] or list(used)
     for names in (list(used), present):  # a part that never moved is zero, a part without LoRA is not there
         each, rest = divmod(layer.rank, len(names))
         slices = {name: slice(k * each, (k + 1) * each) for k, name in enumerate(names)}
         if rest == 0 and all(not (used[n][: s.start].any() or used[n][s.stop :].any()) for n, s in slices.items()):
             break
-    else:  # another tool's: one pair of matrices for the fused layer
-        slices = dict.fromkeys(present, slice(None))
+    else:  # one pair of matrices for the fused layer, or parts of other ranks
+        slices = block_slices(used, present) or dict.fromkeys(present, slice(None))
+    if layer.magnitude is not None:  # what has no update has a magnitude nevertheless
+        slices = {name: slices.get(name, slice(0, 1)) for name in used}
     out = {}
     for name, columns in slices.items():
-        down, up = layer.down[columns].clone(), rows[name][:, columns].clone()
+        down, up = layer.down[columns].clone(), ups[name][:, columns].clone()
         out[name] = Layer(down, up, layer.alpha * len(down) / layer.rank, magnitude[name])
     return out
 
 
-def to_kohya(lora: Lora, base: str | None = None) -> dict[str, torch.Tensor]:
-    """Tensors with the keys of kohya's scripts, AUTOMATIC1111 and ComfyUI, each layer with its alpha."""
-    script, out = load_script(lora.family), {}
-    config = denoiser_config(lora.family, base)
-    prefixes = {part: own[0] for part, own in text_prefixes(lora.family, script).items()}
-    prefixes[script.DENOISER] = "lora_unet"
+def block_slices(used: dict[str, torch.Tensor], present: list[str]) -> dict[str, slice] | None:
+    """The columns of each part of a block diagonal whose blocks differ in width; None if it isn't one."""
+    out, start = {}, 0
+    for name in present:
+        columns = used[name].nonzero()[:, 0]
+        stop = int(columns[-1]) + 1 if len(columns) else start
+        if len(columns) and int(columns[0]) < start:
+            return None
+        out[name] = slice(start, stop)
+        start = stop
+    return out | {present[-1]: slice(out[present[-1]].start, len(used[present[-1]]))}
+
+
+def kohya_modules(lora: Lora, norms=None) -> dict[str, Layer]:
+    """{module of a file for kohya's scripts, AUTOMATIC1111 and ComfyUI: its LoRA}; fused where the original is.
+
+    norms(part, layer): the row norms of the base's weight, for DoRA on some parts of a fused layer; None if there is no base.
+    """
+    base, script = lora.base, lora.base.script
+    prefixes = {part: prefix for part, prefix in script.KOHYA_PREFIXES.items() if part.startswith("text_encoder")}
+    prefixes |= {"sd3": {"text_encoder_3": "lora_te3"}, "flux": {"text_encoder_2": "lora_te3"}}.get(lora.family, {})
+    out = {}
     for part, layers in lora.layers.items():
-        modules = {}
-        for name, layer in layers.items():
-            modules[name] = {
-                "lora_down.weight": layer.down,
-                "lora_up.weight": layer.up,
-                "alpha": torch.tensor(layer.alpha),
-            }
-            if layer.magnitude is not None:
-                modules[name]["dora_scale"] = layer.magnitude.reshape(-1, 1)
-        if part == script.DENOISER:
-            try:
-                modules = script.kohya_layout(evened(modules), config)
-            except ValueError as error:
-                raise FileError(f"this LoRA can't be held by one file for other tools: {error}") from None
-        for name, tensors in modules.items():
-            out |= {f"{prefixes[part]}_{name.replace('.', '_')}.{kind}": t.contiguous() for kind, t in tensors.items()}
+        other = sorted({x.kind for x in layers.values()} - {"LoRA"})
+        if other:
+            raise FileError(f"{other[0]} is not two matrices; {PLAIN}")
+        if part != script.DENOISER:
+            out |= {f"{prefixes[part]}_{name.replace('.', '_')}": layer for name, layer in layers.items()}
+            continue
+        for original in dict.fromkeys(base.places[name].name for name in layers):
+            names = base.parts[original]
+            own_norms = functools.partial(norms, part) if norms else None
+            fused = put_together({n: base.places[n] for n in names}, {n: layers.get(n) for n in names}, own_norms)
+            out[f"lora_unet_{original.replace('.', '_')}"] = fused
     return out
 
 
-def evened(modules: dict[str, dict]) -> dict[str, dict]:
-    """Layers that are fused in pairs or more must have one alpha / rank; where they differ, it goes into the matrices."""
-    scales = {round(float(t["alpha"]) / len(t["lora_down.weight"]), 9) for t in modules.values()}
-    if len(scales) == 1:
-        return modules
+def put_together(places: dict, layers: dict[str, Layer | None], norms) -> Layer:
+    """The LoRAs of layers that the original holds as one (None: a layer without LoRA) as one LoRA.
+
+    Where the parts share their down matrix, as those that came from one fused layer do, it is there once; else the down matrices
+    stand under each other, the up matrices on a block diagonal.
+    """
+    there = {name: layer for name, layer in layers.items() if layer is not None}
+    first = next(iter(there.values()))
+    if len(places) > 1 and any(layer.per_input for layer in there.values()):
+        raise FileError(f"a DoRA by columns has no place in fused layers; {PLAIN}")
+    scales = [layer.alpha / layer.rank for layer in there.values()]
+    same = max(scales) - min(scales) <= 1e-9 * abs(scales[0])
+    shared = same and all(x.down.shape == first.down.shape and torch.equal(x.down, first.down) for x in there.values())
+    rank = first.rank if shared else sum(layer.rank for layer in there.values())
+    dtype = first.up.dtype if same else torch.float32  # another scale goes into the matrix, which must not be rounded
+    up = torch.zeros(next(iter(places.values())).height, rank, *first.up.shape[2:], dtype=dtype)
+    column = 0
+    for (name, layer), scale in zip(there.items(), scales, strict=True):
+        place, columns = places[name], slice(None) if shared else slice(column, column + layer.rank)
+        own = (layer.up if same else layer.up.float() * (scale / scales[0]))[place.order]
+        up[place.rows, columns] = own.to(dtype)
+        column += layer.rank
+    down = first.down if shared else torch.cat([layer.down for layer in there.values()])
+    magnitude = first.magnitude if first.per_input else magnitudes(places, layers, norms)
+    return Layer(down, up, scales[0] * rank, magnitude, first.per_input)
+
+
+def magnitudes(places: dict, layers: dict[str, Layer | None], norms) -> torch.Tensor | None:
+    """DoRA's magnitudes of a layer of the original; a part without LoRA keeps the base's own row norms."""
+    doras = [layer.magnitude is not None for layer in layers.values() if layer is not None]
+    if not any(doras):
+        return None
+    if not all(doras):
+        raise FileError("DoRA on some of the layers that the original holds as one, LoRA on others")
+    if norms is None and None in layers.values():
+        raise FileError(
+            "DoRA on some of the layers that the original holds as one needs the others' norms: --base FOLDER"
+        )
+    dtype = next(layer.magnitude.dtype for layer in layers.values() if layer is not None)
+    out = torch.empty(next(iter(places.values())).height, dtype=dtype)
+    for name, layer in layers.items():
+        own = norms(name) if layer is None else layer.magnitude
+        out[places[name].rows] = own[places[name].order].to(dtype)
+    return out
+
+
+def plain_lora(
+    lora: Lora, rank: int | None = None, keep: float | None = None, weights=None, only=None, fused: bool = False
+) -> tuple[Lora, float]:
+    """A LoRA of plain layers of another rank; for rank and keep see `shrunk`. Returns (LoRA, share of the update that is lost).
+
+    weights(part, layer): the base's, for DoRA; only: which layers are changed (all); fused: the ranks are those of a file for
+    other tools, where some layers are one.
+    """
+    base, out, sums = lora.base, {part: dict(layers) for part, layers in lora.layers.items()}, [0.0, 0.0]
+
+    def small(layer: Layer | Product, part: str, name: str) -> Layer:
+        weight = None
+        if not all(torch.isfinite(t).all() for t in layer.tensors):
+            raise FileError(f"{part}.{name} has weights that are not finite")
+        if layer.magnitude is not None:
+            if weights is None:
+                raise FileError("DoRA changes every weight of its layers: --base BASE says which weights these are")
+            weight = weights(part, name)
+        made, lost, energy = shrunk(layer, rank, keep, weight)
+        sums[0] += lost
+        sums[1] += energy
+        return made
+
+    for part, layers in lora.layers.items():
+        for name, layer in tqdm(layers.items(), part, disable=None, leave=False):
+            if only is None or only(layer):
+                place = base.places.get(name) if fused and part == base.script.DENOISER else None
+                siblings = [n for n in base.parts[place.name] if n in layers] if place else [name]
+                plain = all(layers[n].kind == "LoRA" and layers[n].magnitude is None for n in siblings)
+                if len(siblings) == 1 or not plain:
+                    out[part][name] = small(layer, part, name)
+    for original, names in tqdm(base.parts.items() if fused else (), "fused layers", disable=None, leave=False):
+        own = out.get(base.script.DENOISER, {})
+        there = {name: own[name] for name in names if name in own}
+        if len(there) > 1:
+            places = {name: base.places[name] for name in names}
+            whole = small(put_together(places, there, None), "", original)
+            for name in there:
+                up = torch.empty_like(whole.up[: len(places[name].rows)])
+                up[places[name].order] = whole.up[places[name].rows]
+                own[name] = Layer(whole.down, up, whole.alpha)
+    return Lora(lora.family, out, lora.metadata, lora.foreign, base), (sums[0] / sums[1]) ** 0.5 if sums[1] else 0.0
+
+
+def to_kohya(lora: Lora, norms=None) -> dict[str, torch.Tensor]:
+    """Tensors with the keys of kohya's scripts, AUTOMATIC1111 and ComfyUI, each layer with its alpha."""
     out = {}
-    for name, t in modules.items():
-        rank = len(t["lora_down.weight"])
-        out[name] = t | {
-            "lora_up.weight": t["lora_up.weight"] * (t["alpha"] / rank),
-            "alpha": torch.tensor(float(rank)),
+    for module, layer in kohya_modules(lora, norms).items():
+        tensors = {
+            "lora_down.weight": layer.down,
+            "lora_up.weight": layer.up,
+            "alpha": torch.tensor(float(layer.alpha)),
         }
+        if layer.magnitude is not None:  # a column that ComfyUI multiplies each row by, or a row
+            ones = [1] * (len(layer.shape) - 2)
+            tensors["dora_scale"] = layer.magnitude.reshape(*((1, -1) if layer.per_input else (-1, 1)), *ones)
+        out |= {f"{module}.{kind}": t.contiguous() for kind, t in tensors.items()}
     return out
 
 
@@ -364,9 +404,11 @@ def write_diffusers(lora: Lora, file: Path) -> None:
     import diffusers
     from peft import LoraConfig
 
-    script = load_script(lora.family)
-    arguments = {}
+    script, arguments = lora.base.script, {}
     for part, layers in lora.layers.items():
+        unfit = next((x.kind if x.kind != "LoRA" else "DoRA by columns" for x in layers.values() if is_unfit(x)), None)
+        if unfit:
+            raise FileError(f"diffusers has no place for {unfit}; {PLAIN}")
         state = {}
         for name, layer in layers.items():
             state |= {f"{name}.lora_A.weight": layer.down, f"{name}.lora_B.weight": layer.up}
@@ -387,7 +429,7 @@ def write_diffusers(lora: Lora, file: Path) -> None:
         ).to_dict()
         if part.startswith("text_encoder") and part not in {p[1] for p in script.TEXT_ENCODERS.values()}:
             raise FileError(f"diffusers has no place for a LoRA of {part} in {lora.family}")
-        if part != script.DENOISER and f"{part}_lora_layers" not in known_parts(lora.family):
+        if part != script.DENOISER and f"{part}_lora_layers" not in known_parts(script):
             raise FileError(f"diffusers' files for {lora.family} have no place for a LoRA of {part}")
         arguments[f"{part}_lora_layers"] = script.to_diffusers_keys(state) if part == script.DENOISER else state
         arguments[f"{part}_lora_adapter_metadata"] = {
@@ -395,13 +437,19 @@ def write_diffusers(lora: Lora, file: Path) -> None:
         }
     pipeline = getattr(diffusers, script.PIPELINE_CLASS)
     pipeline.save_lora_weights(file.parent, weight_name=file.name, safe_serialization=True, **arguments)
+    tensors, metadata = read_tensors(file)  # save_lora_weights takes no other metadata than its own
+    save_file(tensors, file, metadata=metadata | {k: v for k, v in lora.metadata.items() if k.startswith(PASSED_ON)})
 
 
-def known_parts(family: str) -> set[str]:
+def is_unfit(layer: Layer | Product) -> bool:
+    """Whether peft has no such thing."""
+    return layer.kind != "LoRA" or layer.per_input
+
+
+def known_parts(script) -> set[str]:
     """The arguments of the family's `save_lora_weights`."""
     import inspect
 
     import diffusers
 
-    kind = getattr(diffusers, load_script(family).PIPELINE_CLASS)
-    return set(inspect.signature(kind.save_lora_weights).parameters)
+    return set(inspect.signature(getattr(diffusers, script.PIPELINE_CLASS).save_lora_weights).parameters)

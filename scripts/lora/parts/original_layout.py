@@ -12,9 +12,11 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from scripts.lora.parts.lora_files import FileError, Place, original_places
+from scripts.lora.parts.layer_names import Place, original_places
+from scripts.lora.parts.low_rank import FileError
 from scripts.parts.released_models import meta_denoiser
 from scripts.parts.training_scripts import load_script
 
@@ -45,6 +47,65 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     if not files:
         raise FileError(f"{folder}: no .safetensors weights")
     return {key: value for file in plain or files for key, value in load_file(file).items()}
+
+
+class BaseWeights:
+    """The weights of a base's layers, one by one, from a diffusers folder or a single file."""
+
+    def __init__(self, base: Path, family: str, config: dict) -> None:
+        self.base, self.family, self.places, self.files = base, family, {}, {}
+        if base.is_dir():
+            for folder in (f for f in base.iterdir() if f.is_dir()):
+                files = sorted(folder.glob("*.safetensors"))
+                for file in [f for f in files if ".fp16" not in f.name] or files:
+                    self.know(file, f"{folder.name}.")
+        else:
+            self.know(base, "")
+            self.places = denoiser_places(family, config)
+
+    def know(self, file: Path, prefix: str) -> None:
+        opened = safe_open(file, "pt")
+        self.files |= {f"{prefix}{key}": (opened, key) for key in opened.keys()}  # noqa: SIM118
+
+    def __call__(self, part: str, name: str) -> torch.Tensor:
+        """The weight of a layer. Errors: FileError if the base has none."""
+        place = third = None
+        keys = [f"{part}.{name}.weight", f"{part}.{name.removeprefix('text_model.')}.weight"]
+        if not self.base.is_dir() and name in self.places:
+            place = self.places[name]
+            keys = [f"{DENOISER_PREFIX}{place.name}.weight", f"{place.name}.weight"]
+        elif not self.base.is_dir():
+            key, third = text_place(TEXT_PREFIXES[self.family].get(part, ""), name)
+            keys = [key]
+        found = next((self.files[key] for key in keys if key in self.files), None)
+        if found is None:
+            raise FileError(f"{self.base}: no weight of {part}.{name}")
+        weight = found[0].get_tensor(found[1])
+        if third is not None:
+            return weight.chunk(3)[third]
+        if place is None:
+            return weight
+        own = torch.empty_like(weight[place.rows])
+        own[place.order] = weight[place.rows]
+        return own
+
+    def norms(self, part: str, name: str) -> torch.Tensor:
+        """Of the rows of a layer's weight, which a DoRA that changes nothing has as its magnitudes."""
+        return self(part, name).float().flatten(1).norm(dim=1)
+
+
+def text_place(prefix: str, name: str) -> tuple[str, int | None]:
+    """Where a text encoder's layer stands in a single file: (key, which third of its rows; None: all)."""
+    if prefix != "conditioner.embedders.1.model.":
+        return f"{prefix}{name}.weight", None
+    if name == "text_projection":
+        raise FileError("a LoRA on SDXL's text projection has no place in a single file, which holds it transposed")
+    _, _, _, number, rest = name.split(".", 4)
+    block = f"{prefix}transformer.resblocks.{number}"
+    simple = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    if rest in simple:
+        return f"{block}.{simple[rest]}.weight", None
+    return f"{block}.attn.in_proj_weight", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj").index(rest)
 
 
 def denoiser_places(family: str, config: dict) -> dict[str, Place]:
