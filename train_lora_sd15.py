@@ -199,12 +199,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line: 212 the run: what happens, in which order · 512 the loop, and one step of it · 691 what is logged, and the
-# guard against learning nothing · 822 data: images and captions · 1117 images: decoding, buckets, crops, batches ·
-# 1527 text: embeddings and new tokens · 1748 LoRA and optimizer · 2166 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2456 checkpoints and signals · 2612 pictures: validation, class images, comparison · 2812
-# probes: what was learned, what was forgotten · 2990 files that a run leaves · 3302 command line · 3758 base model:
-# loading, quantising, splitting · 3966 errors, lines, seeds, libraries
+# By line: 212 the run: what happens, in which order · 513 the loop, and one step of it · 692 what is logged, and the
+# guard against learning nothing · 823 data: images and captions · 1118 images: decoding, buckets, crops, batches ·
+# 1528 text: embeddings and new tokens · 1749 LoRA and optimizer · 2167 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2538 checkpoints and signals · 2694 pictures: validation, class images, comparison · 2895
+# probes: what was learned, what was forgotten · 3073 files that a run leaves · 3385 command line · 3843 base model:
+# loading, quantising, splitting · 4054 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -392,8 +392,9 @@ def open_base(run: Run) -> Components:
     args, accelerator = run.args, run.accelerator
     dtype = torch_dtype(accelerator.mixed_precision)
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
-    if sharded and (args.quantize_base or args.compile):
-        raise UserError("--quantize_base and --compile don't work with FSDP: use a configuration for several GPUs")
+    if sharded and (args.quantize_base or args.compile or args.blocks_to_swap):
+        flags = "--quantize_base, --compile and --blocks_to_swap"
+        raise UserError(f"{flags} don't work with FSDP: use a configuration for several GPUs")
     components = Components(resolve_base(args), args, dtype, accelerator.device, sharded)
     check_base(components)
     size = sum(file.stat().st_size for file in components.folder_of(DENOISER).glob("*.safetensors"))
@@ -2255,34 +2256,41 @@ def define_layers() -> None:
     global FrozenLinear, FrozenProduct, LoraProducts
 
     class FrozenLinear(torch.nn.Linear):
-        """A linear layer that isn't trained, with its weights in 8 bits (a scale per row) or 4 (a scale per 64 values).
+        """A linear layer that isn't trained: its weights in 8 bits (a scale per row), 4 (a scale per 64 values), or as they are.
 
         fp8: e4m3, of which GPUs that can (compute capability 8.9) take the product as it is. int8: rounded. nf4:
-        https://arxiv.org/abs/2305.14314, with the scales in 8 bits. Autograd keeps nothing but these weights.
+        https://arxiv.org/abs/2305.14314, with the scales in 8 bits. Autograd keeps nothing but the layer itself.
         """
 
-        def __init__(self, weight, bias, kind: str, dtype) -> None:
+        def __init__(self, weight, bias, kind: str | None, dtype) -> None:
             """weight: (N, K), of any floating type, where it is to stay; dtype: what the products come in."""
             torch.nn.Module.__init__(self)
             self.out_features, self.in_features = weight.shape
-            self.kind, self.dtype, self.bias, self.state = kind, dtype, bias, None
+            self.kind, self.dtype, self.bias, self.state, self.swapped_in = kind, dtype, bias, None, None
+            kept, scale = weight, weight.new_empty(0)
             if kind == "nf4":
                 from bitsandbytes.functional import quantize_4bit
 
                 kept, self.state = quantize_4bit(weight.to(dtype), quant_type="nf4", compress_statistics=True)
-                scale = weight.new_empty(0)
-            else:  # some rows at a time, so that little is held in float32
+            elif kind:  # some rows at a time, so that little is held in float32
                 quantize = to_fp8 if kind == "fp8" else functools.partial(to_int8, dtype=dtype)
                 pieces = zip(*map(quantize, weight.split(max(1, 2**22 // self.in_features))), strict=True)
                 kept, scale = map(torch.cat, pieces)
-            self.register_buffer("kept", kept)
+            self.register_buffer("stored", kept)
             self.register_buffer("scale", scale)
             capable = weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (8, 9)
             self.direct = kind == "fp8" and capable and not any(n % 16 for n in weight.shape)
 
         @property
+        def kept(self):
+            """The weights as they are kept; of a swapped block, where the device has them now."""
+            return self.swapped_in() if self.swapped_in else self.stored
+
+        @property
         def weight(self):
-            """The weights (N, K) in `dtype`, made anew each time."""
+            """The weights (N, K) in `dtype`."""
+            if self.kind is None:
+                return self.kept
             if self.kind == "nf4":
                 from bitsandbytes.functional import dequantize_4bit
 
@@ -2357,9 +2365,9 @@ def rows_like(x, columns: int):
 
 
 def to_fp8(x):
-    """(M, K) -> the same in e4m3, and float32 scales (M, 1) that make it x again."""
+    """(M, K) -> the same in e4m3, row by row in memory, and float32 scales (M, 1) that make it x again."""
     scale = torch.linalg.vector_norm(x, math.inf, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12).div_(448)
-    return (x / scale).to(torch.float8_e4m3fn), scale
+    return (x / scale).to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), scale
 
 
 def to_int8(x, dtype):
@@ -2408,16 +2416,88 @@ def input_gradient(layer, gradient, total=None):
     return torch.mm(gradient, weight, out=rows_like(gradient, weight.shape[1]))
 
 
-def load_quantized(kind, folder: Path, quantize: str, dtype, device, variant: str | None = None):
-    """A denoiser of diffusers class `kind` with the linear layers of its blocks in nf4, int8 or fp8, on the device.
+class BlockSwap:
+    """Blocks whose weights lie in the CPU's memory. Two places on the device take turns: while the block in one works, the
+    next is copied into the other, on a stream of its own. Nothing is copied back.
 
-    Each tensor is read, cast or quantised on the device, and dropped; those of the blocks first, the largest of them
+    A layer that asks for its weights gets its block, in whatever order: forwards, backwards, recomputed, or drawing.
+    """
+
+    def __init__(self, blocks: list[list], device) -> None:
+        """blocks: the FrozenLinears of each."""
+        cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if cuda else None
+        self.copies: list[list] = []  # of each block: its layers' weights at home, in the first place, in the second
+        self.inside, self.turn = [None, None], 0  # the number of the block in each place; the place that works
+        rooms = [[-(-layer.stored.nbytes // 256) * 256 for layer in block] for block in blocks]
+        places = [torch.empty(max(map(sum, rooms)), dtype=torch.uint8, device=device) for _ in range(2)]
+        home = torch.empty(0, dtype=torch.uint8)
+        for number, block in enumerate(blocks):
+            free, copies = places, []
+            for layer, room in zip(block, rooms[number], strict=True):
+                if len(home) < room:  # many layers to a piece: pinned memory comes in powers of two
+                    home = torch.empty(max(room, 2**29), dtype=torch.uint8, pin_memory=cuda)
+                kept = layer.stored
+                views = [flat[: kept.nbytes].view(kept.dtype).view(kept.shape) for flat in (home, *free)]
+                views[0].copy_(kept)
+                layer.stored, layer.swapped_in = kept.new_empty(0), functools.partial(self.fetch, number, views[1:])
+                copies.append(views)
+                home, *free = (flat[room:] for flat in (home, *free))
+            self.copies.append(copies)
+
+    def fetch(self, number: int, views: list):
+        """A layer's weights, of its views in the two places; the first layer of a block sends for the block after it."""
+        before = self.inside[self.turn]
+        if before != number:
+            self.turn = 1 - self.turn
+            if self.inside[self.turn] != number:
+                self.copy(number, self.turn)
+            if self.stream:
+                torch.cuda.current_stream().wait_stream(self.stream)
+            ahead = number - 1 if before is not None and number < before else number + 1
+            if not 0 <= ahead < len(self.copies):  # the way back begins
+                ahead = 2 * number - ahead
+            self.copy(ahead % len(self.copies), 1 - self.turn)
+        return views[self.turn]
+
+    def copy(self, number: int, place: int) -> None:
+        """Copies a block into a place, once the work with what is in it is done."""
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for home, *views in self.copies[number]:
+                views[place].copy_(home, non_blocking=True)
+        self.inside[place] = number
+
+
+def swap_blocks(module, number: int, device) -> None:
+    """Moves a module to the device, but for the linear weights of `number` of its blocks, which lie evenly among the others.
+
+    Autograd would keep a plain layer's weights on the device; a FrozenLinear asks for them again.
+    """
+    blocks = [part for part in module.modules() if type(part).__name__.endswith("Block")]
+    if number > len(blocks):
+        raise UserError(f"--blocks_to_swap {number}: the {DENOISER} has {len(blocks)} blocks")
+    chosen = [blocks[k * len(blocks) // number] for k in range(number)]
+    for block in chosen:
+        for name, layer in list(block.named_modules()):
+            if type(layer) is torch.nn.Linear:
+                block.set_submodule(name, FrozenLinear(layer.weight.data, layer.bias, None, layer.weight.dtype))
+    BlockSwap([[part for part in block.modules() if isinstance(part, FrozenLinear)] for block in chosen], device)
+    module.to(device)
+
+
+def load_quantized(kind, folder: Path, quantize: str, dtype, device, variant: str | None = None, home=None):
+    """A denoiser of diffusers class `kind` with the linear layers of its blocks in nf4, int8 or fp8, on the device `home`.
+
+    Each tensor is read, cast or quantised on `device`, and dropped; those of the blocks first, the largest of them
     first, so that the CPU holds no more than one file, the device never more than the result. Layers outside of the blocks
     (embeddings, the last layer) are few and sensitive, and stay in `dtype`. Errors: UserError if weights are missing.
     """
     from accelerate import init_empty_weights
     from safetensors import safe_open
 
+    home = home or device
     with init_empty_weights():
         model = kind.from_config(kind.load_config(folder)).requires_grad_(False).eval()
     middle, stem = f".{variant}" if variant else "", "diffusion_pytorch_model"
@@ -2429,22 +2509,24 @@ def load_quantized(kind, folder: Path, quantize: str, dtype, device, variant: st
             names = shard.keys()
             sizes = {name: ("block" in name, math.prod(shard.get_slice(name).get_shape())) for name in names}
             for name in sorted(names, key=sizes.get, reverse=True):
-                place(model, name, shard.get_tensor(name), quantize, dtype, device)
+                place(model, name, shard.get_tensor(name), quantize, dtype, device, home)
     if missing := [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]:
         raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}")
-    return model.to(device)
+    return model.to(home)
 
 
-def place(model, name: str, tensor, quantize: str, dtype, device) -> None:
+def place(model, name: str, tensor, quantize: str, dtype, device, home) -> None:
     """Puts one tensor of a file into the model; a linear layer inside a block becomes a FrozenLinear."""
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
     if leaf == "weight" and type(layer) is torch.nn.Linear and "block" in path:
-        model.set_submodule(path, FrozenLinear(tensor.to(device), layer.bias, quantize, dtype))
+        frozen = FrozenLinear(tensor.to(device), None, quantize, dtype).to(home)
+        frozen.bias = layer.bias  # it comes later
+        model.set_submodule(path, frozen)
     elif leaf in layer._parameters:
-        layer._parameters[leaf] = torch.nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
+        layer._parameters[leaf] = torch.nn.Parameter(tensor.to(home, dtype, copy=True), requires_grad=False)
     elif leaf in layer._buffers:
-        layer._buffers[leaf] = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+        layer._buffers[leaf] = tensor.to(home, dtype if tensor.is_floating_point() else None, copy=True)
 
 
 def enable_checkpointing(denoiser, dropout: bool) -> None:
@@ -2736,7 +2818,8 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
     dtype = torch_dtype(precision) if precision else components.dtype
     embeds = {k: v.to(accelerator.device, dtype) for k, v in prompts.for_pipeline(args.class_prompt).items()}
     prompts.release()  # never on the GPU together with the denoiser
-    base = components.denoiser() if args.quantize_base else components.get(DENOISER, dtype)
+    frugal = args.quantize_base or args.blocks_to_swap
+    base = components.denoiser() if frugal else components.get(DENOISER, dtype)
     pipeline, size = components.pipeline(base), (args.resolution * 2)[:2]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     bar = waiting("class images", len(mine))
@@ -3446,6 +3529,7 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later")
     add("--compile", action="store_true", help="torch.compile of the repeated blocks: slow first step, then faster")
     add("--quantize_base", choices=["nf4", "int8", "fp8"], help="hold the frozen base in 4 or 8 bits")
+    add("--blocks_to_swap", type=natural, default=0, metavar="N", help="hold the weights of N blocks in the CPU's memory until they work (0: none)")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="attention by xformers (torch's own is as good)")
     add("--offload", action="store_true", help="text encoders and VAE stay on the CPU while they are unused")
 
@@ -3529,7 +3613,8 @@ RULES = (
     ("random_rotation_prob", lambda a: not a.random_rotation, "without --random_rotation"),
     ("tag_separator", lambda a: not a.shuffle_tags, "without --shuffle_tags"),
     (PRIOR, lambda a: not a.with_prior_preservation, "without --with_prior_preservation"),
-    ("prior_generation_precision", lambda a: a.quantize_base, "with --quantize_base, which draws the class images too"),
+    ("prior_generation_precision", lambda a: a.quantize_base or a.blocks_to_swap, "with --quantize_base or --blocks_to_swap, whose base draws the class images too"),
+    ("blocks_to_swap", lambda a: a.compile, "{flag} can't be combined with --compile, which wants weights that stay in one place"),
     ("with_prior_preservation", lambda a: not a.class_prompt, '{flag} needs --class_prompt, such as "a photo of a dog"'),
     ("cache_latents", lambda a: a.color_jitter is not None or a.random_rotation, "{flag} can't be combined with --color_jitter or --random_rotation: they change each image each time"),
     ("train_text_encoder train_text_encoder_ti shuffle_tags", lambda a: a.cache_text_embeddings, "--cache_text_embeddings can't be combined with {flag}: the embeddings change"),
@@ -3545,7 +3630,7 @@ RULES = (
     (NO_LORA, lambda a: a.train_transformer_frac == 0, "with --train_transformer_frac 0, which adds no LoRA"),
     ("", lambda a: 0 < a.train_transformer_frac < 1 and text_frac(a) < 1, "--train_transformer_frac below 1 leaves steps in which nothing is trained; raise it or a text fraction to 1"),
     ("", lambda a: a.lora_alpha == 0, "--lora_alpha 0 scales the update to nothing"),
-    ("quantize_base", lambda a: a.merge_lora or a.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq")), "{flag} can't be combined with --merge_lora or an initialisation that changes the base's weights"),
+    ("quantize_base blocks_to_swap", lambda a: a.merge_lora or a.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq")), "{flag} can't be combined with --merge_lora or an initialisation that changes the base's weights"),
     # loss and optimizer
     ("huber_c", lambda a: a.loss_type != "huber", "without --loss_type huber"),
     ("use_8bit_adam use_prodigy", lambda a: a.use_8bit_adam and a.use_prodigy, "--use_8bit_adam and --use_prodigy contradict each other"),
@@ -3848,12 +3933,15 @@ class Components:
         return pipeline
 
     def denoiser(self):
-        """The frozen denoiser, quantised if --quantize_base says so."""
-        args = self.args
-        if args.quantize_base and DENOISER not in self.loaded:
-            place = (self.folder / DENOISER, args.quantize_base, self.dtype, self.device, args.variant)
+        """The frozen denoiser, quantised and with blocks swapped as --quantize_base and --blocks_to_swap say."""
+        args, fresh = self.args, DENOISER not in self.loaded
+        home = torch.device("cpu") if self.sharded or args.blocks_to_swap else self.device
+        if args.quantize_base and fresh:
+            place = (self.folder / DENOISER, args.quantize_base, self.dtype, self.device, args.variant, home)
             self.loaded[DENOISER] = load_quantized(library_class(*self.index[DENOISER]), *place)
-        denoiser = self.get(DENOISER, device="cpu" if self.sharded else None)
+        denoiser = self.get(DENOISER, device=home)
+        if args.blocks_to_swap and fresh:
+            swap_blocks(denoiser, args.blocks_to_swap, self.device)
         if args.enable_xformers_memory_efficient_attention:
             denoiser.enable_xformers_memory_efficient_attention()
         return denoiser
