@@ -257,12 +257,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 270 the run: what happens, in which order · 571 the loop, and one step of it · 750 what is logged, and the
-# guard against learning nothing · 881 data: images and captions · 1176 images: decoding, buckets, crops, batches ·
-# 1586 text: embeddings and new tokens · 1807 LoRA and optimizer · 2225 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2596 checkpoints and signals · 2752 pictures: validation, class images, comparison · 2953
-# probes: what was learned, what was forgotten · 3131 files that a run leaves · 3443 command line · 3901 base model:
-# loading, quantising, splitting · 4112 errors, lines, seeds, libraries
+# By line: 270 the run: what happens, in which order · 574 the loop, and one step of it · 810 what is logged, and the
+# guard against learning nothing · 941 data: images and captions · 1236 images: decoding, buckets, crops, batches ·
+# 1665 text: embeddings and new tokens · 1897 LoRA and optimizer · 2320 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2722 checkpoints and signals · 2878 pictures: validation, class images, comparison · 3081
+# probes: what was learned, what was forgotten · 3259 files that a run leaves · 3571 command line · 4032 base model:
+# loading, quantising, splitting · 4243 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -385,6 +385,7 @@ class Run:
     denoiser: object = None
     parts: list[Part] = field(default_factory=list)
     guard: StepGuard = None
+    graphs: Graphs | None = None
     probe: Probe | None = None
 
     @property
@@ -422,6 +423,8 @@ def start_accelerator(args: argparse.Namespace):
         raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from None
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no")
+    if args.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.mixed_precision == "fp16"):
+        raise UserError("--cuda_graphs needs an NVIDIA GPU, and --mixed_precision bf16 or no")
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
@@ -450,8 +453,8 @@ def open_base(run: Run) -> Components:
     args, accelerator = run.args, run.accelerator
     dtype = torch_dtype(accelerator.mixed_precision)
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
-    if sharded and (args.quantize_base or args.compile or args.blocks_to_swap):
-        flags = "--quantize_base, --compile and --blocks_to_swap"
+    if sharded and (args.quantize_base or args.compile or args.blocks_to_swap or args.cuda_graphs):
+        flags = "--quantize_base, --compile, --blocks_to_swap and --cuda_graphs"
         raise UserError(f"{flags} don't work with FSDP: use a configuration for several GPUs")
     components = Components(resolve_base(args), args, dtype, accelerator.device, sharded)
     check_base(components)
@@ -614,22 +617,61 @@ def backward(run: Run, batch: dict, step: int, micro: int):
     torch.manual_seed(stable_seed(run.args.seed, "dropout", step, micro, run.accelerator.process_index))
     with run.autocast():
         embeds = run.prompts.encode(captions) if run.text_moves(step) else run.prompts.lookup(captions)
-    loss = (batch_loss(run, batch, embeds) * batch["weight"]).sum() / run.args.gradient_accumulation_steps
-    (loss * run.guard.scale if run.guard.half else loss).backward()
-    for part in run.parts:
-        part.collect()
-    return loss.detach()
+
+    def work(given: dict):
+        losses = batch_loss(run, given, {name: given[name] for name in embeds})
+        loss = (losses * given["weight"]).sum() / run.args.gradient_accumulation_steps
+        (loss * run.guard.scale if run.guard.half else loss).backward()
+        for part in run.parts:
+            part.collect()
+        return loss.detach()
+
+    return run.graphs.run(work, batch | embeds) if run.graphs else work(batch | embeds)
+
+
+class Graphs:
+    """CUDA graphs of forward and backward pass, one for each shape of batch: hundreds of launches become one.
+
+    By torch's rules, https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs: inputs and gradients stay where they are,
+    the first passes run on a stream of their own, and the graphs share their memory. Not yet tried on a GPU.
+    """
+
+    def __init__(self, parts: list[Part]) -> None:
+        self.parts, self.recorded, self.pool = parts, {}, None
+
+    def run(self, work, given: dict):
+        """What work(given) returns, a tensor; its launches are recorded at the first batch of this shape."""
+        given = {name: value for name, value in given.items() if torch.is_tensor(value)}
+        shapes = tuple((name, value.shape) for name, value in given.items())
+        if shapes not in self.recorded:
+            self.recorded[shapes] = self.record(work, {name: value.clone() for name, value in given.items()})
+        graph, inputs, result = self.recorded[shapes]
+        for name, value in given.items():
+            inputs[name].copy_(value)
+        graph.replay()
+        return result.clone()
+
+    def record(self, work, inputs: dict) -> tuple:
+        """(the graph, its inputs, its result)."""
+        stream, kept = torch.cuda.Stream(), [part.gradients.clone() for part in self.parts]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                work(inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        for part, gradients in zip(self.parts, kept, strict=True):
+            part.gradients.copy_(gradients)  # without what the first passes have added
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            result = work(inputs)
+        self.pool = graph.pool()
+        return graph, inputs, result
 
 
 def batch_loss(run: Run, batch: dict, embeds: dict):
     """Loss of each sample of a batch, (B,): latents from moments or pixels, then the family's loss."""
     if "moments" not in batch:
-        vae = run.components.vae()
-        if run.args.offload:
-            vae.to(run.accelerator.device)
-        batch["moments"] = encode_image(batch["pixels"], vae)
-        if run.args.offload:
-            vae.to("cpu")
+        batch["moments"] = encode_image(batch["pixels"], run.components.vae())
     latents = sample_latents(batch["moments"], batch["posterior_noise"], run.components.config("vae"))
     embeds = {name: value.to(run.denoiser.dtype) for name, value in embeds.items()}
     with run.autocast():
@@ -674,7 +716,7 @@ def batches_ahead(run: Run, first_step: int):
     loader = torch.utils.data.DataLoader(
         run.data,
         batch_sampler=BatchStream(run.plan, run.accelerator.process_index, start, stop),
-        collate_fn=collate,
+        collate_fn=pack_batch,
         num_workers=run.args.dataloader_num_workers,
         pin_memory=run.accelerator.device.type == "cuda",
         generator=torch.Generator(),  # one of its own keeps the global one untouched
@@ -684,7 +726,7 @@ def batches_ahead(run: Run, first_step: int):
     def upcoming(pool):
         prepared = pool.submit(next, batches)
         for number in range(start, stop):
-            batch = to_device(prepared.result(), device)
+            batch = unpack_batch(prepared.result(), device)
             if number + 1 < stop:
                 prepared = pool.submit(next, batches)
             yield batch
@@ -696,6 +738,24 @@ def batches_ahead(run: Run, first_step: int):
 def to_device(batch: dict, device) -> dict:
     """Moves the tensors of a batch."""
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def pack_batch(items: list[dict]) -> dict:
+    """Items of one bucket -> a batch that takes one copy to the device for each type of tensor: {captions, buffers, layout}."""
+    batch = collate(items)
+    layout = {name: (str(v.dtype), v.shape) for name, v in batch.items() if name != "captions"}
+    kinds = {kind: [n for n, (own, _) in layout.items() if own == kind] for kind, _ in layout.values()}
+    buffers = {kind: torch.cat([batch[name].flatten() for name in names]) for kind, names in kinds.items()}
+    return {"captions": batch["captions"], "buffers": buffers, "layout": layout}
+
+
+def unpack_batch(packed: dict, device) -> dict:
+    """What `pack_batch` made -> the batch, as `collate` gives it, on the device."""
+    buffers, batch = to_device(packed["buffers"], device), {"captions": packed["captions"]}
+    for name, (kind, shape) in packed["layout"].items():
+        batch[name], buffers[kind] = buffers[kind].split([math.prod(shape), len(buffers[kind]) - math.prod(shape)])
+        batch[name] = batch[name].view(shape)
+    return batch
 
 
 def validate(run: Run, step: int, meter: Meter) -> None:
@@ -1347,7 +1407,7 @@ class BatchPlan:
     def __init__(self, examples: list[Example], args: argparse.Namespace, processes: int, class_images: int) -> None:
         self.buckets = {i: e.bucket for i, e in enumerate(examples) if not e.held_out}
         self.seed, self.repeats, self.processes = args.seed, args.repeats, processes
-        self.size, self.fixed_shapes = args.train_batch_size * processes, args.compile
+        self.size, self.fixed_shapes = args.train_batch_size * processes, args.compile or args.cuda_graphs
         self.class_images, self.prior_loss_weight = class_images, args.prior_loss_weight
         self.cached: tuple[int, list[list[Slot]]] = (-1, [])
         self.per_epoch = len(self.epoch(0))
@@ -1449,8 +1509,8 @@ def cropped(cover, target: tuple[int, int], crop: Crop, rng: random.Random, args
 
 
 def to_pixels(image):
-    """RGB image -> tensor (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    """RGB image -> tensor (3, H, W), uint8: a fourth of what it is in float32 on its way to the device."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class TrainingData:
@@ -1474,7 +1534,7 @@ class TrainingData:
         return crop
 
     def view(self, slot: Slot, crop: Crop, rng: random.Random):
-        """The slot's pixels (3, H, W) in [-1, 1]."""
+        """The slot's pixels (3, H, W), uint8."""
         cover = self.stores[slot.is_class].cover(slot.index, slot.bucket)
         return to_pixels(cropped(cover, self.buckets[slot.bucket], crop, rng, self.args))
 
@@ -1516,9 +1576,9 @@ def latent_shape(size: tuple[int, int], vae_config: dict) -> tuple[int, int, int
 
 
 def encode_image(pixels, vae):
-    """Pixels (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w): mean and standard deviation of the latents."""
+    """Pixels (B, 3, H, W), uint8 -> moments (B, 2C, h, w): mean and standard deviation of the latents."""
     with torch.no_grad():
-        distribution = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        distribution = vae.encode((pixels.to(vae.device).float() / 127.5 - 1).to(vae.dtype)).latent_dist
     return torch.cat([distribution.mean, distribution.std], dim=1).float()
 
 
@@ -1533,26 +1593,45 @@ def cache_latents(data: TrainingData, plan: BatchPlan, components: Components, a
     for store in stores[1:]:
         used = sorted(set(plan.buckets.values()))
         slots += [Slot(i, b, 0, 0, 1.0, True) for i in range(len(store.examples)) for b in used]
-    bar = waiting("latents", len(slots))
-    for slot in slots:
-        bar.update()
+
+    def moments(place: tuple[int, bool]):
+        slot, flip = slots[place[0]], place[1]
         example, crop = stores[slot.is_class].examples[slot.index], data.crop_of(slot, random.Random(0))
-        for flip in (False, True)[: 1 + args.random_flip]:
-            crop.flip = flip
-            key = (*identity, example.digest, data.buckets[slot.bucket], crop.left, crop.top, flip)
-            found = disk.load(*key)
-            if found is None:
-                pixels = data.view(slot, crop, random.Random(0))
-                found = {"moments": encode_image(pixels[None], components.vae())[0].cpu()}
-                if not torch.isfinite(found["moments"]).all():
-                    advice = "use --mixed_precision bf16, or another --pretrained_vae_model_name_or_path"
-                    raise UserError(f"{example.name}: the VAE's values aren't finite in {components.dtype}; {advice}")
-                disk.store(found, *key)
-            data.moments[slot.is_class, slot.index, slot.bucket, flip] = found["moments"]
-    bar.close()
+        crop.flip = flip
+        key = (*identity, example.digest, data.buckets[slot.bucket], crop.left, crop.top, flip)
+        found = disk.load(*key)
+        if found is None:
+            pixels = data.view(slot, crop, random.Random(0))
+            found = {"moments": encode_image(pixels[None], components.vae())[0].cpu()}
+            if not torch.isfinite(found["moments"]).all():
+                advice = "use --mixed_precision bf16, or another --pretrained_vae_model_name_or_path"
+                raise UserError(f"{example.name}: the VAE's values aren't finite in {components.dtype}; {advice}")
+            disk.store(found, *key)
+        return found["moments"]
+
+    flips = (False, True)[: 1 + args.random_flip]
+    places = [(number, flip) for number in range(len(slots)) for flip in flips]
+    for (number, flip), found in divided("latents", places, lambda share: map(moments, share)).items():
+        data.moments[slots[number].is_class, slots[number].index, slots[number].bucket, flip] = found
     components.free("vae")
     for store in stores:
         store.kept.clear()
+
+
+def divided(what: str, places: list, compute) -> dict:
+    """{place: what `compute`, given a list of places, has for it}; each is computed by one process, and given to all."""
+    many = torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)
+    out = {}
+    with waiting(what, len(places)) as bar:
+        for begin in range(0, len(places), 16 * world):
+            share = places[begin + rank : begin + 16 * world : world]
+            everyone = [dict(zip(share, compute(share), strict=True))] * world
+            if many:
+                torch.distributed.all_gather_object(everyone, everyone[rank])
+            out.update(pair for found in everyone for pair in found.items())
+            bar.update(min(16 * world, len(places) - begin))
+    return out
 
 
 class DiskCache:
@@ -1601,11 +1680,12 @@ class Prompts:
         self.tokenizers = {key: components.get(name) for key, name in names.items()}
         self.trained: set[str] = set()  # keys of the encoders whose embeddings change from step to step
         self.altered: set[str] = set()  # keys of those that are no longer the base's: not for the disk
+        self.streamed: set[str] = set()  # keys of those whose weights come to the device anew for each group of prompts
         on_disk = self.tokenizers if self.disk.folder else ()
         self.identity = {key: [components.identity(part) for part in TEXT_ENCODERS[key]] for key in on_disk}
 
     def text_encoder(self, key: str):
-        """One encoder, loaded; on the CPU if it isn't trained and the GPU's free memory doesn't hold it."""
+        """One encoder, loaded; where it isn't trained and the GPU's free memory doesn't hold it, its blocks are swapped."""
         name = TEXT_ENCODERS[key][1]
         if name not in self.components.loaded:
             if key in self.altered:
@@ -1614,8 +1694,11 @@ class Prompts:
             if self.components.device.type == "cuda":
                 needed = sum(p.numel() * p.element_size() for p in encoder.parameters())
                 if key not in self.trained and torch.cuda.mem_get_info()[0] < 1.1 * needed:
-                    say(f"note: {key} ({needed / 2**30:.1f} GiB) does not fit on the GPU now and works on the CPU")
-                    return encoder
+                    say(
+                        f"note: {key} ({needed / 2**30:.1f} GiB) doesn't fit on the GPU now: its blocks come in one by one"
+                    )
+                    swap_blocks(encoder, None, self.components.device)
+                    self.streamed.add(key)
             encoder.to(self.components.device)
         return self.components.loaded[name]
 
@@ -1628,21 +1711,30 @@ class Prompts:
         """What one encoder gives for prompts, computed now; differentiable in whatever is trained."""
         return encode_prompts(key, prompts, self.tokenizers[key], self.text_encoder(key), self.args)
 
-    def kept(self, key: str, prompt: str) -> dict:
-        """What one encoder gives for a prompt: from memory, from disk, or computed; no gradient."""
-        if (key, prompt) in self.known:
-            return self.known[key, prompt]
+    def kept(self, key: str, prompts: list[str]) -> list[dict]:
+        """What one encoder gives for each prompt, on the CPU: from memory, from disk, or computed; no gradient.
+
+        Each is computed alone, so that it depends on no other; with a streamed encoder, all that are missing together.
+        """
         on_disk = self.disk.folder is not None and key not in self.altered
-        found = self.disk.load(*self.key(key, prompt)) if on_disk else None
-        if found is None:
+        found = {p: self.known.get((key, p)) or (on_disk and self.disk.load(*self.key(key, p))) for p in prompts}
+        missing = [p for p in found if not found[p]]
+        if missing:
+            self.text_encoder(key)
+        for group in [missing] if missing and key in self.streamed else [[p] for p in missing]:
             with torch.no_grad():
-                found = self.compute(key, [prompt])
-            if on_disk:
-                self.disk.store(found, *self.key(key, prompt))
-        found = {k: v.to(self.components.device) for k, v in found.items()}
+                rows = {k: v.split(1) for k, v in self.compute(key, group).items()}
+            for number, prompt in enumerate(group):
+                found[prompt] = {k: v[number] for k, v in rows.items()}
+                if on_disk:
+                    self.disk.store(found[prompt], *self.key(key, prompt))
         if not self.args.shuffle_tags:  # hardly a caption would come twice
-            self.known[key, prompt] = found
-        return found
+            self.remember(key, found)
+        return [found[prompt] for prompt in prompts]
+
+    def remember(self, key: str, found: dict[str, dict]) -> None:
+        """Keeps what one encoder gives for prompts: on the CPU, for FLUX.1 has 4 MiB for each."""
+        self.known |= {(key, p): {k: pinned(v.cpu()) for k, v in rows.items()} for p, rows in found.items()}
 
     def encode(self, prompts: list[str]) -> dict:
         """Prompts -> embeddings (B, ...), differentiable in the encoders that are trained."""
@@ -1655,8 +1747,8 @@ class Prompts:
             if key in live:
                 encoded[key] = self.compute(key, prompts)
             else:
-                rows = [self.kept(key, prompt) for prompt in prompts]
-                encoded[key] = {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
+                rows, device = self.kept(key, prompts), self.components.device
+                encoded[key] = {k: torch.cat([row[k].to(device, non_blocking=True) for row in rows]) for k in rows[0]}
         return join_embeds(encoded, self.args, self.components.config(DENOISER))
 
     def for_pipeline(self, prompt: str) -> dict:
@@ -1669,6 +1761,7 @@ class Prompts:
 
     def release(self, *keys: str) -> None:
         """Frees encoders: these, or all of them."""
+        self.streamed -= set(keys or self.tokenizers)
         self.components.free(*(TEXT_ENCODERS[key][1] for key in keys or self.tokenizers))
 
 
@@ -1684,11 +1777,8 @@ def fill_text_cache(run: Run) -> None:
     captions = [insert_tokens(c, run.abstractions) for c in captions]
     for key in prompts.tokenizers:
         if key not in prompts.trained:
-            wanted = dict.fromkeys([*captions, *run.sample_prompts, *run.control_prompts, ""])
-            with waiting(f"captions for {key}", len(wanted)) as bar:
-                for prompt in wanted:
-                    prompts.kept(key, prompt)
-                    bar.update()
+            wanted = list(dict.fromkeys([*captions, *run.sample_prompts, *run.control_prompts, ""]))
+            prompts.remember(key, divided(f"captions for {key}", wanted, functools.partial(prompts.kept, key)))
             prompts.release(key)
 
 
@@ -1839,11 +1929,15 @@ def add_trained_parts(run: Run) -> None:
         shard_base(run.denoiser, run.accelerator.device)
         say(f"FSDP2: the {DENOISER} is split over {run.accelerator.num_processes} processes")
     if args.compile:
-        run.denoiser.compile_repeated_blocks()
+        torch._dynamo.config.recompile_limit = 256  # kinds of blocks times buckets; beyond it they would run uncompiled
+        for block in repeated(run.denoiser):
+            block.compile(dynamic=False)
     run.initial_states = {part: lora_state(module) for part, module in run.lora_modules.items()}
     prepare_parts(run.parts, args, run.components.dtype)
     for module in run.lora_modules.values():
-        fuse_lora(module)
+        if not (args.compile and module is run.denoiser):  # the compiler fuses too, and would take each LoraGroup anew
+            fuse_lora(module)
+    run.graphs = Graphs(run.parts) if args.cuda_graphs else None
     for part in run.parts:
         millions = part.weights.numel() / 1e6
         say(
@@ -2134,8 +2228,9 @@ def waitless_prodigy(base: type) -> type:
                 gradient.add_(weights, alpha=decay)
             progress, weight = torch.dot(gradient, state["p0"] - weights), d * dlr
             state["d_numerator"].mul_(beta3).addcmul_(weight, progress, value=1 / d0)
-            state["exp_avg"].lerp_(gradient * d, 1 - beta1)
-            state["exp_avg_sq"].mul_(beta2).addcmul_(gradient * d, gradient * d, value=1 - beta2)
+            scaled = gradient * d
+            state["exp_avg"].lerp_(scaled, 1 - beta1)
+            state["exp_avg_sq"].mul_(beta2).addcmul_(scaled, scaled, value=1 - beta2)
             weight = d * d if group["safeguard_warmup"] else weight
             state["s"].mul_(beta3).addcmul_(gradient, weight, value=1 / d0)
             found = state["d_numerator"] / torch.linalg.vector_norm(state["s"], 1) * group["d_coef"]
@@ -2253,9 +2348,6 @@ class LoraGroup:
         layer = self.layers[number]
         if layer.disable_adapters or layer.merged:
             return layer.base_layer(x)
-        if torch.compiler.is_compiling():
-            down, up = layer.lora_A["default"], layer.lora_B["default"]
-            return layer.base_layer(x) + up(down(x.to(down.weight.dtype))) * self.scale
         if self.given is not x or number not in self.ready:
             self.given, self.ready = x, dict(enumerate(self.results(x)))
         result = self.ready.pop(number)
@@ -2279,7 +2371,7 @@ def fuse_lora(module) -> None:
     """Gives a module's plain LoRA layers (linear, 1 x 1 convolution; no dropout, no DoRA) the forward of LoraGroup.
 
     Those of one attention with the same input become one group. To be called when the part's buffers are there; peft
-    computes all other layers.
+    computes all other layers. A UNet's gated gelu keeps its input alone.
     """
     from peft.tuners.lora import Conv2d, Linear
 
@@ -2292,6 +2384,8 @@ def fuse_lora(module) -> None:
         return type(layer.lora_dropout["default"]) is torch.nn.Identity and not layer.lora_bias["default"]
 
     for parent in module.modules():
+        if type(parent).__name__ == "GEGLU":
+            parent.forward = functools.partial(lambda layer, x: GatedGelu.apply(layer.proj(x)), parent)
         layers = {name: layer for name, layer in parent.named_children() if plain(layer)}
         crossed = getattr(parent, "is_cross_attention", False)
         for names in SHARED_INPUT:
@@ -2311,7 +2405,7 @@ def adjacent(layers: list) -> bool:
 
 def define_layers() -> None:
     """Defines the classes that derive from torch's, once torch is imported."""
-    global FrozenLinear, FrozenProduct, LoraProducts
+    global FrozenLinear, FrozenProduct, LoraProducts, GatedGelu
 
     class FrozenLinear(torch.nn.Linear):
         """A linear layer that isn't trained: its weights in 8 bits (a scale per row), 4 (a scale per 64 values), or as they are.
@@ -2415,6 +2509,25 @@ def define_layers() -> None:
                     up.addmm_(gradient.t(), part, alpha=group.scale)
             return total, *([None] * (1 + 2 * len(gradients)))
 
+    class GatedGelu(torch.autograd.Function):
+        """(..., 2C) -> first half * gelu(second half), (..., C); makes the gelu again instead of keeping it."""
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            value, gate = x.chunk(2, dim=-1)
+            return F.gelu(gate).mul_(value)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            (x,) = ctx.saved_tensors
+            out = torch.empty_like(x)
+            (value, gate), (of_value, of_gate) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+            torch.mul(gradient, F.gelu(gate), out=of_value)
+            torch.ops.aten.gelu_backward.grad_input(gradient * value, gate, grad_input=of_gate)
+            return out
+
 
 def rows_like(x, columns: int):
     """An empty (M, columns) that lies in memory as x (M, K) does: row by row or, as in a picture, column by column."""
@@ -2483,8 +2596,7 @@ class BlockSwap:
 
     def __init__(self, blocks: list[list], device) -> None:
         """blocks: the FrozenLinears of each."""
-        cuda = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if cuda else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.copies: list[list] = []  # of each block: its layers' weights at home, in the first place, in the second
         self.inside, self.turn = [None, None], 0  # the number of the block in each place; the place that works
         rooms = [[-(-layer.stored.nbytes // 256) * 256 for layer in block] for block in blocks]
@@ -2494,7 +2606,7 @@ class BlockSwap:
             free, copies = places, []
             for layer, room in zip(block, rooms[number], strict=True):
                 if len(home) < room:  # many layers to a piece: pinned memory comes in powers of two
-                    home = torch.empty(max(room, 2**29), dtype=torch.uint8, pin_memory=cuda)
+                    home = pinned(torch.empty(max(room, 2**29), dtype=torch.uint8))
                 kept = layer.stored
                 views = [flat[: kept.nbytes].view(kept.dtype).view(kept.shape) for flat in (home, *free)]
                 views[0].copy_(kept)
@@ -2528,12 +2640,26 @@ class BlockSwap:
         self.inside[place] = number
 
 
-def swap_blocks(module, number: int, device) -> None:
-    """Moves a module to the device, but for the linear weights of `number` of its blocks, which lie evenly among the others.
+def repeated(module) -> list:
+    """The blocks of which a transformer, an encoder, or the attention of a UNet is made."""
+    return [part for part in module.modules() if type(part).__name__.endswith(("Block", "EncoderLayer"))]
+
+
+def pinned(tensor):
+    """The tensor in pinned memory, from which the GPU copies by itself; as it is where there is no GPU, or no more of that."""
+    try:
+        return tensor.pin_memory() if torch.cuda.is_available() else tensor
+    except RuntimeError:
+        return tensor
+
+
+def swap_blocks(module, number: int | None, device) -> None:
+    """Moves a module to the device, but for the linear weights of `number` of its blocks (None: all), evenly among the others.
 
     Autograd would keep a plain layer's weights on the device; a FrozenLinear asks for them again.
     """
-    blocks = [part for part in module.modules() if type(part).__name__.endswith("Block")]
+    blocks = repeated(module)
+    number = number or len(blocks)
     if number > len(blocks):
         raise UserError(f"--blocks_to_swap {number}: the {DENOISER} has {len(blocks)} blocks")
     chosen = [blocks[k * len(blocks) // number] for k in range(number)]
@@ -2843,18 +2969,20 @@ def sample_seed(seed: int, prompt: int, image: int) -> int:
 def evaluating(run: Run):
     """Trained modules in evaluation mode, the VAE on the device, and text embeddings of this moment; all put back after."""
     modules = {m: m.training for m in (run.denoiser, *run.lora_modules.values())}
+    stance = torch.compiler.set_stance("force_eager")  # other shapes than in training would be compiled anew
     vae = run.components.vae()
     run.prompts.forget()
     for module in modules:
         module.eval()
     vae.to(run.accelerator.device)
     try:
-        yield
+        with stance:
+            yield
     finally:
         for module, training in modules.items():
             module.train(training)
         run.prompts.forget()
-        if run.args.offload:
+        if run.args.offload and run.args.cache_latents:  # else each step encodes
             vae.to("cpu")
 
 
@@ -3586,6 +3714,7 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--gradient_checkpointing", action="store_true", help="less memory, about a third more time per step")
     add("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later")
     add("--compile", action="store_true", help="torch.compile of the repeated blocks: slow first step, then faster")
+    add("--cuda_graphs", action="store_true", help="one launch for a whole forward and backward pass: where the GPU waits for Python")
     add("--quantize_base", choices=["nf4", "int8", "fp8"], help="hold the frozen base in 4 or 8 bits")
     add("--blocks_to_swap", type=natural, default=0, metavar="N", help="hold the weights of N blocks in the CPU's memory until they work (0: none)")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="attention by xformers (torch's own is as good)")
@@ -3672,6 +3801,8 @@ RULES = (
     ("tag_separator", lambda a: not a.shuffle_tags, "without --shuffle_tags"),
     (PRIOR, lambda a: not a.with_prior_preservation, "without --with_prior_preservation"),
     ("prior_generation_precision", lambda a: a.quantize_base or a.blocks_to_swap, "with --quantize_base or --blocks_to_swap, whose base draws the class images too"),
+    ("cuda_graphs", lambda a: not a.cache_latents, "{flag} needs --cache_latents"),
+    ("train_text_encoder train_text_encoder_ti compile blocks_to_swap quantize_base lora_dropout use_dora", lambda a: a.cuda_graphs, "--cuda_graphs can't be combined with {flag}, which does more than launch the same work again"),
     ("blocks_to_swap", lambda a: a.compile, "{flag} can't be combined with --compile, which wants weights that stay in one place"),
     ("with_prior_preservation", lambda a: not a.class_prompt, '{flag} needs --class_prompt, such as "a photo of a dog"'),
     ("cache_latents", lambda a: a.color_jitter is not None or a.random_rotation, "{flag} can't be combined with --color_jitter or --random_rotation: they change each image each time"),
