@@ -291,12 +291,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out | {name: fuse_projections(parts, mlp[: len(parts)]) for name, parts in waiting.items()}
 
 
-# By line: 304 the run: what happens, in which order · 608 the loop, and one step of it · 844 what is logged, and the
-# guard against learning nothing · 975 data: images and captions · 1270 images: decoding, buckets, crops, batches ·
-# 1699 text: embeddings and new tokens · 1931 LoRA and optimizer · 2354 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2756 checkpoints and signals · 2912 pictures: validation, class images, comparison · 3115
-# probes: what was learned, what was forgotten · 3293 files that a run leaves · 3605 command line · 4066 base model:
-# loading, quantising, splitting · 4277 errors, lines, seeds, libraries
+# By line: 304 the run: what happens, in which order · 608 the loop, and one step of it · 851 what is logged, and the
+# guard against learning nothing · 982 data: images and captions · 1280 images: decoding, buckets, crops, batches ·
+# 1709 text: embeddings and new tokens · 1941 LoRA and optimizer · 2362 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2770 checkpoints and signals · 2926 pictures: validation, class images, comparison · 3129
+# probes: what was learned, what was forgotten · 3307 files that a run leaves · 3619 command line · 4080 base model:
+# loading, quantising, splitting · 4291 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -751,6 +751,7 @@ def batches_ahead(run: Run, first_step: int):
         run.data,
         batch_sampler=BatchStream(run.plan, run.accelerator.process_index, start, stop),
         collate_fn=pack_batch,
+        worker_init_fn=ready_worker,
         num_workers=run.args.dataloader_num_workers,
         pin_memory=run.accelerator.device.type == "cuda",
         generator=torch.Generator(),  # one of its own keeps the global one untouched
@@ -772,6 +773,12 @@ def batches_ahead(run: Run, first_step: int):
 def to_device(batch: dict, device) -> dict:
     """Moves the tensors of a batch."""
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def ready_worker(number: int) -> None:
+    """Where worker processes are spawned (Windows, macOS), they begin without the libraries."""
+    if "torch" not in globals():
+        import_libraries()
 
 
 def pack_batch(items: list[dict]) -> dict:
@@ -1130,12 +1137,15 @@ def dataset_examples(args: argparse.Namespace) -> list[Example]:
     column = args.caption_column or next((c for c in CAPTION_COLUMNS if c in table.column_names), None)
     table = table.cast_column(args.image_column, datasets.Image(decode=False))
 
-    def read(row: int) -> bytes:
-        cell = table[row][args.image_column]
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-
     captions = map(as_captions, table[column] if column else [None] * len(table))
-    return [Example(f"row {i}", own, lambda i=i: read(i)) for i, own in enumerate(captions)]
+    reader = functools.partial(read_cell, table, args.image_column)  # a spawned worker can take it along
+    return [Example(f"row {i}", own, functools.partial(reader, i)) for i, own in enumerate(captions)]
+
+
+def read_cell(table, column: str, row: int) -> bytes:
+    """The bytes of an image in a data set."""
+    cell = table[row][column]
+    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
 
 def builder_dataset(args: argparse.Namespace):
@@ -1963,9 +1973,7 @@ def add_trained_parts(run: Run) -> None:
         shard_base(run.denoiser, run.accelerator.device)
         say(f"FSDP2: the {DENOISER} is split over {run.accelerator.num_processes} processes")
     if args.compile:
-        torch._dynamo.config.recompile_limit = 256  # kinds of blocks times buckets; beyond it they would run uncompiled
-        for block in repeated(run.denoiser):
-            block.compile(dynamic=False)
+        compile_blocks(run.denoiser)
     run.initial_states = {part: lora_state(module) for part, module in run.lora_modules.items()}
     prepare_parts(run.parts, args, run.components.dtype)
     for module in run.lora_modules.values():
@@ -2659,9 +2667,8 @@ class BlockSwap:
             if self.stream:
                 torch.cuda.current_stream().wait_stream(self.stream)
             ahead = number - 1 if before is not None and number < before else number + 1
-            if not 0 <= ahead < len(self.copies):  # the way back begins
-                ahead = 2 * number - ahead
-            self.copy(ahead % len(self.copies), 1 - self.turn)
+            if 0 <= ahead < len(self.copies):  # else the way back begins, with the block before
+                self.copy(ahead, 1 - self.turn)
         return views[self.turn]
 
     def copy(self, number: int, place: int) -> None:
@@ -2672,6 +2679,13 @@ class BlockSwap:
             for home, *views in self.copies[number]:
                 views[place].copy_(home, non_blocking=True)
         self.inside[place] = number
+
+
+def compile_blocks(denoiser) -> None:
+    """Compiles the blocks that repeat: each kind once, for each shape of batch."""
+    torch._dynamo.config.recompile_limit = 256  # kinds times shapes; beyond it they would run uncompiled in silence
+    for block in repeated(denoiser):
+        block.compile(dynamic=False)
 
 
 def repeated(module) -> list:

@@ -199,12 +199,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line: 212 the run: what happens, in which order · 516 the loop, and one step of it · 752 what is logged, and the
-# guard against learning nothing · 883 data: images and captions · 1178 images: decoding, buckets, crops, batches ·
-# 1607 text: embeddings and new tokens · 1839 LoRA and optimizer · 2262 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2664 checkpoints and signals · 2820 pictures: validation, class images, comparison · 3023
-# probes: what was learned, what was forgotten · 3201 files that a run leaves · 3513 command line · 3974 base model:
-# loading, quantising, splitting · 4185 errors, lines, seeds, libraries
+# By line: 212 the run: what happens, in which order · 516 the loop, and one step of it · 759 what is logged, and the
+# guard against learning nothing · 890 data: images and captions · 1188 images: decoding, buckets, crops, batches ·
+# 1617 text: embeddings and new tokens · 1849 LoRA and optimizer · 2270 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2678 checkpoints and signals · 2834 pictures: validation, class images, comparison · 3037
+# probes: what was learned, what was forgotten · 3215 files that a run leaves · 3527 command line · 3988 base model:
+# loading, quantising, splitting · 4199 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -659,6 +659,7 @@ def batches_ahead(run: Run, first_step: int):
         run.data,
         batch_sampler=BatchStream(run.plan, run.accelerator.process_index, start, stop),
         collate_fn=pack_batch,
+        worker_init_fn=ready_worker,
         num_workers=run.args.dataloader_num_workers,
         pin_memory=run.accelerator.device.type == "cuda",
         generator=torch.Generator(),  # one of its own keeps the global one untouched
@@ -680,6 +681,12 @@ def batches_ahead(run: Run, first_step: int):
 def to_device(batch: dict, device) -> dict:
     """Moves the tensors of a batch."""
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def ready_worker(number: int) -> None:
+    """Where worker processes are spawned (Windows, macOS), they begin without the libraries."""
+    if "torch" not in globals():
+        import_libraries()
 
 
 def pack_batch(items: list[dict]) -> dict:
@@ -1038,12 +1045,15 @@ def dataset_examples(args: argparse.Namespace) -> list[Example]:
     column = args.caption_column or next((c for c in CAPTION_COLUMNS if c in table.column_names), None)
     table = table.cast_column(args.image_column, datasets.Image(decode=False))
 
-    def read(row: int) -> bytes:
-        cell = table[row][args.image_column]
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-
     captions = map(as_captions, table[column] if column else [None] * len(table))
-    return [Example(f"row {i}", own, lambda i=i: read(i)) for i, own in enumerate(captions)]
+    reader = functools.partial(read_cell, table, args.image_column)  # a spawned worker can take it along
+    return [Example(f"row {i}", own, functools.partial(reader, i)) for i, own in enumerate(captions)]
+
+
+def read_cell(table, column: str, row: int) -> bytes:
+    """The bytes of an image in a data set."""
+    cell = table[row][column]
+    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
 
 def builder_dataset(args: argparse.Namespace):
@@ -1871,9 +1881,7 @@ def add_trained_parts(run: Run) -> None:
         shard_base(run.denoiser, run.accelerator.device)
         say(f"FSDP2: the {DENOISER} is split over {run.accelerator.num_processes} processes")
     if args.compile:
-        torch._dynamo.config.recompile_limit = 256  # kinds of blocks times buckets; beyond it they would run uncompiled
-        for block in repeated(run.denoiser):
-            block.compile(dynamic=False)
+        compile_blocks(run.denoiser)
     run.initial_states = {part: lora_state(module) for part, module in run.lora_modules.items()}
     prepare_parts(run.parts, args, run.components.dtype)
     for module in run.lora_modules.values():
@@ -2567,9 +2575,8 @@ class BlockSwap:
             if self.stream:
                 torch.cuda.current_stream().wait_stream(self.stream)
             ahead = number - 1 if before is not None and number < before else number + 1
-            if not 0 <= ahead < len(self.copies):  # the way back begins
-                ahead = 2 * number - ahead
-            self.copy(ahead % len(self.copies), 1 - self.turn)
+            if 0 <= ahead < len(self.copies):  # else the way back begins, with the block before
+                self.copy(ahead, 1 - self.turn)
         return views[self.turn]
 
     def copy(self, number: int, place: int) -> None:
@@ -2580,6 +2587,13 @@ class BlockSwap:
             for home, *views in self.copies[number]:
                 views[place].copy_(home, non_blocking=True)
         self.inside[place] = number
+
+
+def compile_blocks(denoiser) -> None:
+    """Compiles the blocks that repeat: each kind once, for each shape of batch."""
+    torch._dynamo.config.recompile_limit = 256  # kinds times shapes; beyond it they would run uncompiled in silence
+    for block in repeated(denoiser):
+        block.compile(dynamic=False)
 
 
 def repeated(module) -> list:
