@@ -201,10 +201,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 212 the run: what happens, in which order · 516 the loop, and one step of it · 759 what is logged, and the
 # guard against learning nothing · 890 data: images and captions · 1188 images: decoding, buckets, crops, batches ·
-# 1617 text: embeddings and new tokens · 1849 LoRA and optimizer · 2270 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2678 checkpoints and signals · 2834 pictures: validation, class images, comparison · 3037
-# probes: what was learned, what was forgotten · 3215 files that a run leaves · 3527 command line · 3988 base model:
-# loading, quantising, splitting · 4199 errors, lines, seeds, libraries
+# 1617 text: embeddings and new tokens · 1844 LoRA and optimizer · 2265 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2673 checkpoints and signals · 2829 pictures: validation, class images, comparison · 3032
+# probes: what was learned, what was forgotten · 3210 files that a run leaves · 3522 command line · 3983 base model:
+# loading, quantising, splitting · 4194 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -558,7 +558,7 @@ def backward(run: Run, batch: dict, step: int, micro: int):
     captions = [insert_tokens(c, run.abstractions) for c in batch["captions"]]
     torch.manual_seed(stable_seed(run.args.seed, "dropout", step, micro, run.accelerator.process_index))
     with run.autocast():
-        embeds = run.prompts.encode(captions) if run.text_moves(step) else run.prompts.lookup(captions)
+        embeds = run.prompts.lookup(captions, live=run.prompts.trained if run.text_moves(step) else ())
 
     def work(given: dict):
         losses = batch_loss(run, given, {name: given[name] for name in embeds})
@@ -1646,9 +1646,7 @@ class Prompts:
             if self.components.device.type == "cuda":
                 needed = sum(p.numel() * p.element_size() for p in encoder.parameters())
                 if key not in self.trained and torch.cuda.mem_get_info()[0] < 1.1 * needed:
-                    say(
-                        f"note: {key} ({needed / 2**30:.1f} GiB) doesn't fit on the GPU now: its blocks come in one by one"
-                    )
+                    say(f"note: {key} ({needed / 2**30:.1f} GiB) doesn't fit on the GPU: its blocks come in one by one")
                     swap_blocks(encoder, None, self.components.device)
                     self.streamed.add(key)
             encoder.to(self.components.device)
@@ -1664,15 +1662,15 @@ class Prompts:
         return encode_prompts(key, prompts, self.tokenizers[key], self.text_encoder(key), self.args)
 
     def kept(self, key: str, prompts: list[str]) -> list[dict]:
-        """What one encoder gives for each prompt, on the CPU: from memory, from disk, or computed; no gradient.
+        """What one encoder gives for each prompt: from memory, from disk, or computed; no gradient.
 
         Each is computed alone, so that it depends on no other; with a streamed encoder, all that are missing together.
         """
         on_disk = self.disk.folder is not None and key not in self.altered
-        found = {p: self.known.get((key, p)) or (on_disk and self.disk.load(*self.key(key, p))) for p in prompts}
-        missing = [p for p in found if not found[p]]
-        if missing:
-            self.text_encoder(key)
+        asked = dict.fromkeys(p for p in prompts if (key, p) not in self.known)
+        found = {p: self.disk.load(*self.key(key, p)) if on_disk else None for p in asked}
+        if missing := [p for p in found if found[p] is None]:
+            self.text_encoder(key)  # whether it is streamed shows now
         for group in [missing] if missing and key in self.streamed else [[p] for p in missing]:
             with torch.no_grad():
                 rows = {k: v.split(1) for k, v in self.compute(key, group).items()}
@@ -1680,17 +1678,14 @@ class Prompts:
                 found[prompt] = {k: v[number] for k, v in rows.items()}
                 if on_disk:
                     self.disk.store(found[prompt], *self.key(key, prompt))
-        if not self.args.shuffle_tags:  # hardly a caption would come twice
-            self.remember(key, found)
-        return [found[prompt] for prompt in prompts]
+        if self.args.shuffle_tags:  # hardly a caption would come twice
+            return [found.get(prompt) or self.known[key, prompt] for prompt in prompts]
+        self.remember(key, found)
+        return [self.known[key, prompt] for prompt in prompts]
 
     def remember(self, key: str, found: dict[str, dict]) -> None:
         """Keeps what one encoder gives for prompts: on the CPU, for FLUX.1 has 4 MiB for each."""
         self.known |= {(key, p): {k: pinned(v.cpu()) for k, v in rows.items()} for p, rows in found.items()}
-
-    def encode(self, prompts: list[str]) -> dict:
-        """Prompts -> embeddings (B, ...), differentiable in the encoders that are trained."""
-        return self.lookup(prompts, live=self.trained)
 
     def lookup(self, prompts: list[str], live: set[str] | tuple = ()) -> dict:
         """Prompts -> embeddings (B, ...), each computed once; no gradient but through the `live` encoders, computed now."""
