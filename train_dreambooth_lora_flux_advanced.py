@@ -293,12 +293,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out | {name: fuse_projections(parts, heights[: len(parts)]) for name, parts in waiting.items()}
 
 
-# By line: 306 the run: what happens, in which order · 633 the loop, and one step of it · 891 what is logged, and the
-# guard against learning nothing · 1019 data: images and captions · 1387 images: decoding, buckets, crops, batches ·
-# 1916 text: embeddings and new tokens · 2174 LoRA and optimizer · 2728 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3020 checkpoints and signals · 3195 pictures: validation, class images, comparison · 3420
-# probes: what was learned, what was forgotten · 3596 files that a run leaves · 4104 command line · 4760 base model:
-# loading, quantising, splitting · 5019 errors, lines, seeds, libraries
+# By line: 306 the run: what happens, in which order · 637 the loop, and one step of it · 958 what is logged, and the
+# guard against learning nothing · 1086 data: images and captions · 1457 images: decoding, buckets, crops, batches ·
+# 2007 text: embeddings and new tokens · 2271 LoRA and optimizer · 2828 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3238 checkpoints and signals · 3413 pictures: validation, class images, comparison · 3641
+# probes: what was learned, what was forgotten · 3817 files that a run leaves · 4325 command line · 4986 base model:
+# loading, quantising, splitting · 5248 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -430,6 +430,7 @@ class Run:
     denoiser: object = None
     parts: list[Part] = field(default_factory=list)
     guard: StepGuard = None
+    graphs: Graphs | None = None
     probe: Probe | None = None
 
     @property
@@ -469,6 +470,8 @@ def start_accelerator(args: argparse.Namespace):
         raise UserError(f"{processes} processes can't train together on {accelerator.device.type}: start one")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no")
+    if args.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.mixed_precision == "fp16"):
+        raise UserError("--cuda_graphs needs an NVIDIA GPU, and --mixed_precision bf16 or no")
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
@@ -504,8 +507,9 @@ def open_base(run: Run) -> Components:
     args, accelerator = run.args, run.accelerator
     dtype = torch_dtype(accelerator.mixed_precision)
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
-    if sharded and (args.quantize_base or args.compile):
-        raise UserError("--quantize_base and --compile don't work with FSDP: use a configuration for several GPUs")
+    if sharded and (args.quantize_base or args.compile or args.blocks_to_swap or args.cuda_graphs):
+        flags = "--quantize_base, --compile, --blocks_to_swap and --cuda_graphs"
+        raise UserError(f"{flags} don't work with FSDP: use a configuration for several GPUs")
     components = Components(resolve_base(args), args, dtype, accelerator.device, sharded)
     check_base(components)
     size = sum(file.stat().st_size for file in components.folder_of(DENOISER).glob("*.safetensors"))
@@ -680,32 +684,70 @@ def train(run: Run, first_step: int) -> None:
 def backward(run: Run, batch: dict, step: int, micro: int):
     """Loss of one batch, its gradients added to the parts' buffers; returns the loss, a tensor."""
 
-    def descend(losses):
-        loss = (losses * batch["weight"]).sum() / run.args.gradient_accumulation_steps
-        (loss * run.guard.scale if run.guard.half else loss).backward()
-        return loss.detach()
-
     captions = [insert_tokens(c, run.abstractions) for c in batch["captions"]]
     torch.manual_seed(stable_seed(run.args.seed, "dropout", step, micro, run.accelerator.process_index))
     with run.autocast():
-        embeds = run.prompts.encode(captions) if run.text_moves(step) else run.prompts.lookup(captions)
-    loss = descend(batch_loss(run, batch, embeds))
-    if run.args.preserve_class:
-        descend(run.args.preserve_weight * preservation_loss(run, batch))
-    for part in run.parts:
-        part.collect()
-    return loss
+        embeds = run.prompts.lookup(captions, live=run.prompts.trained if run.text_moves(step) else ())
+
+    def descend(losses, given: dict):
+        loss = (losses * given["weight"]).sum() / run.args.gradient_accumulation_steps
+        (loss * run.guard.scale if run.guard.half else loss).backward()
+        return loss.detach()
+
+    def work(given: dict):
+        loss = descend(batch_loss(run, given, {name: given[name] for name in embeds}), given)
+        if run.args.preserve_class:
+            descend(run.args.preserve_weight * preservation_loss(run, given), given)
+        for part in run.parts:
+            part.collect()
+        return loss
+
+    return run.graphs.run(work, batch | embeds) if run.graphs else work(batch | embeds)
+
+
+class Graphs:
+    """CUDA graphs of forward and backward pass, one for each shape of batch: hundreds of launches become one.
+
+    By torch's rules, https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs: inputs and gradients stay where they are,
+    the first passes run on a stream of their own, and the graphs share their memory. Not yet tried on a GPU.
+    """
+
+    def __init__(self, parts: list[Part]) -> None:
+        self.parts, self.recorded, self.pool = parts, {}, None
+
+    def run(self, work, given: dict):
+        """What work(given) returns, a tensor; its launches are recorded at the first batch of this shape."""
+        given = {name: value for name, value in given.items() if torch.is_tensor(value)}
+        shapes = tuple((name, value.shape) for name, value in given.items())
+        if shapes not in self.recorded:
+            self.recorded[shapes] = self.record(work, {name: value.clone() for name, value in given.items()})
+        graph, inputs, result = self.recorded[shapes]
+        for name, value in given.items():
+            inputs[name].copy_(value)
+        graph.replay()
+        return result.clone()
+
+    def record(self, work, inputs: dict) -> tuple:
+        """(the graph, its inputs, its result)."""
+        stream, kept = torch.cuda.Stream(), [part.gradients.clone() for part in self.parts]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                work(inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        for part, gradients in zip(self.parts, kept, strict=True):
+            part.gradients.copy_(gradients)  # without what the first passes have added
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            result = work(inputs)
+        self.pool = graph.pool()
+        return graph, inputs, result
 
 
 def batch_loss(run: Run, batch: dict, embeds: dict):
     """Loss of each sample of a batch, (B,): latents from moments or pixels, then the family's loss."""
     if "moments" not in batch:
-        vae = run.components.vae()
-        if run.args.offload:
-            vae.to(run.accelerator.device)
-        batch["moments"] = encode_image(batch["pixels"], vae)
-        if run.args.offload:
-            vae.to("cpu")
+        batch["moments"] = encode_image(batch["pixels"], run.components.vae())
     latents = sample_latents(batch["moments"], batch["posterior_noise"], run.components.config("vae"))
     embeds = {name: value.to(run.denoiser.dtype) for name, value in embeds.items()}
     with run.autocast():
@@ -801,7 +843,8 @@ def batches_ahead(run: Run, first_step: int):
     loader = torch.utils.data.DataLoader(
         run.data,
         batch_sampler=BatchStream(run.plan, run.accelerator.process_index, start, stop),
-        collate_fn=collate,
+        collate_fn=pack_batch,
+        worker_init_fn=ready_worker,
         num_workers=run.args.dataloader_num_workers,
         pin_memory=run.accelerator.device.type == "cuda",
         generator=torch.Generator(),  # one of its own keeps the global one untouched
@@ -812,7 +855,7 @@ def batches_ahead(run: Run, first_step: int):
         prepared = pool.submit(next, batches)
         for number in range(start, stop):
             try:
-                batch = to_device(prepared.result(), device)
+                batch = unpack_batch(prepared.result(), device)
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
@@ -830,6 +873,30 @@ def batches_ahead(run: Run, first_step: int):
 def to_device(batch: dict, device) -> dict:
     """Moves the tensors of a batch."""
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def ready_worker(number: int) -> None:
+    """Where worker processes are spawned (Windows, macOS), they begin without the libraries."""
+    if "torch" not in globals():
+        import_libraries()
+
+
+def pack_batch(items: list[dict]) -> dict:
+    """Items of one bucket -> a batch that takes one copy to the device for each type of tensor: {captions, buffers, layout}."""
+    batch = collate(items)
+    layout = {name: (str(v.dtype), v.shape) for name, v in batch.items() if name != "captions"}
+    kinds = {kind: [n for n, (own, _) in layout.items() if own == kind] for kind, _ in layout.values()}
+    buffers = {kind: torch.cat([batch[name].flatten() for name in names]) for kind, names in kinds.items()}
+    return {"captions": batch["captions"], "buffers": buffers, "layout": layout}
+
+
+def unpack_batch(packed: dict, device) -> dict:
+    """What `pack_batch` made -> the batch, as `collate` gives it, on the device."""
+    buffers, batch = to_device(packed["buffers"], device), {"captions": packed["captions"]}
+    for name, (kind, shape) in packed["layout"].items():
+        batch[name], buffers[kind] = buffers[kind].split([math.prod(shape), len(buffers[kind]) - math.prod(shape)])
+        batch[name] = batch[name].view(shape)
+    return batch
 
 
 def validate(run: Run, step: int, meter: Meter) -> None:
@@ -1240,17 +1307,20 @@ def dataset_examples(args: argparse.Namespace) -> list[Example]:
     column = args.caption_column or next((c for c in CAPTION_COLUMNS if c in table.column_names), None)
     table = table.cast_column(args.image_column, datasets.Image(decode=False))
 
-    def read(row: int) -> bytes:
-        cell = table[row][args.image_column]
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-
     captions = map(as_captions, table[column] if column else [None] * len(table))
-    examples = [Example(f"row {i}", own, functools.partial(read, i)) for i, own in enumerate(captions)]
+    reader = functools.partial(read_cell, table, args.image_column)  # a spawned worker can take it along
+    examples = [Example(f"row {i}", own, functools.partial(reader, i)) for i, own in enumerate(captions)]
     if args.masked_loss not in (None, "alpha"):
         raise UserError(f"--masked_loss {args.masked_loss}: a data set's masks are its pictures' alpha channels: alpha")
     for example in examples if args.masked_loss else ():
         example.read_mask = example.read
     return examples
+
+
+def read_cell(table, column: str, row: int) -> bytes:
+    """The bytes of an image in a data set."""
+    cell = table[row][column]
+    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
 
 def builder_dataset(args: argparse.Namespace):
@@ -1612,7 +1682,7 @@ class BatchPlan:
         self.buckets = {i: e.bucket for i, e in enumerate(examples) if not e.held_out}
         self.sets = {i: examples[i].own or args for i in self.buckets}
         self.seed, self.processes, most = args.seed, processes, max(own.repeats for own in self.sets.values())
-        self.size, self.fixed_shapes = args.train_batch_size * processes, args.compile
+        self.size, self.fixed_shapes = args.train_batch_size * processes, args.compile or args.cuda_graphs
         self.class_images, self.prior_loss_weight = class_images, args.prior_loss_weight
         self.round, self.starts = max(1, min(most, self.at_once // len(self.buckets))), [0]  # starts: of each round
         for part in range(-(-most // self.round)):
@@ -1728,8 +1798,8 @@ def cropped(cover, target: tuple[int, int], crop: Crop, rng: random.Random, args
 
 
 def to_pixels(image):
-    """RGB image -> tensor (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    """RGB image -> tensor (3, H, W), uint8: a fourth of what it is in float32 on its way to the device."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class TrainingData:
@@ -1758,7 +1828,7 @@ class TrainingData:
         return crop
 
     def view(self, slot: Slot, crop: Crop, rng: random.Random):
-        """The slot's pixels (3, H, W) in [-1, 1]."""
+        """The slot's pixels (3, H, W), uint8."""
         around, crop = self.stores[slot.is_class].window(slot.index, slot.bucket, crop)
         return to_pixels(cropped(around, self.buckets[slot.bucket], crop, rng, self.args))
 
@@ -1819,9 +1889,9 @@ def latent_shape(size: tuple[int, int], vae_config: dict) -> tuple[int, int, int
 
 
 def encode_image(pixels, vae):
-    """Pixels (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w): mean and standard deviation of the latents."""
+    """Pixels (B, 3, H, W), uint8 -> moments (B, 2C, h, w): mean and standard deviation of the latents."""
     with torch.no_grad():
-        distribution = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        distribution = vae.encode((pixels.to(vae.device).float() / 127.5 - 1).to(vae.dtype)).latent_dist
     return torch.cat([distribution.mean, distribution.std], dim=1).float()
 
 
@@ -1836,28 +1906,49 @@ def cache_latents(data: TrainingData, plan: BatchPlan, components: Components, a
     for store in stores[1:]:
         used = sorted(set(plan.buckets.values()))
         slots += [Slot(i, b, 0, 0, 1.0, True) for i in range(len(store.examples)) for b in used]
-    bar = waiting("latents", len(slots))
-    for slot in slots:
-        bar.update()
+
+    def moments(place: tuple[int, bool]):
+        slot, flip = slots[place[0]], place[1]
         example, crop = stores[slot.is_class].examples[slot.index], data.crop_of(slot, random.Random(0))
-        for flip in (False, True)[: 1 + args.random_flip]:
+        crop.flip = flip
+        key = (*identity, example.digest, data.buckets[slot.bucket], crop.left, crop.top, flip)
+        found = disk.load(*key)
+        if found is None:
+            pixels = data.view(slot, crop, random.Random(0))
+            found = {"moments": encode_image(pixels[None], components.vae())[0].cpu()}
+            if not torch.isfinite(found["moments"]).all():
+                advice = "use --mixed_precision bf16, or another --pretrained_vae_model_name_or_path"
+                raise UserError(f"{example.name}: the VAE's values aren't finite in {components.dtype}; {advice}")
+            disk.store(found, *key)
+        return found["moments"]
+
+    flips = (False, True)[: 1 + args.random_flip]
+    places = [(number, flip) for number in range(len(slots)) for flip in flips]
+    for (number, flip), found in divided("latents", places, lambda share: map(moments, share)).items():
+        data.moments[slots[number].is_class, slots[number].index, slots[number].bucket, flip] = found
+        if data.masks:
+            slot, crop = slots[number], data.crop_of(slots[number], random.Random(0))
             crop.flip = flip
-            key = (*identity, example.digest, data.buckets[slot.bucket], crop.left, crop.top, flip)
-            found = disk.load(*key)
-            if found is None:
-                pixels = data.view(slot, crop, random.Random(0))
-                found = {"moments": encode_image(pixels[None], components.vae())[0].cpu()}
-                if not torch.isfinite(found["moments"]).all():
-                    advice = "use --mixed_precision bf16, or another --pretrained_vae_model_name_or_path"
-                    raise UserError(f"{example.name}: the VAE's values aren't finite in {components.dtype}; {advice}")
-                disk.store(found, *key)
-            data.moments[slot.is_class, slot.index, slot.bucket, flip] = found["moments"]
-            if data.masks:
-                data.kept_masks[slot.is_class, slot.index, slot.bucket, flip] = data.mask(slot, crop, random.Random(0))
-    bar.close()
+            data.kept_masks[slot.is_class, slot.index, slot.bucket, flip] = data.mask(slot, crop, random.Random(0))
     components.free("vae")
     for store in (*stores, data.masks) if data.masks else stores:
         store.kept.clear()
+
+
+def divided(what: str, places: list, compute) -> dict:
+    """{place: what `compute`, given a list of places, has for it}; each is computed by one process, and given to all."""
+    many = torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)
+    out = {}
+    with waiting(what, len(places)) as bar:
+        for begin in range(0, len(places), 16 * world):
+            share = places[begin + rank : begin + 16 * world : world]
+            everyone = [dict(zip(share, compute(share), strict=True))] * world
+            if many:
+                torch.distributed.all_gather_object(everyone, everyone[rank])
+            out.update(pair for found in everyone for pair in found.items())
+            bar.update(min(16 * world, len(places) - begin))
+    return out
 
 
 class DiskCache:
@@ -1931,11 +2022,12 @@ class Prompts:
         self.tokenizers = {key: components.get(name) for key, name in names.items()}
         self.trained: set[str] = set()  # keys of the encoders whose embeddings change from step to step
         self.altered: set[str] = set()  # keys of those that are no longer the base's: not for the disk
+        self.streamed: set[str] = set()  # keys of those whose weights come to the device anew for each group of prompts
         on_disk = self.tokenizers if self.disk.folder else ()
         self.identity = {key: [components.identity(part) for part in TEXT_ENCODERS[key]] for key in on_disk}
 
     def text_encoder(self, key: str):
-        """One encoder, loaded; on the CPU if it isn't trained and the GPU's free memory doesn't hold it."""
+        """One encoder, loaded; where it isn't trained and the GPU's free memory doesn't hold it, its blocks are swapped."""
         name = TEXT_ENCODERS[key][1]
         if name not in self.components.loaded:
             if key in self.altered:
@@ -1944,8 +2036,9 @@ class Prompts:
             if self.components.device.type == "cuda":
                 needed = sum(p.numel() * p.element_size() for p in encoder.parameters())
                 if key not in self.trained and torch.cuda.mem_get_info()[0] < 1.1 * needed:
-                    say(f"note: {key} ({needed / 2**30:.1f} GiB) does not fit on the GPU now and works on the CPU")
-                    return encoder
+                    say(f"note: {key} ({needed / 2**30:.1f} GiB) doesn't fit on the GPU: its blocks come in one by one")
+                    swap_blocks(encoder, None, self.components.device)
+                    self.streamed.add(key)
             encoder.to(self.components.device)
         return self.components.loaded[name]
 
@@ -1958,25 +2051,31 @@ class Prompts:
         """What one encoder gives for prompts, computed now; differentiable in whatever is trained."""
         return encode_prompts(key, prompts, self.tokenizers[key], self.text_encoder(key), self.args)
 
-    def kept(self, key: str, prompt: str) -> dict:
-        """What one encoder gives for a prompt: from memory, from disk, or computed; no gradient."""
-        if (key, prompt) in self.known:
-            return self.known[key, prompt]
-        on_disk = self.disk.folder is not None and key not in self.altered
-        found = self.disk.load(*self.key(key, prompt)) if on_disk else None
-        if found is None:
-            with torch.no_grad():
-                found = self.compute(key, [prompt])
-            if on_disk:
-                self.disk.store(found, *self.key(key, prompt))
-        found = {k: v.to(self.components.device) for k, v in found.items()}
-        if not self.args.captions_vary:  # hardly a caption would come twice
-            self.known[key, prompt] = found
-        return found
+    def kept(self, key: str, prompts: list[str]) -> list[dict]:
+        """What one encoder gives for each prompt: from memory, from disk, or computed; no gradient.
 
-    def encode(self, prompts: list[str]) -> dict:
-        """Prompts -> embeddings (B, ...), differentiable in the encoders that are trained."""
-        return self.lookup(prompts, live=self.trained)
+        Each is computed alone, so that it depends on no other; with a streamed encoder, all that are missing together.
+        """
+        on_disk = self.disk.folder is not None and key not in self.altered
+        asked = dict.fromkeys(p for p in prompts if (key, p) not in self.known)
+        found = {p: self.disk.load(*self.key(key, p)) if on_disk else None for p in asked}
+        if missing := [p for p in found if found[p] is None]:
+            self.text_encoder(key)  # whether it is streamed shows now
+        for group in [missing] if missing and key in self.streamed else [[p] for p in missing]:
+            with torch.no_grad():
+                rows = {k: v.split(1) for k, v in self.compute(key, group).items()}
+            for number, prompt in enumerate(group):
+                found[prompt] = {k: v[number] for k, v in rows.items()}
+                if on_disk:
+                    self.disk.store(found[prompt], *self.key(key, prompt))
+        if self.args.captions_vary:  # hardly a caption would come twice
+            return [found.get(prompt) or self.known[key, prompt] for prompt in prompts]
+        self.remember(key, found)
+        return [self.known[key, prompt] for prompt in prompts]
+
+    def remember(self, key: str, found: dict[str, dict]) -> None:
+        """Keeps what one encoder gives for prompts: on the CPU, for FLUX.1 has 4 MiB for each."""
+        self.known |= {(key, p): {k: pinned(v.cpu()) for k, v in rows.items()} for p, rows in found.items()}
 
     def lookup(self, prompts: list[str], live: set[str] | tuple = ()) -> dict:
         """Prompts -> embeddings (B, ...), each computed once; no gradient but through the `live` encoders, computed now."""
@@ -1985,8 +2084,8 @@ class Prompts:
             if key in live:
                 encoded[key] = self.compute(key, prompts)
             else:
-                rows = [self.kept(key, prompt) for prompt in prompts]
-                encoded[key] = {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
+                rows, device = self.kept(key, prompts), self.components.device
+                encoded[key] = {k: torch.cat([row[k].to(device, non_blocking=True) for row in rows]) for k in rows[0]}
         return join_embeds(encoded, self.args, self.components.config(DENOISER))
 
     def for_pipeline(self, prompt: str, negative: str = "") -> dict:
@@ -1999,6 +2098,7 @@ class Prompts:
 
     def release(self, *keys: str) -> None:
         """Frees encoders: these, or all of them."""
+        self.streamed -= set(keys or self.tokenizers)
         self.components.free(*(TEXT_ENCODERS[key][1] for key in keys or self.tokenizers))
 
 
@@ -2032,11 +2132,8 @@ def fill_text_cache(run: Run) -> None:
     for key in prompts.tokenizers:
         if key not in prompts.trained:
             negatives = [own["negative_prompt"] for own in args.prompt_settings if "negative_prompt" in own]
-            wanted = dict.fromkeys([*captions, *run.sample_prompts, *run.control_prompts, *negatives, ""])
-            with waiting(f"captions for {key}", len(wanted)) as bar:
-                for prompt in wanted:
-                    prompts.kept(key, prompt)
-                    bar.update()
+            wanted = list(dict.fromkeys([*captions, *run.sample_prompts, *run.control_prompts, *negatives, ""]))
+            prompts.remember(key, divided(f"captions for {key}", wanted, functools.partial(prompts.kept, key)))
             prompts.release(key)
 
 
@@ -2207,11 +2304,13 @@ def add_trained_parts(run: Run) -> None:
         shard_base(run.denoiser, run.accelerator.device)
         say(f"FSDP2: the {DENOISER} is split over {run.accelerator.num_processes} processes")
     if args.compile:
-        run.denoiser.compile_repeated_blocks()
+        compile_blocks(run.denoiser)
     run.initial_states = {part: lora_state(module) for part, module in run.lora_modules.items()}
     prepare_parts(run.parts, args, run.components.dtype)
     for module in run.lora_modules.values():
-        fuse_lora(module)
+        if not (args.compile and module is run.denoiser):  # the compiler fuses too, and would take each LoraGroup anew
+            fuse_lora(module)
+    run.graphs = Graphs(run.parts) if args.cuda_graphs else None
     for part in run.parts:
         millions = part.weights.numel() / 1e6
         say(
@@ -2637,8 +2736,9 @@ def waitless_prodigy(base: type) -> type:
                 gradient.add_(weights, alpha=decay)
             progress, weight = torch.dot(gradient, state["p0"] - weights), d * dlr
             state["d_numerator"].mul_(beta3).addcmul_(weight, progress, value=1 / d0)
-            state["exp_avg"].lerp_(gradient * d, 1 - beta1)
-            state["exp_avg_sq"].mul_(beta2).addcmul_(gradient * d, gradient * d, value=1 - beta2)
+            scaled = gradient * d
+            state["exp_avg"].lerp_(scaled, 1 - beta1)
+            state["exp_avg_sq"].mul_(beta2).addcmul_(scaled, scaled, value=1 - beta2)
             weight = d * d if group["safeguard_warmup"] else weight
             state["s"].mul_(beta3).addcmul_(gradient, weight, value=1 / d0)
             found = state["d_numerator"] / torch.linalg.vector_norm(state["s"], 1) * group["d_coef"]
@@ -2756,9 +2856,6 @@ class LoraGroup:
         layer = self.layers[number]
         if layer.disable_adapters or layer.merged:
             return layer.base_layer(x)
-        if torch.compiler.is_compiling():
-            down, up = layer.lora_A["default"], layer.lora_B["default"]
-            return layer.base_layer(x) + up(down(x.to(down.weight.dtype))) * self.scale
         if self.given is not x or number not in self.ready:
             self.given, self.ready = x, dict(enumerate(self.results(x)))
         result = self.ready.pop(number)
@@ -2782,7 +2879,7 @@ def fuse_lora(module) -> None:
     """Gives a module's plain LoRA layers (linear, 1 x 1 convolution; no dropout, no DoRA) the forward of LoraGroup.
 
     Those of one attention with the same input become one group. To be called when the part's buffers are there; peft
-    computes all other layers.
+    computes all other layers. A UNet's gated gelu keeps its input alone.
     """
     from peft.tuners.lora import Conv2d, Linear
 
@@ -2795,6 +2892,8 @@ def fuse_lora(module) -> None:
         return type(layer.lora_dropout["default"]) is torch.nn.Identity and not layer.lora_bias["default"]
 
     for parent in module.modules():
+        if type(parent).__name__ == "GEGLU":
+            parent.forward = functools.partial(lambda layer, x: GatedGelu.apply(layer.proj(x)), parent)
         layers = {name: layer for name, layer in parent.named_children() if plain(layer)}
         crossed = getattr(parent, "is_cross_attention", False)
         for names in SHARED_INPUT:
@@ -2814,37 +2913,44 @@ def adjacent(layers: list) -> bool:
 
 def define_layers() -> None:
     """Defines the classes that derive from torch's, once torch is imported."""
-    global FrozenLinear, FrozenProduct, LoraProducts
+    global FrozenLinear, FrozenProduct, LoraProducts, GatedGelu
 
     class FrozenLinear(torch.nn.Linear):
-        """A linear layer that isn't trained, with its weights in 8 bits (a scale per row) or 4 (a scale per 64 values).
+        """A linear layer that isn't trained: its weights in 8 bits (a scale per row), 4 (a scale per 64 values), or as they are.
 
         fp8: e4m3, of which GPUs that can (compute capability 8.9) take the product as it is. int8: rounded. nf4:
-        https://arxiv.org/abs/2305.14314, with the scales in 8 bits. Autograd keeps nothing but these weights.
+        https://arxiv.org/abs/2305.14314, with the scales in 8 bits. Autograd keeps nothing but the layer itself.
         """
 
-        def __init__(self, weight, bias, kind: str, dtype) -> None:
+        def __init__(self, weight, bias, kind: str | None, dtype) -> None:
             """weight: (N, K), of any floating type, where it is to stay; dtype: what the products come in."""
             torch.nn.Module.__init__(self)
             self.out_features, self.in_features = weight.shape
-            self.kind, self.dtype, self.bias, self.state = kind, dtype, bias, None
+            self.kind, self.dtype, self.bias, self.state, self.swapped_in = kind, dtype, bias, None, None
+            kept, scale = weight, weight.new_empty(0)
             if kind == "nf4":
                 from bitsandbytes.functional import quantize_4bit
 
                 kept, self.state = quantize_4bit(weight.to(dtype), quant_type="nf4", compress_statistics=True)
-                scale = weight.new_empty(0)
-            else:  # some rows at a time, so that little is held in float32
+            elif kind:  # some rows at a time, so that little is held in float32
                 quantize = to_fp8 if kind == "fp8" else functools.partial(to_int8, dtype=dtype)
                 pieces = zip(*map(quantize, weight.split(max(1, 2**22 // self.in_features))), strict=True)
                 kept, scale = map(torch.cat, pieces)
-            self.register_buffer("kept", kept)
+            self.register_buffer("stored", kept)
             self.register_buffer("scale", scale)
             capable = weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (8, 9)
             self.direct = kind == "fp8" and capable and not any(n % 16 for n in weight.shape)
 
         @property
+        def kept(self):
+            """The weights as they are kept; of a swapped block, where the device has them now."""
+            return self.swapped_in() if self.swapped_in else self.stored
+
+        @property
         def weight(self):
-            """The weights (N, K) in `dtype`, made anew each time."""
+            """The weights (N, K) in `dtype`."""
+            if self.kind is None:
+                return self.kept
             if self.kind == "nf4":
                 from bitsandbytes.functional import dequantize_4bit
 
@@ -2911,6 +3017,25 @@ def define_layers() -> None:
                     up.addmm_(gradient.t(), part, alpha=group.scale)
             return total, *([None] * (1 + 2 * len(gradients)))
 
+    class GatedGelu(torch.autograd.Function):
+        """(..., 2C) -> first half * gelu(second half), (..., C); makes the gelu again instead of keeping it."""
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            value, gate = x.chunk(2, dim=-1)
+            return F.gelu(gate).mul_(value)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            (x,) = ctx.saved_tensors
+            out = torch.empty_like(x)
+            (value, gate), (of_value, of_gate) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+            torch.mul(gradient, F.gelu(gate), out=of_value)
+            torch.ops.aten.gelu_backward.grad_input(gradient * value, gate, grad_input=of_gate)
+            return out
+
 
 def rows_like(x, columns: int):
     """An empty (M, columns) that lies in memory as x (M, K) does: row by row or, as in a picture, column by column."""
@@ -2919,9 +3044,9 @@ def rows_like(x, columns: int):
 
 
 def to_fp8(x):
-    """(M, K) -> the same in e4m3, and float32 scales (M, 1) that make it x again."""
+    """(M, K) -> the same in e4m3, row by row in memory, and float32 scales (M, 1) that make it x again."""
     scale = torch.linalg.vector_norm(x, math.inf, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12).div_(448)
-    return (x / scale).to(torch.float8_e4m3fn), scale
+    return (x / scale).to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), scale
 
 
 def to_int8(x, dtype):
@@ -2970,15 +3095,106 @@ def input_gradient(layer, gradient, total=None):
     return torch.mm(gradient, weight, out=rows_like(gradient, weight.shape[1]))
 
 
-def load_quantized(kind, folder: Path, quantize: str, dtype, device, variant: str | None = None):
-    """A denoiser of diffusers class `kind` with the linear layers of its blocks in nf4, int8 or fp8, on the device.
+class BlockSwap:
+    """Blocks whose weights lie in the CPU's memory. Two places on the device take turns: while the block in one works, the
+    next is copied into the other, on a stream of its own. Nothing is copied back.
 
-    Each tensor is read, cast or quantised on the device, and dropped; those of the blocks first, the largest of them
+    A layer that asks for its weights gets its block, in whatever order: forwards, backwards, recomputed, or drawing.
+    """
+
+    def __init__(self, blocks: list[list], device) -> None:
+        """blocks: the FrozenLinears of each."""
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copies: list[list] = []  # of each block: its layers' weights at home, in the first place, in the second
+        self.inside, self.turn = [None, None], 0  # the number of the block in each place; the place that works
+        rooms = [[-(-layer.stored.nbytes // 256) * 256 for layer in block] for block in blocks]
+        places = [torch.empty(max(map(sum, rooms)), dtype=torch.uint8, device=device) for _ in range(2)]
+        home = torch.empty(0, dtype=torch.uint8)
+        for number, block in enumerate(blocks):
+            free, copies = places, []
+            for layer, room in zip(block, rooms[number], strict=True):
+                if len(home) < room:  # many layers to a piece: pinned memory comes in powers of two
+                    home = pinned(torch.empty(max(room, 2**29), dtype=torch.uint8))
+                kept = layer.stored
+                views = [flat[: kept.nbytes].view(kept.dtype).view(kept.shape) for flat in (home, *free)]
+                views[0].copy_(kept)
+                layer.stored, layer.swapped_in = kept.new_empty(0), functools.partial(self.fetch, number, views[1:])
+                copies.append(views)
+                home, *free = (flat[room:] for flat in (home, *free))
+            self.copies.append(copies)
+
+    def fetch(self, number: int, views: list):
+        """A layer's weights, of its views in the two places; the first layer of a block sends for the block after it."""
+        before = self.inside[self.turn]
+        if before != number:
+            self.turn = 1 - self.turn
+            if self.inside[self.turn] != number:
+                self.copy(number, self.turn)
+            if self.stream:
+                torch.cuda.current_stream().wait_stream(self.stream)
+            ahead = number - 1 if before is not None and number < before else number + 1
+            if 0 <= ahead < len(self.copies):  # else the way back begins, with the block before
+                self.copy(ahead, 1 - self.turn)
+        return views[self.turn]
+
+    def copy(self, number: int, place: int) -> None:
+        """Copies a block into a place, once the work with what is in it is done."""
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for home, *views in self.copies[number]:
+                views[place].copy_(home, non_blocking=True)
+        self.inside[place] = number
+
+
+def compile_blocks(denoiser) -> None:
+    """Compiles the blocks that repeat: each kind once, for each shape of batch."""
+    torch._dynamo.config.recompile_limit = 256  # kinds times shapes; beyond it they would run uncompiled in silence
+    for block in repeated(denoiser):
+        block.compile(dynamic=False)
+
+
+def repeated(module) -> list:
+    """The blocks of which a transformer, an encoder, or the attention of a UNet is made."""
+    return [part for part in module.modules() if type(part).__name__.endswith(("Block", "EncoderLayer"))]
+
+
+def pinned(tensor):
+    """The tensor in pinned memory, from which the GPU copies by itself; as it is where there is no GPU, or no more of that."""
+    try:
+        return tensor.pin_memory() if torch.cuda.is_available() else tensor
+    except RuntimeError:
+        return tensor
+
+
+def swap_blocks(module, number: int | None, device) -> None:
+    """Moves a module to the device, but for the linear weights of `number` of its blocks (None: all), evenly among the others.
+
+    Autograd would keep a plain layer's weights on the device; a FrozenLinear asks for them again.
+    """
+    blocks = repeated(module)
+    number = number or len(blocks)
+    if number > len(blocks):
+        raise UserError(f"--blocks_to_swap {number}: the {DENOISER} has {len(blocks)} blocks")
+    chosen = [blocks[k * len(blocks) // number] for k in range(number)]
+    for block in chosen:
+        for name, layer in list(block.named_modules()):
+            if type(layer) is torch.nn.Linear:
+                block.set_submodule(name, FrozenLinear(layer.weight.data, layer.bias, None, layer.weight.dtype))
+    BlockSwap([[part for part in block.modules() if isinstance(part, FrozenLinear)] for block in chosen], device)
+    module.to(device)
+
+
+def load_quantized(kind, folder: Path, quantize: str, dtype, device, variant: str | None = None, home=None):
+    """A denoiser of diffusers class `kind` with the linear layers of its blocks in nf4, int8 or fp8, on the device `home`.
+
+    Each tensor is read, cast or quantised on `device`, and dropped; those of the blocks first, the largest of them
     first, so that the CPU holds no more than one file, the device never more than the result. Layers outside of the blocks
     (embeddings, the last layer) are few and sensitive, and stay in `dtype`. Errors: UserError if weights are missing.
     """
     from accelerate import init_empty_weights
 
+    home = home or device
     with init_empty_weights():
         model = kind.from_config(kind.load_config(folder)).requires_grad_(False).eval()
     middle, stem = f".{variant}" if variant else "", "diffusion_pytorch_model"
@@ -2993,22 +3209,24 @@ def load_quantized(kind, folder: Path, quantize: str, dtype, device, variant: st
             names = shard.keys()
             sizes = {name: ("block" in name, math.prod(shard.get_slice(name).get_shape())) for name in names}
             for name in sorted(names, key=sizes.get, reverse=True):
-                place(model, name, shard.get_tensor(name), quantize, dtype, device)
+                place(model, name, shard.get_tensor(name), quantize, dtype, device, home)
     if missing := [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]:
         raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}")
-    return model.to(device)
+    return model.to(home)
 
 
-def place(model, name: str, tensor, quantize: str, dtype, device) -> None:
+def place(model, name: str, tensor, quantize: str, dtype, device, home) -> None:
     """Puts one tensor of a file into the model; a linear layer inside a block becomes a FrozenLinear."""
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
     if leaf == "weight" and type(layer) is torch.nn.Linear and "block" in path:
-        model.set_submodule(path, FrozenLinear(tensor.to(device), layer.bias, quantize, dtype))
+        frozen = FrozenLinear(tensor.to(device), None, quantize, dtype).to(home)
+        frozen.bias = layer.bias  # it comes later
+        model.set_submodule(path, frozen)
     elif leaf in layer._parameters:
-        layer._parameters[leaf] = torch.nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
+        layer._parameters[leaf] = torch.nn.Parameter(tensor.to(home, dtype, copy=True), requires_grad=False)
     elif leaf in layer._buffers:
-        layer._buffers[leaf] = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+        layer._buffers[leaf] = tensor.to(home, dtype if tensor.is_floating_point() else None, copy=True)
 
 
 def enable_checkpointing(denoiser, dropout: bool) -> None:
@@ -3309,18 +3527,20 @@ def sample_seed(seed: int, prompt: int, image: int) -> int:
 def evaluating(run: Run):
     """Trained modules in evaluation mode, the VAE on the device, and text embeddings of this moment; all put back after."""
     modules = {m: m.training for m in (run.denoiser, *run.lora_modules.values())}
+    stance = torch.compiler.set_stance("force_eager")  # other shapes than in training would be compiled anew
     vae = run.components.vae()
     run.prompts.forget()
     for module in modules:
         module.eval()
     vae.to(run.accelerator.device)
     try:
-        yield
+        with stance:
+            yield
     finally:
         for module, training in modules.items():
             module.train(training)
         run.prompts.forget()
-        if run.args.offload:
+        if run.args.offload and run.args.cache_latents:  # else each step encodes
             vae.to("cpu")
 
 
@@ -3343,7 +3563,8 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
     dtype = torch_dtype(precision) if precision else components.dtype
     embeds = {k: v.to(accelerator.device, dtype) for k, v in prompts.for_pipeline(args.class_prompt).items()}
     prompts.release()  # never on the GPU together with the denoiser
-    base = components.denoiser() if args.quantize_base else components.get(DENOISER, dtype)
+    frugal = args.quantize_base or args.blocks_to_swap
+    base = components.denoiser() if frugal else components.get(DENOISER, dtype)
     pipeline, size = components.pipeline(base), (args.resolution * 2)[:2]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     bar = waiting("class images", len(mine))
@@ -4312,7 +4533,9 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--gradient_checkpointing", action="store_true", help="less memory, about a third more time per step")
     add("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later")
     add("--compile", action="store_true", help="torch.compile of the repeated blocks: slow first step, then faster")
+    add("--cuda_graphs", action="store_true", help="one launch for a whole forward and backward pass: where the GPU waits for Python")
     add("--quantize_base", choices=["nf4", "int8", "fp8"], help="hold the frozen base in 4 or 8 bits")
+    add("--blocks_to_swap", type=natural, default=0, metavar="N", help="hold the weights of N blocks in the CPU's memory until they work (0: none)")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="attention by xformers (torch's own is as good)")
     add("--offload", action="store_true", help="text encoders and VAE stay on the CPU while they are unused")
 
@@ -4413,7 +4636,10 @@ RULES = (
     ("preserve_weight", lambda a: not a.preserve_class, "without --preserve_class"),
     ("preserve_class", lambda a: not a.trigger_word and not a.train_text_encoder_ti, "{flag} needs --trigger_word, or new tokens: the class stands in their place"),
     ("preserve_class", lambda a: a.train_text_encoder, "{flag} and --train_text_encoder exclude each other: what the base makes of the text would change"),
-    ("prior_generation_precision", lambda a: a.quantize_base, "with --quantize_base, which draws the class images too"),
+    ("prior_generation_precision", lambda a: a.quantize_base or a.blocks_to_swap, "with --quantize_base or --blocks_to_swap, whose base draws the class images too"),
+    ("cuda_graphs", lambda a: not a.cache_latents, "{flag} needs --cache_latents"),
+    ("train_text_encoder train_text_encoder_ti compile blocks_to_swap quantize_base lora_dropout use_dora preserve_class", lambda a: a.cuda_graphs, "--cuda_graphs can't be combined with {flag}, which does more than launch the same work again"),
+    ("blocks_to_swap", lambda a: a.compile, "{flag} can't be combined with --compile, which wants weights that stay in one place"),
     ("with_prior_preservation", lambda a: not a.class_prompt, '{flag} needs --class_prompt, such as "a photo of a dog"'),
     ("cache_latents", lambda a: a.color_jitter is not None or a.random_rotation, "{flag} can't be combined with --color_jitter or --random_rotation: they change each image each time"),
     ("train_text_encoder train_text_encoder_ti shuffle_tags tag_dropout", lambda a: a.cache_text_embeddings, "--cache_text_embeddings can't be combined with {flag}: the embeddings change"),
@@ -4432,7 +4658,7 @@ RULES = (
     ("", lambda a: a.lora_alpha == 0, "--lora_alpha 0 scales the update to nothing"),
     ("init_lora", lambda a: not Path(a.init_lora).exists(), "{flag} {a.init_lora}: no such file"),
     ("init_lora_weights use_rslora", lambda a: a.init_lora, "with --init_lora, whose weights are the start"),
-    ("quantize_base", lambda a: a.merge_lora or a.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq")), "{flag} can't be combined with --merge_lora or an initialisation that changes the base's weights"),
+    ("quantize_base blocks_to_swap", lambda a: a.merge_lora or a.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq")), "{flag} can't be combined with --merge_lora or an initialisation that changes the base's weights"),
     ("", lambda a: (s := a.init_lora_weights.lower()) not in LORA_STARTS and not s.removeprefix("pissa_niter_").isdecimal(), "--init_lora_weights {a.init_lora_weights}: needs data or settings that no flag gives; use one of gaussian, default, orthogonal, olora, pissa, pissa_niter_N"),
     ("use_dora", lambda a: a.init_lora_weights.lower().startswith(("pissa", "olora")), "{flag} can't be combined with --init_lora_weights {a.init_lora_weights}: what it learns is no LoRA of the unchanged base"),
     # loss and optimizer
@@ -4866,12 +5092,15 @@ class Components:
         return pipeline
 
     def denoiser(self):
-        """The frozen denoiser, quantised if --quantize_base says so."""
-        args = self.args
-        if args.quantize_base and DENOISER not in self.loaded:
-            place = (self.folder / DENOISER, args.quantize_base, self.dtype, self.device, args.variant)
+        """The frozen denoiser, quantised and with blocks swapped as --quantize_base and --blocks_to_swap say."""
+        args, fresh = self.args, DENOISER not in self.loaded
+        home = torch.device("cpu") if self.sharded or args.blocks_to_swap else self.device
+        if args.quantize_base and fresh:
+            place = (self.folder / DENOISER, args.quantize_base, self.dtype, self.device, args.variant, home)
             self.loaded[DENOISER] = load_quantized(library_class(*self.index[DENOISER]), *place)
-        denoiser = self.get(DENOISER, device="cpu" if self.sharded else None)
+        denoiser = self.get(DENOISER, device=home)
+        if args.blocks_to_swap and fresh:
+            swap_blocks(denoiser, args.blocks_to_swap, self.device)
         if args.enable_xformers_memory_efficient_attention:
             denoiser.enable_xformers_memory_efficient_attention()
         return denoiser

@@ -52,6 +52,8 @@ def run_and_list_imports(name: str, flags: list[str], folder: Path):
         (["-d", ".", "--cache_latents", "--color_jitter"], "--cache_latents can't be combined"),
         (["-d", ".", "--huber_c", "0.2"], "--huber_c has no effect without --loss_type huber"),
         (["-d", ".", "--ema_decay", "0.9"], "--ema_decay has no effect without --use_ema"),
+        (["-d", ".", "--blocks_to_swap", "4", "--compile"], "--blocks_to_swap can't be combined with --compile"),
+        (["-d", ".", "--cuda_graphs"], "--cuda_graphs needs --cache_latents"),
         (["-d", ".", "--report_to", "nothing"], "--report_to nothing: unknown"),
         (["-d", ".", "--push_to_hub", "--hub_token", "x", "--report_to", "wandb"], "--hub_token is refused with wandb"),
         (["-d", ".", "--instance_data_dir", "."], "exclude each other"),

@@ -59,6 +59,17 @@ def test_lora_learns_and_leaves_the_rest_alone(family, studio, tmp_path):
     assert studio.world_score(after) >= studio.world_score(before) - 0.1
 
 
+@pytest.mark.families("sdxl")
+@pytest.mark.parametrize(
+    "base", [(), ("--quantize_base", "nf4"), ("--quantize_base", "fp8")], ids=["bf16", "nf4", "fp8"]
+)
+def test_lora_on_a_base_in_few_bits_learns(family, studio, tmp_path, base):
+    """The base in bfloat16, or its blocks in 4 or 8 bits and half of them swapped; drawn with the base as it was."""
+    swapped = ("--blocks_to_swap", 4, "--gradient_checkpointing") if base else ()
+    flags = ("-d", SAMPLE, "--mixed_precision", "bf16", *base, *swapped, "--max_train_steps", 200)
+    assert studio.concept_score(studio.pipeline(train(family, tmp_path / "lora", *flags), quick=True), *SMILEY) > 0.8
+
+
 @pytest.mark.families(*TEXT_ENCODER)
 def test_lora_with_text_encoder_learns(family, studio, shelf):
     output = train(family, shelf / family.name / "both", "-d", SAMPLE, *with_text_encoder(family))

@@ -93,7 +93,7 @@ MODES = {
     "bf16, checkpointing": ("--mixed_precision", "bf16", "--gradient_checkpointing", "--train_text_encoder"),
     "nf4": ("--quantize_base", "nf4"),
     "int8, 8-bit": ("--quantize_base", "int8", "--optimizer", "AdamW8bit"),
-    "fp8": ("--quantize_base", "fp8", "--mixed_precision", "bf16"),
+    "fp8, swapped": ("--quantize_base", "fp8", "--mixed_precision", "bf16", "--blocks_to_swap", 2),
     "adafactor": ("--optimizer", "adafactor", "--lr_scheduler", "cosine", "--lr_warmup_steps", 1),
     "workers, augmentations": (
         "--dataloader_num_workers",
@@ -331,7 +331,7 @@ def test_datasets_from_disk_and_from_a_builder_file(family, pictures, tmp_path):
 
 @pytest.mark.xdist_group("processes")
 def test_script_runs_alone_in_another_folder(family, pictures, tmp_path):
-    """Copied anywhere: it needs no file of the project. One is started by accelerate, as people do."""
+    """Copied anywhere: it needs no file of the project. One is started by accelerate, as people do; one spawns a worker."""
     from ready_process import start
 
     copy = tmp_path / "alone" / family.script
@@ -351,7 +351,10 @@ def test_script_runs_alone_in_another_folder(family, pictures, tmp_path):
         )
         assert result.returncode == 0, result.stderr
     else:
-        process = start(copy, flags, {}, tmp_path / "log", folder=copy.parent)
+        spawned = family.name == "sd3"  # data workers as on Windows and macOS
+        flags += ["--dataloader_num_workers", "1"] if spawned else []
+        environment = {"START_METHOD": "spawn"} if spawned else {}
+        process = start(copy, flags, environment, tmp_path / "log", folder=copy.parent)
         process.join()
         assert process.exitcode == 0, (tmp_path / "log").read_text()
     assert list((copy.parent / "output").rglob("pytorch_lora_weights.safetensors"))

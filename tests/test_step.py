@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -153,11 +155,217 @@ def test_checkpointing_adds_gradients_once():
     close(*both, x, wrap=lambda m: lambda *a: checkpoint(m, *a, use_reentrant=False, preserve_rng_state=False))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled(backend):
-    both = exact(Attention(), LAYERS)
-    x = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
-    close(*both, x, wrap=lambda m: torch.compile(m, backend=backend, fullgraph=True))
+def flux_pair(kind, folder, layers: int = 2):
+    """Two equal tiny FLUX.1s in float32, quantised if `kind` says so, and what both are given."""
+    torch.manual_seed(0)
+    tiny_flux(layers).save_pretrained(folder)
+
+    def load():
+        if kind:
+            return sl.load_quantized(FluxTransformer2DModel, folder, kind, torch.float32, "cpu")
+        return FluxTransformer2DModel.from_pretrained(folder)
+
+    given = {"hidden_states": torch.randn(1, 6, 16), "encoder_hidden_states": torch.randn(1, 4, 32),
+             "pooled_projections": torch.randn(1, 32), "guidance": torch.ones(1), "timestep": torch.ones(1) * 0.5,
+             "img_ids": torch.zeros(6, 3), "txt_ids": torch.zeros(4, 3)}  # fmt: skip
+    return load(), load(), given
+
+
+def gradients_of(model, given, part, times: int = 2) -> list:
+    """A step's gradients, some times over, with a drawing in between."""
+    found = []
+    for _ in range(times):
+        model(**given).sample.square().mean().backward()
+        found.append(part.gradients.clone())
+        part.gradients.zero_()
+        with torch.no_grad():
+            found.append(model(**given).sample)
+    return found
+
+
+FLUX_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_swapped_blocks_give_the_same_gradients(tmp_path, kind, checkpointing):
+    """Whether autograd keeps weights or not, whatever the order: one block, some, all; and two places hold all of them."""
+    plain, swapped, given = flux_pair(kind, tmp_path)
+    with_lora_and_checkpoints = []
+    for number, model in ((0, plain), *((n, copy.deepcopy(swapped)) for n in (1, 3, 4))):
+        if number:
+            sl.swap_blocks(model, number, torch.device("cpu"))
+        model, part = with_lora(model.train(), targets=FLUX_TARGETS)
+        if checkpointing:
+            sl.enable_checkpointing(model, dropout=False)
+        with_lora_and_checkpoints.append((number, model, gradients_of(model, given, part)))
+    expected = with_lora_and_checkpoints[0][2]
+    assert expected[0].abs().max() > 0 and torch.equal(expected[0], expected[2])
+    for number, model, found in with_lora_and_checkpoints[1:]:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        away = [m for m in model.modules() if isinstance(m, sl.FrozenLinear) and m.stored.numel() == 0]
+        assert len({id(m.swapped_in.func.__self__) for m in away}) == 1
+        swap = away[0].swapped_in.func.__self__
+        assert len(swap.copies) == number
+        places = {views[1 + p].untyped_storage().data_ptr() for block in swap.copies for views in block for p in (0, 1)}
+        assert len(places) == 2
+
+
+def test_swapped_blocks_are_fetched_once_a_pass(tmp_path):
+    """Of N blocks a step copies 2 (N - 2): each forwards and each backwards, but for those that are still there."""
+    model, _, given = flux_pair(None, tmp_path)
+    sl.swap_blocks(model, 4, torch.device("cpu"))
+    swap = next(m for m in model.modules() if isinstance(m, sl.FrozenLinear)).swapped_in.func.__self__
+    model, part = with_lora(model.train(), targets=FLUX_TARGETS)
+    sl.enable_checkpointing(model, dropout=False)
+    model(**given).sample.sum().backward()
+    numbers, copied = [], swap.copy
+    swap.copy = lambda number, place: numbers.append(number) or copied(number, place)
+    model(**given).sample.sum().backward()
+    assert numbers == [2, 3, 1, 0]
+
+
+def test_more_blocks_than_there_are(tmp_path):
+    with pytest.raises(sl.UserError, match="--blocks_to_swap 9: the unet has 4 blocks"):
+        sl.swap_blocks(tiny_flux(2), 9, torch.device("cpu"))
+
+
+def test_encoders_whose_blocks_come_in_one_by_one():
+    import transformers as t
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    clip = t.CLIPTextModel(t.CLIPTextConfig(**sizes, vocab_size=99, projection_dim=32))
+    t5 = t.T5EncoderModel(t.T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=3, num_heads=2, vocab_size=99))
+    ids = torch.randint(0, 90, (2, 7))
+    for encoder in (clip, t5):
+        encoder.requires_grad_(False).eval()
+        before = encoder(ids)[0]
+        sl.swap_blocks(encoder, None, torch.device("cpu"))
+        away = [m for m in encoder.modules() if isinstance(m, sl.FrozenLinear)]
+        assert len(away) >= 18 and not any(m.stored.numel() for m in away)
+        torch.testing.assert_close(encoder(ids)[0], before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_captions_are_computed_once(streamed, monkeypatch):
+    """Alone, so that none depends on another; together where the weights have to come in for each pass."""
+    prompts, asked = sl.Prompts.__new__(sl.Prompts), []
+    prompts.args, prompts.known = SimpleNamespace(shuffle_tags=False), {}
+    prompts.altered, prompts.streamed, prompts.disk = set(), {"t5"} if streamed else set(), sl.DiskCache(None, "text")
+
+    def compute(key, group):
+        asked.append(group)
+        return {"hidden": torch.stack([torch.full((4, 2), float(len(text))) for text in group])}
+
+    monkeypatch.setattr(prompts, "compute", compute)
+    monkeypatch.setattr(prompts, "text_encoder", lambda key: None)
+    for _ in range(2):
+        rows = prompts.kept("t5", ["a", "bbb", "a", "cc"])
+        assert [row["hidden"].tolist() for row in rows] == [[[[n, n]] * 4] for n in (1.0, 3.0, 1.0, 2.0)]
+    assert asked == ([["a", "bbb", "cc"]] if streamed else [["a"], ["bbb"], ["cc"]])
+
+
+def test_a_batch_is_a_copy_for_each_type():
+    def item(k: int) -> dict:
+        values = {"pixels": torch.full((3, 2, 5), k, dtype=torch.uint8), "noise": torch.randn(4, 2)}
+        return values | {"weight": torch.tensor(0.5), "size": torch.tensor((k, 7)), "caption": f"picture {k}"}
+
+    items = [item(k) for k in range(3)]
+    packed = sl.pack_batch(items)
+    assert len(packed["buffers"]) == 3
+    whole, expected = sl.unpack_batch(packed, torch.device("cpu")), sl.collate(items)
+    assert whole.keys() == expected.keys() and whole["captions"] == ["picture 0", "picture 1", "picture 2"]
+    assert all(torch.equal(whole[k], expected[k]) for k in expected if k != "captions")
+
+
+class Recorder(TorchDispatchMode):
+    """A CUDA graph on the CPU: notes what is computed, and computes it again with the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tape = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.tape.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, out in self.tape:
+            if func.is_view:
+                continue
+            again = func(*args, **kwargs)
+            for first, second in zip(torch.utils._pytree.tree_leaves(out), torch.utils._pytree.tree_leaves(again)):
+                if torch.is_tensor(first) and first.data_ptr() != second.data_ptr():
+                    first.copy_(second)
+
+    def pool(self):
+        return "the graphs' memory"
+
+
+def test_graphs_give_the_same_gradients(monkeypatch):
+    """A graph for each shape, with memory in common; the passes before a recording add nothing; micro-batches add up."""
+    model, part = with_lora(Attention())
+    pools = []
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: SimpleNamespace(wait_stream=lambda other: None))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
+
+    @contextlib.contextmanager
+    def capture(graph, pool):  # only records: what it computes while it does so must not be seen
+        pools.append(pool)
+        before = part.gradients.clone()
+        with graph:
+            yield
+        part.gradients.copy_(before)
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+
+    def work(given):
+        loss = (model(given["x"]) * given["weight"]).square().mean()
+        loss.backward()
+        part.collect()
+        return loss.detach()
+
+    batches = [{"x": torch.randn(2, n, 16), "weight": torch.rand(1), "captions": ["a"]} for n in (5, 3, 5, 3, 5)]
+    plain = [(work(batch), part.gradients.clone()) for batch in batches]
+    part.gradients.zero_()
+    graphs = sl.Graphs([part])
+    for (loss, gradients), batch in zip(plain, batches, strict=True):
+        kept = {name: value.clone() for name, value in batch.items() if torch.is_tensor(value)}
+        torch.testing.assert_close(graphs.run(work, batch), loss)
+        torch.testing.assert_close(part.gradients, gradients)
+        assert all(torch.equal(batch[name], value) for name, value in kept.items())
+    assert pools == [None, "the graphs' memory"]
+
+
+def test_compiled_blocks(tmp_path, monkeypatch):
+    """A kind of block is compiled once, and once more for the first, whose input needs no gradient, however many there are;
+    gradients stay; what is drawn meanwhile runs eagerly.
+    """
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    plain, compiled, given = flux_pair(None, tmp_path, layers=3)
+    (plain, part), (compiled, other) = (
+        with_lora(m.train(), targets=FLUX_TARGETS, fused=False) for m in (plain, compiled)
+    )
+    sl.compile_blocks(compiled)
+    counters.clear()
+    for model in (plain, compiled):
+        model(**given).sample.square().mean().backward()
+    assert counters["stats"]["unique_graphs"] == 4
+    for name, parameter in part.items():
+        torch.testing.assert_close(other[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
+    run = SimpleNamespace(denoiser=compiled, lora_modules={}, args=SimpleNamespace(offload=False))
+    run.components, run.prompts = SimpleNamespace(vae=torch.nn.Identity), SimpleNamespace(forget=lambda: None)
+    run.accelerator = SimpleNamespace(device="cpu")
+    with sl.evaluating(run), torch.no_grad():
+        compiled(**given | {"hidden_states": torch.randn(1, 8, 16), "img_ids": torch.zeros(8, 3)})
+    assert counters["stats"]["unique_graphs"] == 4
 
 
 def test_adapters_off_on_and_frozen():
@@ -365,9 +573,9 @@ def test_only_8_bits_are_kept():
         assert not saved
 
 
-def tiny_flux():
+def tiny_flux(layers: int = 1):
     return FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=4,
+        in_channels=16, num_layers=layers, num_single_layers=layers, attention_head_dim=16, num_attention_heads=4,
         joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), guidance_embeds=True,
     )  # fmt: skip
 

@@ -313,7 +313,7 @@ def test_a_mask_goes_with_its_picture(where, tmp_path):
     for epoch in range(40):
         item = made[script.Slot(0, 0, epoch, 0, 1.0)]
         if where != "alpha":  # laid on white, it is white all over
-            wanted = torch.nn.functional.avg_pool2d((item["pixels"][:1] + 1) / 2, 8) + 1e-3
+            wanted = torch.nn.functional.avg_pool2d(item["pixels"][:1] / 255, 8) + 1e-3
             assert torch.allclose(item["mask"] * wanted.mean(), wanted, atol=0.06)
         assert item["mask"].shape == (1, 8, 8) and item["mask"].mean().item() == pytest.approx(1, abs=1e-5)
         sides.add(bool(item["mask"][0, :, 0].mean() > item["mask"][0, :, -1].mean()))

@@ -12,7 +12,6 @@ float32 and stored in the base's precision, or in --dtype. A LoRA or base with N
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
