@@ -261,12 +261,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 274 the run: what happens, in which order · 577 the loop, and one step of it · 777 what is logged, and the
-# guard against learning nothing · 909 data: images and captions · 1233 images: decoding, buckets, crops, batches ·
-# 1708 text: embeddings and new tokens · 1931 LoRA and optimizer · 2387 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2679 checkpoints and signals · 2853 pictures: validation, class images, comparison · 3061
-# probes: what was learned, what was forgotten · 3239 files that a run leaves · 3691 command line · 4195 base model:
-# loading, quantising, splitting · 4454 errors, lines, seeds, libraries
+# By line: 274 the run: what happens, in which order · 579 the loop, and one step of it · 779 what is logged, and the
+# guard against learning nothing · 911 data: images and captions · 1235 images: decoding, buckets, crops, batches ·
+# 1697 text: embeddings and new tokens · 1920 LoRA and optimizer · 2376 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2668 checkpoints and signals · 2842 pictures: validation, class images, comparison · 3042
+# probes: what was learned, what was forgotten · 3220 files that a run leaves · 3657 command line · 4161 base model:
+# loading, quantising, splitting · 4420 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -344,9 +344,11 @@ def execute(args: argparse.Namespace) -> None:
     on_main(run, write_report, run)
     run.accelerator.end_training()
     summarise(run)
-    if args.push_to_hub and run.accelerator.is_main_process:
-        push_to_hub(args)
-    on_main(run, mark_finished, run)
+    if run.accelerator.is_main_process:
+        if args.push_to_hub:
+            push_to_hub(args)
+        with Path(args.output_dir, "config.yaml").open("a", encoding="utf-8") as file:
+            file.write(f"{FINISHED}{run.max_steps}\n")
 
 
 def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None]:
@@ -686,7 +688,7 @@ def batches_ahead(run: Run, first_step: int):
     start, stop = first_step * accumulation, run.max_steps * accumulation
     loader = torch.utils.data.DataLoader(
         run.data,
-        batch_sampler=BatchStream(run.plan, run.accelerator.process_index, start, stop),
+        batch_sampler=(run.plan.share(number, run.accelerator.process_index) for number in range(start, stop)),
         collate_fn=collate,
         num_workers=run.args.dataloader_num_workers,
         pin_memory=run.accelerator.device.type == "cuda",
@@ -1484,19 +1486,6 @@ class BatchPlan:
             filler = [Slot(s.index, s.bucket, s.epoch, s.repeat, 0.0, kind) for s in spare]
             out += (slots + filler)[process * each : (process + 1) * each]
         return out
-
-
-class BatchStream:
-    """A batch sampler that yields one process's share of the batches from `start` up to `stop`."""
-
-    def __init__(self, plan: BatchPlan, process: int, start: int, stop: int) -> None:
-        self.plan, self.process, self.start, self.stop = plan, process, start, stop
-
-    def __iter__(self):
-        return (self.plan.share(number, self.process) for number in range(self.start, self.stop))
-
-    def __len__(self) -> int:
-        return self.stop - self.start
 
 
 @dataclass
@@ -2966,7 +2955,6 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
     Image i depends on (seed, i) only, so that several processes, or a second start, draw what one would have drawn.
     """
     folder = Path(args.class_data_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     there = [example.name for example in load_class_examples(args)]
     missing = [i for i in range(args.num_class_images) if f"class_{i:05d}.png" not in there]
     missing = missing[: args.num_class_images - len(there)]
@@ -3016,43 +3004,36 @@ def comparison_sheet(run: Run):
     """
     from PIL import ImageDraw, ImageFont
 
-    samples, shown = Path(run.args.output_dir) / "samples", min(run.args.num_validation_images, 4)
-    before, after = (samples / f"step-{step:06d}" for step in (0, run.max_steps))
-    what = "with the\nLoRA" if run.lora_modules else "with the\nnew tokens"
-    blocks = [("trained on", [("", sorted((samples.parent / "training_pictures").glob("*.png")))])]
+    output, shown = Path(run.args.output_dir), min(run.args.num_validation_images, 4)
+    steps = {"before": 0, "with the\nLoRA" if run.lora_modules else "with the\nnew tokens": run.max_steps}
+    blocks = [("trained on", {"": sorted(output.glob("training_pictures/*.png"))})]
     groups = [(prompt, f"{p:02d}_*") for p, prompt in enumerate(run.sample_prompts[:6])]
     for heading, pattern in (*groups, (f"should not change: {', '.join(run.control_prompts)}", "control_*")):
-        blocks.append((heading, [(name, sorted(f.glob(pattern))) for name, f in (("before", before), (what, after))]))
-    if not run.compares or any(len(files) < shown for _, rows in blocks[1:] for _, files in rows):
+        rows = {name: sorted(output.glob(f"samples/step-{step:06d}/{pattern}")) for name, step in steps.items()}
+        blocks.append((heading, rows))
+    if not run.compares or any(len(files) < shown for _, rows in blocks[1:] for files in rows.values()):
         return None
-    with Image.open(blocks[1][1][0][1][0]) as first:
-        larger = max(1, 224 // max(first.size))  # toys draw 64 pixels
-        tile = (
-            ImageOps.contain(first, (384, 384)).size if larger == 1 else (first.width * larger, first.height * larger)
-        )
+    whole = 224 // max(run.plan_size)  # toys draw 64 pixels
+    tile = tuple(round(side * (whole or 384 / max(run.plan_size))) for side in run.plan_size)
     font, small = ImageFont.load_default(20), ImageFont.load_default(16)
     margin, label, head, columns = 12, 120, 34, max(4, shown)
     width = label + columns * (tile[0] + margin) + margin
-    sheet = Image.new(
-        "RGB", (width, sum(head + margin + (tile[1] + margin) * len(rows) for _, rows in blocks)), "white"
-    )
+    height = sum(head + margin + (tile[1] + margin) * len(rows) for _, rows in blocks)
+    sheet = Image.new("RGB", (width, height), "white")
     pen, y = ImageDraw.Draw(sheet), margin
     for heading, rows in blocks:
         fitting = int(len(heading) * (width - 2 * margin) / max(1, pen.textlength(heading, font=font)))
         text = heading if fitting >= len(heading) else heading[: fitting - 2].rstrip() + "…"
         pen.text((margin, y), text, fill="black", font=font)
         y += head
-        for name, files in rows:
+        for name, files in rows.items():
             pen.text((margin, y + tile[1] // 2 - 16), name, fill="#444", font=small)
             for k, file in enumerate(files[:columns]):
                 with Image.open(file) as image:
-                    fitted = ImageOps.pad(image.convert("RGB"), tile, Image.Resampling.LANCZOS, color="white")
-                    drawn = (
-                        image.resize(tile, Image.Resampling.NEAREST)
-                        if larger > 1 and image.width == first.width
-                        else fitted
-                    )
-                    sheet.paste(drawn, (label + k * (tile[0] + margin), y))
+                    sharp = whole and image.width == run.plan_size[0]
+                    method = Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS
+                    fitted = ImageOps.pad(image.convert("RGB"), tile, method, color="white")
+                sheet.paste(fitted, (label + k * (tile[0] + margin), y))
             y += tile[1] + margin
         y += margin
     return sheet
@@ -3308,18 +3289,10 @@ def write_run_files(run: Run) -> None:
         part.write_text("\n".join([*head, body]), encoding="utf-8")
     sizes = ["{} x {}".format(*bucket) for bucket in buckets]
     rows = [[e.name, e.captions[0], "{} x {}".format(*e.size), sizes[e.bucket]] for e in examples[:500]]
-    inside = Counter(e.bucket for e in examples)
-    used = [
-        [sizes[b], n, sum(lost_to_crop(e.size, buckets[b]) for e in examples if e.bucket == b) / n]
-        for b, n in inside.items()
-    ]
-    summary = {
-        "images": len(examples),
-        "held_out": sum(e.held_out for e in examples),
-        "captions": rows,
-        "buckets": used,
-    }
-    summary["findings"] = run.findings
+    lost = {b: [lost_to_crop(e.size, buckets[b]) for e in examples if e.bucket == b] for b in range(len(buckets))}
+    used = [[sizes[b], len(shares), sum(shares) / len(shares)] for b, shares in lost.items() if shares]
+    summary = {"images": len(examples), "held_out": sum(e.held_out for e in examples), "captions": rows}
+    summary |= {"buckets": used, "findings": run.findings}
     (output / "data.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
     folder = output / "training_pictures"
     shutil.rmtree(folder, ignore_errors=True)
@@ -3347,7 +3320,7 @@ def locked_output(args: argparse.Namespace):
         try:
             if folder is not None:
                 Path(folder).mkdir(parents=True, exist_ok=True)
-            if flag in ("output_dir", "logging_dir") and folder is not None:
+            if folder is not None and flag in ("output_dir", "logging_dir"):  # of the others much may be there already
                 tempfile.TemporaryFile(dir=folder).close()
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
@@ -3396,15 +3369,15 @@ def finished_before(args: argparse.Namespace) -> bool:
     be lost: without --overwrite, results are gone on from, and never written over.
     """
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    found = [f for f in (output / name.format(name=output.resolve().name) for name in RESULTS.values()) if f.is_file()]
-    found = [f for f in found if f.suffix == ".safetensors"]
-    there = checkpoints_in(output)
+    files = [output / name.format(name=output.resolve().name) for name in RESULTS.values()]
+    found, there = [f for f in files if f.suffix == ".safetensors" and f.is_file()], checkpoints_in(output)
     if args.overwrite or not (found or there):
         return False
     ways = "another --output_dir, or --overwrite"
     before, step = earlier_settings(output)
-    now = kept_settings(args) | ({} if args.seed is not None else {"seed": before.get("seed")})
-    changed = [f"{name} {before[name]}, now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    now = kept_settings(args) | ({"seed": before.get("seed")} if args.seed is None else {})  # one that was drawn
+    names = [n for n in before | now if before.get(n, args.defaults.get(n)) != now.get(n)]  # one may be a newer flag
+    changed = [f"{name} {before.get(name)}, now {now.get(name)}" for name in names]
     if found and step and not changed and wanted in (None, "latest"):
         say(f"this run is finished, at step {step}: {found[0]}; {ways}, trains anew")
         return True
@@ -3414,10 +3387,9 @@ def finished_before(args: argparse.Namespace) -> bool:
         what = there[0].name if there else found[0].name
         ways = "--resume_from_checkpoint latest goes on, --overwrite begins anew"
         raise UserError(f"{output} holds {what} of a run that has not finished: {ways}")
-    begin = there[0].name if wanted == "latest" and there else Path(wanted).name
-    begin = int(begin.removeprefix("checkpoint-")) if begin.removeprefix("checkpoint-").isdecimal() else 0
-    if found and changed and begin < step:
-        raise UserError(f"{output} holds the results of step {step}, and {wanted} begins at {begin}: {ways}")
+    begin = (there[0] if wanted == "latest" and there else Path(wanted)).name.removeprefix("checkpoint-")
+    if found and changed and (int(begin) if begin.isdecimal() else 0) < step:
+        raise UserError(f"{output} holds the results of step {step}, and {wanted} begins before: {ways}")
     return False
 
 
@@ -3433,16 +3405,10 @@ def earlier_settings(output: Path) -> tuple[dict, int]:
 
     try:
         text = (output / "config.yaml").read_text(encoding="utf-8")
-        settings, _, step = yaml.safe_load(text), *text.rpartition(FINISHED)[1:]
-        return (settings if isinstance(settings, dict) else {}), int(step or 0) if FINISHED in text else 0
-    except (OSError, ValueError, yaml.YAMLError):
+        settings, step = dict(yaml.safe_load(text)), text.rpartition(FINISHED)[2].strip()
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
         return {}, 0
-
-
-def mark_finished(run: Run) -> None:
-    """Notes in config.yaml that this run has come to its end."""
-    with Path(run.args.output_dir, "config.yaml").open("a", encoding="utf-8") as file:
-        file.write(f"{FINISHED}{run.max_steps}\n")
+    return settings, int(step) if step.isdecimal() else 0
 
 
 def clear_output(output: Path) -> None:

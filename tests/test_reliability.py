@@ -104,6 +104,8 @@ USED = {  # what a folder has, by an earlier run with its flags; the new flags; 
         True,
     ),
     "another way to save": ((LORA, "finished"), FOUR, (*FOUR, "--rank", 8), "rank 4, now 8"),
+    "a flag that is left out": ((LORA, "finished"), (*FOUR, "--trigger_word", "a"), FOUR, "trigger_word a, now None"),
+    "a flag that is new": ((LORA, "finished"), FOUR, (*FOUR, "--use_dora"), "use_dora False, now True"),
     "overwritten": ((LORA, "finished"), FOUR, (*FOUR, "--rank", 8, "--overwrite"), False),
     "a file of a stranger": ((LORA,), (), (), "holds another run's results"),
     "embeddings alone": (("x_emb.safetensors", "finished"), FOUR, ("--seed", 9), "seed 3, now 9"),
@@ -124,7 +126,7 @@ USED = {  # what a folder has, by an earlier run with its flags; the new flags; 
         (LORA, "checkpoint-2/manifest.json", "finished"),
         FOUR,
         ("--rank", 8, "--resume_from_checkpoint", "checkpoint-2"),
-        "results of step 4, and checkpoint-2 begins at 2",
+        "results of step 4, and checkpoint-2 begins before",
     ),
     "begun anew from one's own": (
         (LORA, "checkpoint-2/manifest.json", "finished"),
