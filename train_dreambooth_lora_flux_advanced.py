@@ -291,12 +291,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out | {name: fuse_projections(parts, mlp[: len(parts)]) for name, parts in waiting.items()}
 
 
-# By line: 304 the run: what happens, in which order · 609 the loop, and one step of it · 809 what is logged, and the
-# guard against learning nothing · 941 data: images and captions · 1265 images: decoding, buckets, crops, batches ·
-# 1727 text: embeddings and new tokens · 1950 LoRA and optimizer · 2406 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2698 checkpoints and signals · 2872 pictures: validation, class images, comparison · 3072
-# probes: what was learned, what was forgotten · 3250 files that a run leaves · 3687 command line · 4191 base model:
-# loading, quantising, splitting · 4450 errors, lines, seeds, libraries
+# By line: 304 the run: what happens, in which order · 608 the loop, and one step of it · 808 what is logged, and the
+# guard against learning nothing · 934 data: images and captions · 1258 images: decoding, buckets, crops, batches ·
+# 1720 text: embeddings and new tokens · 1943 LoRA and optimizer · 2399 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2691 checkpoints and signals · 2883 pictures: validation, class images, comparison · 3083
+# probes: what was learned, what was forgotten · 3261 files that a run leaves · 3675 command line · 4179 base model:
+# loading, quantising, splitting · 4438 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -561,9 +561,8 @@ def summarise(run: Run) -> None:
     for what, pattern in RESULTS.items():
         if (file := output / pattern.format(name=name)).is_file():
             say(f"{what:12}{file}")
-    say(
-        f"{'draw':12}bash run_lora_infer.sh {shlex.quote(str(output))} --prompt {shlex.quote((run.sample_prompts or ['…'])[0])}"
-    )
+    prompt = shlex.quote(brief((run.sample_prompts or ["…"])[0]))
+    say(f"{'draw':12}bash run_lora_infer.sh {shlex.quote(str(output))} --prompt {prompt}")
 
 
 def check_results(run: Run) -> None:
@@ -869,22 +868,16 @@ class Meter:
         if bad_run:
             say(f"warning: step {row['step']}: the loss is {loss}; the step is left out")
         if bad_run >= 10:
-            kept = checkpoints_in(Path(self.run.args.output_dir))
-            saved = f"the last checkpoint is {kept[0].name}" if kept else "there is no checkpoint yet"
-            raise UserError(
-                f"the loss has not been finite for {int(bad_run)} steps: try --mixed_precision bf16 or a lower --learning_rate; {saved}"
-            )
+            advice = "try --mixed_precision bf16 or a lower --learning_rate"
+            kept = last_good(Path(self.run.args.output_dir))
+            raise UserError(f"the loss has not been finite for {int(bad_run)} steps: {advice}{kept}")
 
     def write(self, row: dict) -> None:
         """Appends a row to metrics.jsonl and sends it to the trackers."""
         if self.run.accelerator.is_main_process:
             with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(
-                    json.dumps(
-                        {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
-                    )
-                    + "\n"
-                )
+                finite = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
+                stream.write(json.dumps(finite) + "\n")
         self.run.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def pause(self) -> None:
@@ -2718,27 +2711,13 @@ def save_checkpoint(run: Run, step: int) -> None:
     The folder appears under its name only when it is whole; older ones go only after that.
     """
     output = Path(run.args.output_dir)
-    final, part = output / f"checkpoint-{step}", output / f".checkpoint-{step}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    with publishing(output, f"checkpoint-{step}", whole=True) as part:
         with averaged(run.parts):
             write_weights(run, part, torch.float32)
         torch.save(training_state(run, step), part / "training_state.pt")
         hashes = {f.name: file_hash(f) for f in sorted(part.iterdir())}
         manifest = {"step": step, "seed": run.args.seed, "settings": resume_settings(run), "files": hashes}
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for file in part.iterdir():
-            flush(file)
-        flush(part)
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-        flush(output)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own, for a full disk
-        kept = next((f"the last one is {folder.name}" for folder in checkpoints_in(output)), "there is none yet")
-        raise UserError(f"checkpoint-{step} could not be written to {output} ({error}); {kept}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     if run.args.checkpoints_total_limit:
         for stale in checkpoints_in(output)[run.args.checkpoints_total_limit :]:
             shutil.rmtree(stale)
@@ -2856,6 +2835,38 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def publishing(output: Path, what: str, whole: bool = False):
+    """Gives a folder to write to. Its files then appear in the output folder, each in one step; or, with `whole`, as the
+    folder `what`, in one step. All of it is on the disk by then. Errors: UserError for a full one.
+    """
+    part = output / f".{what}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        for file in sorted(part.iterdir()):
+            flush(file)
+            if not whole:
+                os.replace(file, output / file.name)
+        if whole:
+            flush(part)
+            shutil.rmtree(output / what, ignore_errors=True)
+            part.rename(output / what)
+            flush(output)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own, for a full disk
+        raise UserError(f"{what} could not be written to {output} ({error}){last_good(output)}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def last_good(output: Path) -> str:
+    """The end of an error's line: which checkpoint is the last."""
+    return next(
+        (f"; the last good checkpoint is {f.name}" for f in checkpoints_in(output)), "; there is no checkpoint yet"
+    )
 
 
 @contextlib.contextmanager
@@ -3250,39 +3261,16 @@ def base_alone(run: Run):
 # ---- files that a run leaves -----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def publishing(run: Run):
-    """Gives a folder to write to, whose files then appear in the output folder, each in one step."""
-    output = Path(run.args.output_dir)
-    part = output / ".saving"
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        yield part
-        for file in sorted(part.iterdir()):
-            flush(file)
-            os.replace(file, output / file.name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the results could not be written to {output} ({error}){last_good(output)}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def last_good(output: Path) -> str:
-    """The end of an error's line: which checkpoint is the last."""
-    return "".join(f"; the last good checkpoint is {folder.name}" for folder in checkpoints_in(output)[:1])
-
-
 def save_weights(run: Run) -> None:
     """Writes LoRA and embeddings to the output folder."""
-    with publishing(run) as part, averaged(run.parts):
+    with publishing(Path(run.args.output_dir), "LoRA") as part, averaged(run.parts):
         write_weights(run, part, torch.float32 if run.args.upcast_before_saving else run.components.dtype)
 
 
 def save_results(run: Run) -> None:
     """Writes what follows the weights: verdict, with --keep_best the weights it advises, sheet, model card, merged base."""
     args, output, advice, sheet = run.args, Path(run.args.output_dir), verdict(run) if run.probe else None, None
-    with publishing(run) as part:
+    with publishing(output, "results") as part:
         if args.keep_best and advice and advice["step"] != run.max_steps:
             best = output / f"checkpoint-{advice['step']}"
             for file in best.glob("*.safetensors"):
