@@ -294,9 +294,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 304 the run: what happens, in which order · 608 the loop, and one step of it · 808 what is logged, and the
 # guard against learning nothing · 934 data: images and captions · 1258 images: decoding, buckets, crops, batches ·
 # 1720 text: embeddings and new tokens · 1943 LoRA and optimizer · 2399 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2691 checkpoints and signals · 2883 pictures: validation, class images, comparison · 3083
-# probes: what was learned, what was forgotten · 3261 files that a run leaves · 3675 command line · 4179 base model:
-# loading, quantising, splitting · 4438 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 2691 checkpoints and signals · 2881 pictures: validation, class images, comparison · 3081
+# probes: what was learned, what was forgotten · 3259 files that a run leaves · 3673 command line · 4177 base model:
+# loading, quantising, splitting · 4436 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2863,10 +2863,8 @@ def publishing(output: Path, what: str, whole: bool = False):
 
 
 def last_good(output: Path) -> str:
-    """The end of an error's line: which checkpoint is the last."""
-    return next(
-        (f"; the last good checkpoint is {f.name}" for f in checkpoints_in(output)), "; there is no checkpoint yet"
-    )
+    """The end of an error's line: which checkpoint is the last, if there is one."""
+    return next((f"; the last good checkpoint is {folder.name}" for folder in checkpoints_in(output)), "")
 
 
 @contextlib.contextmanager

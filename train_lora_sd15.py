@@ -206,9 +206,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 216 the run: what happens, in which order · 520 the loop, and one step of it · 720 what is logged, and the
 # guard against learning nothing · 846 data: images and captions · 1170 images: decoding, buckets, crops, batches ·
 # 1632 text: embeddings and new tokens · 1855 LoRA and optimizer · 2311 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2603 checkpoints and signals · 2795 pictures: validation, class images, comparison · 2995
-# probes: what was learned, what was forgotten · 3173 files that a run leaves · 3587 command line · 4091 base model:
-# loading, quantising, splitting · 4350 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 2603 checkpoints and signals · 2793 pictures: validation, class images, comparison · 2993
+# probes: what was learned, what was forgotten · 3171 files that a run leaves · 3585 command line · 4089 base model:
+# loading, quantising, splitting · 4348 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2775,10 +2775,8 @@ def publishing(output: Path, what: str, whole: bool = False):
 
 
 def last_good(output: Path) -> str:
-    """The end of an error's line: which checkpoint is the last."""
-    return next(
-        (f"; the last good checkpoint is {f.name}" for f in checkpoints_in(output)), "; there is no checkpoint yet"
-    )
+    """The end of an error's line: which checkpoint is the last, if there is one."""
+    return next((f"; the last good checkpoint is {folder.name}" for folder in checkpoints_in(output)), "")
 
 
 @contextlib.contextmanager

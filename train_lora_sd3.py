@@ -277,9 +277,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 287 the run: what happens, in which order · 591 the loop, and one step of it · 791 what is logged, and the
 # guard against learning nothing · 917 data: images and captions · 1241 images: decoding, buckets, crops, batches ·
 # 1703 text: embeddings and new tokens · 1926 LoRA and optimizer · 2382 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2674 checkpoints and signals · 2866 pictures: validation, class images, comparison · 3066
-# probes: what was learned, what was forgotten · 3244 files that a run leaves · 3658 command line · 4162 base model:
-# loading, quantising, splitting · 4421 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 2674 checkpoints and signals · 2864 pictures: validation, class images, comparison · 3064
+# probes: what was learned, what was forgotten · 3242 files that a run leaves · 3656 command line · 4160 base model:
+# loading, quantising, splitting · 4419 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2846,10 +2846,8 @@ def publishing(output: Path, what: str, whole: bool = False):
 
 
 def last_good(output: Path) -> str:
-    """The end of an error's line: which checkpoint is the last."""
-    return next(
-        (f"; the last good checkpoint is {f.name}" for f in checkpoints_in(output)), "; there is no checkpoint yet"
-    )
+    """The end of an error's line: which checkpoint is the last, if there is one."""
+    return next((f"; the last good checkpoint is {folder.name}" for folder in checkpoints_in(output)), "")
 
 
 @contextlib.contextmanager

@@ -264,9 +264,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 274 the run: what happens, in which order · 578 the loop, and one step of it · 778 what is logged, and the
 # guard against learning nothing · 904 data: images and captions · 1228 images: decoding, buckets, crops, batches ·
 # 1690 text: embeddings and new tokens · 1913 LoRA and optimizer · 2369 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2661 checkpoints and signals · 2853 pictures: validation, class images, comparison · 3053
-# probes: what was learned, what was forgotten · 3231 files that a run leaves · 3645 command line · 4149 base model:
-# loading, quantising, splitting · 4408 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 2661 checkpoints and signals · 2851 pictures: validation, class images, comparison · 3051
+# probes: what was learned, what was forgotten · 3229 files that a run leaves · 3643 command line · 4147 base model:
+# loading, quantising, splitting · 4406 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2833,10 +2833,8 @@ def publishing(output: Path, what: str, whole: bool = False):
 
 
 def last_good(output: Path) -> str:
-    """The end of an error's line: which checkpoint is the last."""
-    return next(
-        (f"; the last good checkpoint is {f.name}" for f in checkpoints_in(output)), "; there is no checkpoint yet"
-    )
+    """The end of an error's line: which checkpoint is the last, if there is one."""
+    return next((f"; the last good checkpoint is {folder.name}" for folder in checkpoints_in(output)), "")
 
 
 @contextlib.contextmanager
