@@ -205,10 +205,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 216 the run: what happens, in which order · 520 the loop, and one step of it · 720 what is logged, and the
 # guard against learning nothing · 846 data: images and captions · 1170 images: decoding, buckets, crops, batches ·
-# 1632 text: embeddings and new tokens · 1855 LoRA and optimizer · 2311 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2603 checkpoints and signals · 2793 pictures: validation, class images, comparison · 2993
-# probes: what was learned, what was forgotten · 3171 files that a run leaves · 3585 command line · 4089 base model:
-# loading, quantising, splitting · 4348 errors, lines, seeds, libraries
+# 1632 text: embeddings and new tokens · 1862 LoRA and optimizer · 2318 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2610 checkpoints and signals · 2800 pictures: validation, class images, comparison · 3000
+# probes: what was learned, what was forgotten · 3178 files that a run leaves · 3592 command line · 4096 base model:
+# loading, quantising, splitting · 4355 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1632,6 +1632,9 @@ def tensors_hash(tensors: dict, place: tuple) -> str:
 # ---- text: embeddings and new tokens ---------------------------------------------------------------------------------
 
 
+UNSKIPPED = "\0"  # stands for the empty prompt as pipelines encode it, for which they skip no layers
+
+
 class Prompts:
     """Text embeddings by prompt. What an encoder that isn't trained gives is computed once, alone, and kept in memory and
     on disk, also while another encoder is trained: pivotal tuning of CLIP doesn't run, or hold, T5.
@@ -1645,6 +1648,7 @@ class Prompts:
         self.disk = DiskCache(args.cache_folder, "text")
         names = {key: tokenizer for key, (tokenizer, _) in TEXT_ENCODERS.items() if components.has(tokenizer)}
         self.tokenizers = {key: components.get(name) for key, name in names.items()}
+        self.empty = UNSKIPPED if vars(args).get("clip_skip") else ""
         self.trained: set[str] = set()  # keys of the encoders whose embeddings change from step to step
         self.altered: set[str] = set()  # keys of those that are no longer the base's: not for the disk
         on_disk = self.tokenizers if self.disk.folder else ()
@@ -1672,7 +1676,10 @@ class Prompts:
 
     def compute(self, key: str, prompts: list[str]) -> dict:
         """What one encoder gives for prompts, computed now; differentiable in whatever is trained."""
-        return encode_prompts(key, prompts, self.tokenizers[key], self.text_encoder(key), self.args)
+        args = self.args
+        if prompts == [UNSKIPPED]:
+            prompts, args = [""], argparse.Namespace(**vars(args) | {"clip_skip": None})
+        return encode_prompts(key, prompts, self.tokenizers[key], self.text_encoder(key), args)
 
     def kept(self, key: str, prompt: str) -> dict:
         """What one encoder gives for a prompt: from memory, from disk, or computed; no gradient."""
@@ -1707,7 +1714,7 @@ class Prompts:
 
     def for_pipeline(self, prompt: str) -> dict:
         """The embeddings that a pipeline takes for one prompt, and for the empty one."""
-        return self.lookup([prompt]) | negative_embeds(self.lookup([""]), self.components)
+        return self.lookup([prompt]) | negative_embeds(self.lookup([self.empty]), self.components)
 
     def forget(self) -> None:
         """Drops embeddings that a training step has made untrue."""
@@ -1730,7 +1737,7 @@ def fill_text_cache(run: Run) -> None:
     captions = [insert_tokens(c, run.abstractions) for c in captions]
     for key in prompts.tokenizers:
         if key not in prompts.trained:
-            wanted = dict.fromkeys([*captions, *run.sample_prompts, *run.control_prompts, ""])
+            wanted = dict.fromkeys([*captions, *run.sample_prompts, *run.control_prompts, "", prompts.empty])
             with waiting(f"captions for {key}", len(wanted)) as bar:
                 for prompt in wanted:
                     prompts.kept(key, prompt)

@@ -753,6 +753,29 @@ def test_clip_skip_beyond_the_encoder_is_refused(name, skip, tmp_path, capsys):
     assert f"--clip_skip {skip}: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "skip"), [("sd15", None), ("sd15", 1), ("sdxl", 1)])
+def test_pictures_skip_the_layers_that_the_pipeline_skips(name, skip, tmp_path):
+    """Prompt embeddings with --clip_skip, and the unconditional half, which the pipeline takes from the usual layer."""
+    import diffusers
+
+    family = FAMILIES[name]
+    script = load_script(family.script)
+    base = tmp_path / "base"
+    shutil.copytree(family.base, base)
+    index = json.loads((base / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": False}
+    (base / "model_index.json").write_text(json.dumps(index))
+    more = ("--clip_skip", skip) if skip else ()
+    args = script.parse_args(quick_flags(family, tmp_path / "x", "-d", SAMPLE, "-m", base, *more))
+    prompts = script.Prompts(args, script.Components(base, args, torch.float32, torch.device("cpu")))
+    ours = prompts.for_pipeline("a red circle")
+    pipeline = getattr(diffusers, family.pipeline).from_pretrained(base)
+    options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    can_skip = name == "sdxl"  # SD 1.5's pipeline fails with the pinned transformers
+    theirs = pipeline.encode_prompt("a red circle", **options, **({"clip_skip": skip} if can_skip else {}))
+    assert torch.allclose(ours["negative_prompt_embeds"], theirs[1], atol=1e-5)
+    assert torch.allclose(ours["prompt_embeds"], theirs[0], atol=1e-5) == (can_skip or not skip)
+
+
 CONFIGS = {
     "rank: [4, 8]": "rank takes one value",
     "run_name: {a: b}": "run_name takes one value",
