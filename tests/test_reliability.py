@@ -262,6 +262,8 @@ def test_settings_that_have_changed_are_named_and_refused(begun, tmp_path, capsy
     said = capsys.readouterr().err
     named = "global_batch_size 1, now 2" if name == "train_batch_size" else f"{name} "
     assert named in said and "--resume_anyway" in said
+    if name not in ("use_ema", "data"):  # one that needs another state, one that needs none
+        return
     assert run_here(SD15, tmp_path / "x", *flags, "--resume_anyway") == 0
     assert "note: changed since checkpoint-2: " in capsys.readouterr().out
     assert [row["step"] for row in metrics(tmp_path / "x")] == [1, 2, 3, 4]
@@ -340,6 +342,7 @@ def test_a_state_that_would_run_code_is_not_read(begun, tmp_path, capsys):
 # ---- weights before pictures, each in one step -----------------------------------------------------------------------
 
 DRAWN = ("-d", SAMPLE, "--num_validation_images", 1, "--validation_inference_steps", 1, "--max_train_steps", 2)
+DRAWN += ("--validation_steps", 2)
 ODD_PROMPTS = ("a\ncircle", "two\r\n\tcircles", "a\u2028b", "🎉 {name} %s", "../../etc/passwd", "word " * 3000)
 
 
@@ -361,10 +364,12 @@ def test_the_lora_is_there_whatever_befalls_the_last_pictures(script, tmp_path, 
     monkeypatch.setattr(script, "draw_samples", fails)
     assert run_here(SD15, tmp_path / "x", *DRAWN) == 1
     assert load_file(tmp_path / "x" / LORA) and not (tmp_path / "x" / "comparison.png").exists()
+    if not isinstance(error, ValueError):
+        return
     monkeypatch.setattr(script, "draw_samples", original)
     assert run_here(SD15, tmp_path / "x", *DRAWN, "--resume_from_checkpoint", "latest") == 0  # draws them
     assert (tmp_path / "x" / "comparison.png").exists()
-    assert [row["step"] for row in metrics(tmp_path / "x") if "learned" in row] == [1, 2]
+    assert [row["step"] for row in metrics(tmp_path / "x") if "learned" in row] == [2]
 
 
 @pytest.mark.parametrize("killed", ["before its pictures", "after one picture", "before its row"])
@@ -391,9 +396,8 @@ def test_a_run_killed_in_a_validation_gets_its_pictures_and_its_row(script, tmp_
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, name, work)
-        run_here(SD15, tmp_path / "x", *flags, "--validation_steps", 2)
-    again = (*flags, "--validation_steps", 2, "--resume_from_checkpoint", "checkpoint-2")
-    assert run_here(SD15, tmp_path / "x", *again) == 0
+        run_here(SD15, tmp_path / "x", *flags)
+    assert run_here(SD15, tmp_path / "x", *flags, "--resume_from_checkpoint", "checkpoint-2") == 0
     assert [row["step"] for row in metrics(tmp_path / "x") if "learned" in row] == [2, 3]
     assert len(list((tmp_path / "x" / "samples" / "step-000002").glob("0*.png"))) == 2
 
