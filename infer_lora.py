@@ -1174,8 +1174,8 @@ def text_arguments(
 ) -> dict[str, object]:
     """The pipeline's arguments for one prompt: text, or embeddings if layers are skipped or more than 75 tokens are read.
 
-    The pipelines' own clip_skip needs an older transformers, and skips for the prompt alone; training skips for both
-    halves of guidance, and so does this. Errors: UserError for more layers than there are.
+    The pipelines' own clip_skip needs an older transformers; as there, the negative half of guidance skips no layers.
+    Errors: UserError for more layers than there are.
     """
     if length not in (75, 150, 225):
         raise UserError(f"max_token_length: {length} is none of 75, 150, 225")
@@ -1183,9 +1183,7 @@ def text_arguments(
         return {"prompt": prompt} | ({"negative_prompt": negative} if negative else {})
     out = encoded(pipeline, prompt, clip_skip or 0, length // 75)
     zeros = negative is None and pipeline.config.get("force_zeros_for_empty_prompt")
-    other = (
-        {k: v * 0 for k, v in out.items()} if zeros else encoded(pipeline, negative or "", clip_skip or 0, length // 75)
-    )
+    other = {k: v * 0 for k, v in out.items()} if zeros else encoded(pipeline, negative or "", 0, length // 75)
     return out | {f"negative_{key}": value for key, value in other.items()}
 
 

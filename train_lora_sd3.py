@@ -284,12 +284,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 297 the run: what happens, in which order · 628 the loop, and one step of it · 949 what is logged, and the
-# guard against learning nothing · 1077 data: images and captions · 1448 images: decoding, buckets, crops, batches ·
-# 1998 text: embeddings and new tokens · 2262 LoRA and optimizer · 2819 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3229 checkpoints and signals · 3404 pictures: validation, class images, comparison · 3632
-# probes: what was learned, what was forgotten · 3808 files that a run leaves · 4316 command line · 4977 base model:
-# loading, quantising, splitting · 5239 errors, lines, seeds, libraries
+# By line: 297 the run: what happens, in which order · 629 the loop, and one step of it · 950 what is logged, and the
+# guard against learning nothing · 1076 data: images and captions · 1447 images: decoding, buckets, crops, batches ·
+# 1984 text: embeddings and new tokens · 2256 LoRA and optimizer · 2813 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3223 checkpoints and signals · 3414 pictures: validation, class images, comparison · 3639
+# probes: what was learned, what was forgotten · 3815 files that a run leaves · 4293 command line · 4954 base model:
+# loading, quantising, splitting · 5216 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -361,9 +361,11 @@ def execute(args: argparse.Namespace) -> None:
     on_main(run, write_report, run)
     run.accelerator.end_training()
     summarise(run)
-    if args.push_to_hub and run.accelerator.is_main_process:
-        push_to_hub(args)
-    on_main(run, mark_finished, run)
+    if run.accelerator.is_main_process:
+        if args.push_to_hub:
+            push_to_hub(args)
+        with Path(args.output_dir, "config.yaml").open("a", encoding="utf-8") as file:
+            file.write(f"{FINISHED}{run.max_steps}\n")
 
 
 def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None]:
@@ -580,9 +582,8 @@ def summarise(run: Run) -> None:
     for what, pattern in RESULTS.items():
         if (file := output / pattern.format(name=name)).is_file():
             say(f"{what:12}{file}")
-    say(
-        f"{'draw':12}bash run_lora_infer.sh {shlex.quote(str(output))} --prompt {shlex.quote((run.sample_prompts or ['…'])[0])}"
-    )
+    prompt = shlex.quote(brief((run.sample_prompts or ["…"])[0]))
+    say(f"{'draw':12}bash run_lora_infer.sh {shlex.quote(str(output))} --prompt {prompt}")
 
 
 def check_results(run: Run) -> None:
@@ -833,7 +834,7 @@ def batches_ahead(run: Run, first_step: int):
     start, stop = first_step * accumulation, run.max_steps * accumulation
     loader = torch.utils.data.DataLoader(
         run.data,
-        batch_sampler=BatchStream(run.plan, run.accelerator.process_index, start, stop),
+        batch_sampler=(run.plan.share(number, run.accelerator.process_index) for number in range(start, stop)),
         collate_fn=pack_batch,
         worker_init_fn=ready_worker,
         num_workers=run.args.dataloader_num_workers,
@@ -1009,18 +1010,16 @@ class Meter:
         if bad_run:
             say(f"warning: step {row['step']}: the loss is {loss}; the step is left out")
         if bad_run >= 10:
-            kept = checkpoints_in(Path(self.run.args.output_dir))
-            saved = f"the last checkpoint is {kept[0].name}" if kept else "there is no checkpoint yet"
-            raise UserError(
-                f"the loss has not been finite for {int(bad_run)} steps: try --mixed_precision bf16 or a lower --learning_rate; {saved}"
-            )
+            advice = "try --mixed_precision bf16 or a lower --learning_rate"
+            kept = last_good(Path(self.run.args.output_dir))
+            raise UserError(f"the loss has not been finite for {int(bad_run)} steps: {advice}{kept}")
 
     def write(self, row: dict) -> None:
         """Appends a row to metrics.jsonl and sends it to the trackers."""
         if self.run.accelerator.is_main_process:
             with self.file.open("a", encoding="utf-8") as stream:
-                legal = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-                stream.write(json.dumps(legal) + "\n")
+                finite = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
+                stream.write(json.dumps(finite) + "\n")
         self.run.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def pause(self) -> None:
@@ -1731,19 +1730,6 @@ class BatchPlan:
         return out
 
 
-class BatchStream:
-    """A batch sampler that yields one process's share of the batches from `start` up to `stop`."""
-
-    def __init__(self, plan: BatchPlan, process: int, start: int, stop: int) -> None:
-        self.plan, self.process, self.start, self.stop = plan, process, start, stop
-
-    def __iter__(self):
-        return (self.plan.share(number, self.process) for number in range(self.start, self.stop))
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
 @dataclass
 class Crop:
     """How an image covers its bucket: offsets in the scaled image, and whether it is mirrored."""
@@ -1998,6 +1984,9 @@ def tensors_hash(tensors: dict, place: tuple) -> str:
 # ---- text: embeddings and new tokens ---------------------------------------------------------------------------------
 
 
+UNSKIPPED = "\0"  # before a negative prompt, for which pipelines skip no layers
+
+
 class Prompts:
     """Text embeddings by prompt. What an encoder that isn't trained gives is computed once, alone, and kept in memory and
     on disk, also while another encoder is trained: pivotal tuning of CLIP doesn't run, or hold, T5.
@@ -2011,6 +2000,7 @@ class Prompts:
         self.disk = DiskCache(args.cache_folder, "text")
         names = {key: tokenizer for key, (tokenizer, _) in TEXT_ENCODERS.items() if components.has(tokenizer)}
         self.tokenizers = {key: components.get(name) for key, name in names.items()}
+        self.unskipped = UNSKIPPED if vars(args).get("clip_skip") else ""
         self.trained: set[str] = set()  # keys of the encoders whose embeddings change from step to step
         self.altered: set[str] = set()  # keys of those that are no longer the base's: not for the disk
         self.streamed: set[str] = set()  # keys of those whose weights come to the device anew for each group of prompts
@@ -2040,7 +2030,10 @@ class Prompts:
 
     def compute(self, key: str, prompts: list[str]) -> dict:
         """What one encoder gives for prompts, computed now; differentiable in whatever is trained."""
-        return encode_prompts(key, prompts, self.tokenizers[key], self.text_encoder(key), self.args)
+        args = self.args
+        if prompts[0].startswith(UNSKIPPED):
+            prompts, args = [p[1:] for p in prompts], argparse.Namespace(**vars(args) | {"clip_skip": None})
+        return encode_prompts(key, prompts, self.tokenizers[key], self.text_encoder(key), args)
 
     def kept(self, key: str, prompts: list[str]) -> list[dict]:
         """What one encoder gives for each prompt: from memory, from disk, or computed; no gradient.
@@ -2052,7 +2045,8 @@ class Prompts:
         found = {p: self.disk.load(*self.key(key, p)) if on_disk else None for p in asked}
         if missing := [p for p in found if found[p] is None]:
             self.text_encoder(key)  # whether it is streamed shows now
-        for group in [missing] if missing and key in self.streamed else [[p] for p in missing]:
+        kinds = [[p for p in missing if p.startswith(UNSKIPPED) == kind] for kind in (False, True)]
+        for group in filter(None, kinds) if key in self.streamed else [[p] for p in missing]:
             with torch.no_grad():
                 rows = {k: v.split(1) for k, v in self.compute(key, group).items()}
             for number, prompt in enumerate(group):
@@ -2081,7 +2075,7 @@ class Prompts:
 
     def for_pipeline(self, prompt: str, negative: str = "") -> dict:
         """The embeddings that a pipeline takes for one prompt, and for the one that guidance leads away from."""
-        return self.lookup([prompt]) | negative_embeds(self.lookup([negative]), self.components)
+        return self.lookup([prompt]) | negative_embeds(self.lookup([self.unskipped + negative]), self.components)
 
     def forget(self) -> None:
         """Drops embeddings that a training step has made untrue."""
@@ -2122,7 +2116,7 @@ def fill_text_cache(run: Run) -> None:
     captions = [insert_tokens(c, run.abstractions) for c in captions]
     for key in prompts.tokenizers:
         if key not in prompts.trained:
-            negatives = [own["negative_prompt"] for own in args.prompt_settings if "negative_prompt" in own]
+            negatives = [prompts.unskipped + own.get("negative_prompt", "") for own in (*args.prompt_settings, {})]
             wanted = list(dict.fromkeys([*captions, *run.sample_prompts, *run.control_prompts, *negatives, ""]))
             prompts.remember(key, divided(f"captions for {key}", wanted, functools.partial(prompts.kept, key)))
             prompts.release(key)
@@ -3249,27 +3243,13 @@ def save_checkpoint(run: Run, step: int) -> None:
     The folder appears under its name only when it is whole; older ones go only after that.
     """
     output = Path(run.args.output_dir)
-    final, part = output / f"checkpoint-{step}", output / f".checkpoint-{step}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    with publishing(output, f"checkpoint-{step}", whole=True) as part:
         with averaged(run.parts):
             write_weights(run, part, torch.float32)
         torch.save(training_state(run, step), part / "training_state.pt")
         hashes = {f.name: file_hash(f) for f in sorted(part.iterdir())}
         manifest = {"step": step, "seed": run.args.seed, "settings": resume_settings(run), "files": hashes}
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for file in part.iterdir():
-            flush(file)
-        flush(part)
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-        flush(output)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own, for a full disk
-        kept = next((f"the last one is {folder.name}" for folder in checkpoints_in(output)), "there is none yet")
-        raise UserError(f"checkpoint-{step} could not be written to {output} ({error}); {kept}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     if run.args.checkpoints_total_limit:
         for stale in checkpoints_in(output)[run.args.checkpoints_total_limit :]:
             shutil.rmtree(stale)
@@ -3388,6 +3368,36 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def publishing(output: Path, what: str, whole: bool = False):
+    """Gives a folder to write to. Its files then appear in the output folder, each in one step; or, with `whole`, as the
+    folder `what`, in one step. All of it is on the disk by then. Errors: UserError for a full one.
+    """
+    part = output / f".{what}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        for file in sorted(part.iterdir()):
+            flush(file)
+            if not whole:
+                os.replace(file, output / file.name)
+        if whole:
+            flush(part)
+            shutil.rmtree(output / what, ignore_errors=True)
+            part.rename(output / what)
+            flush(output)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own, for a full disk
+        raise UserError(f"{what} could not be written to {output} ({error}){last_good(output)}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def last_good(output: Path) -> str:
+    """The end of an error's line: which checkpoint is the last, if there is one."""
+    return next((f"; the last good checkpoint is {folder.name}" for folder in checkpoints_in(output)), "")
 
 
 @contextlib.contextmanager
@@ -3541,7 +3551,6 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
     Image i depends on (seed, i) only, so that several processes, or a second start, draw what one would have drawn.
     """
     folder = Path(args.class_data_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     there = [example.name for example in load_class_examples(args)]
     missing = [i for i in range(args.num_class_images) if f"class_{i:05d}.png" not in there]
     missing = missing[: args.num_class_images - len(there)]
@@ -3592,39 +3601,37 @@ def comparison_sheet(run: Run):
     """
     from PIL import ImageDraw, ImageFont
 
-    samples, shown = Path(run.args.output_dir) / "samples", min(run.args.num_validation_images, 4)
-    before, after = (samples / f"step-{step:06d}" for step in (0, run.max_steps))
-    what = "with the\nLoRA" if run.lora_modules else "with the\nnew tokens"
+    output, shown = Path(run.args.output_dir), min(run.args.num_validation_images, 4)
+    steps = {"before": 0, "with the\nLoRA" if run.lora_modules else "with the\nnew tokens": run.max_steps}
+    blocks = [("trained on", {"": sorted(output.glob("training_pictures/*.png"))})]
     groups = [(prompt, f"{p:02d}_*") for p, prompt in enumerate(run.sample_prompts[:6])]
-    groups += [(f"should not change: {', '.join(run.control_prompts)}", "control_*")]
-    blocks = [("trained on", [("", sorted((samples.parent / "training_pictures").glob("*.png")))])]
-    for heading, files in groups:
-        blocks.append((heading, [(name, sorted(f.glob(files))) for name, f in (("before", before), (what, after))]))
-    if not run.compares or any(len(files) < shown for _, rows in blocks[1:] for _, files in rows):
+    for heading, pattern in (*groups, (f"should not change: {', '.join(run.control_prompts)}", "control_*")):
+        rows = {name: sorted(output.glob(f"samples/step-{step:06d}/{pattern}")) for name, step in steps.items()}
+        blocks.append((heading, rows))
+    if not run.compares or any(len(files) < shown for _, rows in blocks[1:] for files in rows.values()):
         return None
-    with Image.open(blocks[1][1][0][1][0]) as first:
-        drawn, side = first.size, max(first.size)
-    scale = 224 // side if side <= 112 else 384 / side  # toys draw 64 pixels, which stay sharp
-    tile = round(drawn[0] * scale), round(drawn[1] * scale)
+    whole = 224 // max(run.plan_size)  # toys draw 64 pixels
+    tile = tuple(round(side * (whole or 384 / max(run.plan_size))) for side in run.plan_size)
     font, small = ImageFont.load_default(20), ImageFont.load_default(16)
     margin, label, head, columns = 12, 120, 34, max(4, shown)
-    width, row = label + columns * (tile[0] + margin) + margin, tile[1] + margin
-    sheet = Image.new("RGB", (width, sum(head + margin + row * len(rows) for _, rows in blocks)), "white")
+    width = label + columns * (tile[0] + margin) + margin
+    height = sum(head + margin + (tile[1] + margin) * len(rows) for _, rows in blocks)
+    sheet = Image.new("RGB", (width, height), "white")
     pen, y = ImageDraw.Draw(sheet), margin
     for heading, rows in blocks:
         while pen.textlength(heading, font=font) > width - 2 * margin:
             heading = heading[:-2] + "…"
         pen.text((margin, y), heading, fill="black", font=font)
         y += head
-        for name, files in rows:
+        for name, files in rows.items():
             pen.text((margin, y + tile[1] // 2 - 16), name, fill="#444", font=small)
             for k, file in enumerate(files[:columns]):
                 with Image.open(file) as image:
-                    sharp = image.size == drawn and side <= 112
-                    resampling = Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS
-                    fitted = ImageOps.pad(image.convert("RGB"), tile, resampling, color="white")
-                    sheet.paste(fitted, (label + k * (tile[0] + margin), y))
-            y += row
+                    sharp = whole and image.width == run.plan_size[0]
+                    method = Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS
+                    fitted = ImageOps.pad(image.convert("RGB"), tile, method, color="white")
+                sheet.paste(fitted, (label + k * (tile[0] + margin), y))
+            y += tile[1] + margin
         y += margin
     return sheet
 
@@ -3808,39 +3815,16 @@ def base_alone(run: Run):
 # ---- files that a run leaves -----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def publishing(run: Run):
-    """Gives a folder to write to, whose files then appear in the output folder, each in one step."""
-    output = Path(run.args.output_dir)
-    part = output / ".saving"
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        yield part
-        for file in sorted(part.iterdir()):
-            flush(file)
-            os.replace(file, output / file.name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the results could not be written to {output} ({error}){last_good(output)}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def last_good(output: Path) -> str:
-    """The end of an error's line: which checkpoint is the last."""
-    return "".join(f"; the last good checkpoint is {folder.name}" for folder in checkpoints_in(output)[:1])
-
-
 def save_weights(run: Run) -> None:
     """Writes LoRA and embeddings to the output folder."""
-    with publishing(run) as part, averaged(run.parts):
+    with publishing(Path(run.args.output_dir), "LoRA") as part, averaged(run.parts):
         write_weights(run, part, torch.float32 if run.args.upcast_before_saving else run.components.dtype)
 
 
 def save_results(run: Run) -> None:
     """Writes what follows the weights: verdict, with --keep_best the weights it advises, sheet, model card, merged base."""
     args, output, advice, sheet = run.args, Path(run.args.output_dir), verdict(run) if run.probe else None, None
-    with publishing(run) as part:
+    with publishing(output, "results") as part:
         if args.keep_best and advice and advice["step"] != run.max_steps:
             best = output / f"checkpoint-{advice['step']}"
             for file in best.glob("*.safetensors"):
@@ -3917,7 +3901,7 @@ def locked_output(args: argparse.Namespace):
         try:
             if folder is not None:
                 Path(folder).mkdir(parents=True, exist_ok=True)
-            if flag in ("output_dir", "logging_dir") and folder is not None:
+            if folder is not None and flag in ("output_dir", "logging_dir"):  # of the others much may be there already
                 tempfile.TemporaryFile(dir=folder).close()
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
@@ -3966,15 +3950,15 @@ def finished_before(args: argparse.Namespace) -> bool:
     be lost: without --overwrite, results are gone on from, and never written over.
     """
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    found = [f for f in (output / name.format(name=output.resolve().name) for name in RESULTS.values()) if f.is_file()]
-    found = [f for f in found if f.suffix == ".safetensors"]
-    there = checkpoints_in(output)
+    files = [output / name.format(name=output.resolve().name) for name in RESULTS.values()]
+    found, there = [f for f in files if f.suffix == ".safetensors" and f.is_file()], checkpoints_in(output)
     if args.overwrite or not (found or there):
         return False
     ways = "another --output_dir, or --overwrite"
     before, step = earlier_settings(output)
-    now = kept_settings(args) | ({} if args.seed is not None else {"seed": before.get("seed")})
-    changed = [f"{name} {before[name]}, now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    now = kept_settings(args) | ({"seed": before.get("seed")} if args.seed is None else {})  # one that was drawn
+    names = [n for n in before | now if before.get(n, args.defaults.get(n)) != now.get(n)]  # one may be a newer flag
+    changed = [f"{name} {before.get(name)}, now {now.get(name)}" for name in names]
     if found and step and not changed and wanted in (None, "latest"):
         say(f"this run is finished, at step {step}: {found[0]}; {ways}, trains anew")
         return True
@@ -3984,10 +3968,9 @@ def finished_before(args: argparse.Namespace) -> bool:
         what = there[0].name if there else found[0].name
         ways = "--resume_from_checkpoint latest goes on, --overwrite begins anew"
         raise UserError(f"{output} holds {what} of a run that has not finished: {ways}")
-    begin = there[0].name if wanted == "latest" and there else Path(wanted).name
-    begin = int(begin.removeprefix("checkpoint-")) if begin.removeprefix("checkpoint-").isdecimal() else 0
-    if found and changed and begin < step:
-        raise UserError(f"{output} holds the results of step {step}, and {wanted} begins at {begin}: {ways}")
+    begin = (there[0] if wanted == "latest" and there else Path(wanted)).name.removeprefix("checkpoint-")
+    if found and changed and (int(begin) if begin.isdecimal() else 0) < step:
+        raise UserError(f"{output} holds the results of step {step}, and {wanted} begins before: {ways}")
     return False
 
 
@@ -4003,16 +3986,10 @@ def earlier_settings(output: Path) -> tuple[dict, int]:
 
     try:
         text = (output / "config.yaml").read_text(encoding="utf-8")
-        settings, _, step = yaml.safe_load(text), *text.rpartition(FINISHED)[1:]
-        return (settings if isinstance(settings, dict) else {}), int(step or 0) if FINISHED in text else 0
-    except (OSError, ValueError, yaml.YAMLError):
+        settings, step = dict(yaml.safe_load(text)), text.rpartition(FINISHED)[2].strip()
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
         return {}, 0
-
-
-def mark_finished(run: Run) -> None:
-    """Notes in config.yaml that this run has come to its end."""
-    with Path(run.args.output_dir, "config.yaml").open("a", encoding="utf-8") as file:
-        file.write(f"{FINISHED}{run.max_steps}\n")
+    return settings, int(step) if step.isdecimal() else 0
 
 
 def clear_output(output: Path) -> None:

@@ -68,6 +68,7 @@ FAMILIES = {
         250,
         (("max_sequence_length", 77),),
         text_rates=(2e-3, 2e-3, 250),
+        token_rate=1e-2,  # two CLIPs learn at once; at 2e-2 rows that keep their size turn too far each step
     ),
     "flux": Family(
         "flux",

@@ -108,6 +108,6 @@ def test_a_run_of_two_processes_is_resumed_by_two_and_by_one(tmp_path):
         shutil.copytree(tmp_path / "a" / "x" / f"checkpoint-{step}", output / f"checkpoint-{step}")
         two_processes(family, output, {}, *flags, "--resume_from_checkpoint", "latest")
         assert same_weights(tmp_path / "a" / "x", output)
-    flags += ("--train_batch_size", 2, "--resume_from_checkpoint", "checkpoint-2")
+    flags += ("--train_batch_size", 2, "--resume_from_checkpoint", "checkpoint-2", "--overwrite")
     assert run_here(family, tmp_path / "from 2" / "x", *flags) == 0
     assert losses(tmp_path / "from 2" / "x")[-4:] == pytest.approx(losses(tmp_path / "a" / "x")[-4:], rel=1e-4)

@@ -220,7 +220,7 @@ def test_full_disk_while_a_checkpoint_is_written(family, tmp_path):
     said = log.read_text()
     assert process.exitcode == 2
     assert "checkpoint-3 could not be written" in said.splitlines()[-1]
-    assert "the last one is checkpoint-2" in said
+    assert "the last good checkpoint is checkpoint-2" in said
     assert "Traceback" not in said
     assert [p.name for p in output.glob("*checkpoint*")] == ["checkpoint-2"]
 

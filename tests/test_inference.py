@@ -347,7 +347,9 @@ def test_both_halves_are_encoded_as_training_does(name, negative, skip, length, 
             encoded = {k: script.encode_prompts(k, [text], *part, settings) for k, part in parts.items()}
         return script.join_embeds(encoded, settings, {})
 
+    settings.clip_skip, used = None, settings.clip_skip  # as in the pipelines, the negative half skips none
     other = embeds(negative or "")
+    settings.clip_skip = used
     if negative is None and pipeline.config.get("force_zeros_for_empty_prompt"):
         other = {key: torch.zeros_like(value) for key, value in other.items()}
     wanted = pipeline(
