@@ -69,6 +69,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tqdm import tqdm
+
 FAMILY = "sd3"
 FAMILY_TITLE = "Stable Diffusion 3"
 MODELSPEC_ARCHITECTURE = "stable-diffusion-v3/lora"
@@ -274,12 +276,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 287 the run: what happens, in which order · 587 the loop, and one step of it · 766 what is logged, and the
-# guard against learning nothing · 897 data: images and captions · 1192 images: decoding, buckets, crops, batches ·
-# 1602 text: embeddings and new tokens · 1823 LoRA and optimizer · 2241 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2531 checkpoints and signals · 2687 pictures: validation, class images, comparison · 2887
-# probes: what was learned, what was forgotten · 3065 files that a run leaves · 3377 command line · 3833 base model:
-# loading, quantising, splitting · 4041 errors, lines, seeds, libraries
+# By line: 289 the run: what happens, in which order · 725 the loop, and one step of it · 915 what is logged, and the
+# guard against learning nothing · 1046 data: images and captions · 1345 images: decoding, buckets, crops, batches ·
+# 1761 text: embeddings and new tokens · 1982 LoRA and optimizer · 2401 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2696 checkpoints and signals · 2869 pictures: validation, class images, comparison · 3069
+# probes: what was learned, what was forgotten · 3248 files that a run leaves · 3575 command line · 4032 base model:
+# loading, quantising, splitting · 4244 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -292,10 +294,16 @@ def main(argv: list[str] | None = None) -> int:
     a fault of ours, which names the file that has its traceback.
     """
     program, args = Path(sys.argv[0]).name, None
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a caption that the console can't show (Windows: cp1252) must not end a run
+            stream.reconfigure(errors="replace")
     try:
         args = parse_args(argv)
         say(f"{FAMILY_TITLE}: importing torch and diffusers")
-        import_libraries()
+        with waiting("importing"):
+            import_libraries()
         with temporary_output(args) if args.dry_run else contextlib.nullcontext():
             execute(args)
         return 0
@@ -303,7 +311,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        return stop.args[0]
+        code, *lines = stop.args
+        for line in lines:
+            say(line)
+        return code
     except KeyboardInterrupt:  # before the signals were answered
         return 130
     except Exception as error:
@@ -328,7 +339,8 @@ def execute(args: argparse.Namespace) -> None:
     if run.control_prompts:
         run.probe = Probe(run, first_step)
     active_parts(run, first_step)
-    start_trackers(run)
+    with waiting("starting the trackers"):
+        start_trackers(run)
     batch = f"{args.train_batch_size} x {run.accelerator.num_processes} processes x {args.gradient_accumulation_steps}"
     say(
         f"{len(run.plan.buckets)} images, {run.plan.per_epoch} batches per epoch, {run.max_steps} steps,"
@@ -344,12 +356,14 @@ def execute(args: argparse.Namespace) -> None:
     check_results(run)
     if run.control_prompts and run.compares:
         on_main(run, draw_control, run, run.max_steps)
-    on_main(run, save_results, run)
-    on_main(run, write_report, run)
-    run.accelerator.end_training()
+    with waiting("writing the results"):
+        on_main(run, save_results, run)
+        on_main(run, write_report, run)
+        run.accelerator.end_training()
     summarise(run)
     if args.push_to_hub and run.accelerator.is_main_process:
-        push_to_hub(args)
+        with waiting("uploading"):
+            push_to_hub(args)
 
 
 def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None]:
@@ -361,6 +375,9 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
     settle_seed(args, resume)
     run.components = open_base(run)
     load_data(run)
+    if resume and is_finished(run, *resume):
+        summarise(run)
+        raise Interrupted(0)
     load_text(run)
     add_trained_parts(run)
     on_main(run, write_run_files, run)
@@ -368,11 +385,11 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
 
 
 REPORT = Path(__file__).resolve().parent / "scripts" / "reports" / "report.py"
-RESULTS = {  # what a finished run has to show, in the order in which a person wants it
-    "LoRA": "pytorch_lora_weights.safetensors",
-    "for others": "{name}.safetensors",
-    "new tokens": "{name}_emb.safetensors",
-    "pictures": "comparison.png",
+RESULTS = {  # what a run has to show, in the order in which a person wants it
+    "LoRA": "{place}pytorch_lora_weights.safetensors",
+    "for others": "{place}{name}.safetensors",
+    "new tokens": "{place}{name}_emb.safetensors",
+    "pictures": "{pictures}",
     "report": "report.html",
 }
 
@@ -425,23 +442,97 @@ def start_accelerator(args: argparse.Namespace):
     logs = str(Path(args.output_dir) / args.logging_dir)
     project = accelerate.utils.ProjectConfiguration(project_dir=args.output_dir, logging_dir=logs)
     trackers = None if args.report_to == "none" else args.report_to.split(",")
-    wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")  # the launcher's configuration
-    if wanted == "fp16" and PREDICTS_FLOW:
-        say(f"{FAMILY_TITLE} overflows in fp16: using bf16")
-        args.mixed_precision = "bf16"
     args.deepspeed = os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false") == "true"  # its launcher, not its engine
     if args.deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") not in ("1", "2"):
         raise UserError("DeepSpeed: use zero_stage 1 or 2; config/accelerate_config_fsdp2.yaml splits the base itself")
-    try:
-        precision = {"mixed_precision": args.mixed_precision}
-        accelerator = accelerate.Accelerator(**precision, log_with=trackers, project_config=project)
-    except ValueError as error:
-        raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from None
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no")
+    device = accelerate.PartialState(cpu=accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    args.mixed_precision = choose_precision(args, device)
+    try_kernels(args, device)
+    accelerator = accelerate.Accelerator(
+        mixed_precision=args.mixed_precision, log_with=trackers, project_config=project
+    )
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
+
+
+def choose_precision(args: argparse.Namespace, device) -> str:
+    """The frozen base's precision, said with the device in one line. What a preset or the launcher's configuration wants is a
+    wish, and becomes what the machine can do; --mixed_precision on the command line is an order. Errors: UserError.
+    """
+    kind, order, able = (
+        device.type,
+        "mixed_precision" in args.ordered,
+        ["no", "bf16"],
+    )  # others become the first of them
+    name, never = f"CPU, {torch.get_num_threads()} threads", "fp16"
+    if kind in ("cuda", "xpu"):
+        library, never = getattr(torch, kind), None
+        native = library.is_bf16_supported(
+            including_emulation=PREDICTS_FLOW
+        )  # roundabout on older ones, but no overflow
+        able = [*["bf16"] * native, "fp16", "no"]
+        system = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        name = f"{library.get_device_name(device)}, {system if kind == 'cuda' else 'XPU'}"
+    elif kind == "mps":
+        native = torch.backends.mps.is_macos_or_newer(14, 0)
+        able, never = (["bf16", "no"], None) if native else (["no"] if PREDICTS_FLOW else ["fp16", "no"], "bf16")
+        name = "Apple GPU, MPS"
+    elif shutil.which("nvidia-smi") and not torch.version.cuda:
+        say(
+            f"warning: there is an NVIDIA driver, but torch {torch.__version__} is built for the CPU: pytorch.org says how"
+        )
+    usual = able[0] if kind == "mps" else "no"  # most of a Mac's memory would be the frozen base's
+    chosen = wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", usual)
+    if wanted == "fp16" and PREDICTS_FLOW:
+        say(f"{FAMILY_TITLE} overflows in fp16: using bf16")
+        chosen = wanted = "bf16"
+    if order and wanted == never:
+        able = " or ".join(p for p in ("bf16", "fp16", "no") if p != never)
+        raise UserError(f"--mixed_precision {wanted} can't be done here ({name}): use {able}")
+    if not order and wanted not in able:
+        chosen = able[0]
+    instead = "" if chosen == wanted else f", for {wanted} is not this machine's"
+    say(f"machine: {name}; the frozen base in {str(torch_dtype(chosen)).removeprefix('torch.')}{instead}")
+    return chosen
+
+
+def try_kernels(args: argparse.Namespace, device) -> None:
+    """Tries on a few numbers what not every machine has kernels for, before anything is loaded. Errors: UserError; but what a
+    preset asked for and is only faster or smaller is done without, which is said.
+    """
+
+    def quantized() -> None:
+        few = torch.zeros(64, 64, device=device, dtype=torch_dtype(args.mixed_precision))
+        product(FrozenLinear(few, None, args.quantize_base, few.dtype), few)
+
+    def eight_bits() -> None:
+        part = Part("trial", {"weights": torch.nn.Parameter(torch.zeros(64, 64, device=device))}, 1e-3, 0.0, 1)
+        part.allocate()
+        make_optimizer(part, args).step()
+
+    def compiler() -> None:
+        if device.type == "cuda":
+            import triton  # noqa: F401
+        elif not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+            raise FileNotFoundError("no C++ compiler")
+
+    for name, value, wanted, trial, instead in (
+        ("quantize_base", args.quantize_base, args.quantize_base, quantized, None),
+        ("optimizer", args.optimizer, args.optimizer == "adamw8bit", eight_bits, "adamw"),
+        ("compile", "", args.compile, compiler, False),
+    ):
+        try:
+            if wanted:
+                trial()
+        except Exception as error:  # whatever is missing: a package, its library, a kernel, a type of numbers
+            problem = (
+                f"--{name} {value}".strip() + f" is not possible on this machine ({device.type}: {brief(error)[:160]})"
+            )
+            if instead is None or {name, "use_8bit_adam"} & args.ordered:
+                raise UserError(f"{problem}: leave it out") from None
+            setattr(args, name, instead)
+            say(f"{problem}: done without")
 
 
 def make_output_folder(args: argparse.Namespace) -> None:
@@ -522,26 +613,64 @@ def start_trackers(run: Run) -> None:
     args = run.args
     if not run.accelerator.log_with:
         return
-    public = {k: v for k, v in vars(args).items() if k not in ("hub_token", "settings", "defaults")}
+    public = {k: v for k, v in vars(args).items() if k not in ("hub_token", "settings", "defaults", "ordered")}
     config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public.items()}
     own = {"wandb": {"name": args.run_name or Path(args.output_dir).resolve().name, "dir": args.output_dir}}
     run.accelerator.init_trackers(f"lora-{FAMILY}", config=config, init_kwargs=own)
 
 
-def summarise(run: Run) -> None:
-    """The last lines: which step to take, where the files are, and what draws with them."""
-    output, name = Path(run.args.output_dir), Path(run.args.output_dir).resolve().name
-    if run.args.dry_run:
+def summarise(run: Run, stopped: int = 0) -> None:
+    """The last lines: which step to take, where the files are, and what draws with them. stopped: the step after which a
+    signal ended the run; its checkpoint's files are shown, and what goes on from there.
+    """
+    args, output, place = run.args, Path(run.args.output_dir), f"checkpoint-{stopped}/" if stopped else ""
+    if args.dry_run:
         return
-    if (file := output / "verdict.json").is_file():
+    if not stopped and (file := output / "verdict.json").is_file():
         found = json.loads(file.read_text(encoding="utf-8"))
         say("\n".join(f"advice: {line}" for line in (found["text"], *found["warnings"])))
+    names = {"place": place, "name": output.resolve().name, "pictures": "samples" if stopped else "comparison.png"}
     for what, pattern in RESULTS.items():
-        if files := sorted(output.glob(pattern.format(name=name))):
-            say(f"{what:12}{files[0]}")
-    say(
-        f"{'draw':12}bash run_lora_infer.sh {shlex.quote(str(output))} --prompt {shlex.quote((run.sample_prompts or ['…'])[0])}"
-    )
+        if (file := output / pattern.format(**names)).exists():
+            say(f"{what:12}{file}")
+    captions = [with_trigger(e.captions[0], args.trigger_word) for e in run.data.examples]
+    prompt = (args.validation_prompt or captions)[0] or "a picture"
+    say(f"{'draw':12}{command('run_lora_infer', 'infer_lora.py', output / place, '--prompt', prompt)}")
+    if stopped:
+        words = "--config", output / "config.yaml", "--resume_from_checkpoint", "latest"
+        again = command("run_lora_train", Path(__file__).name, *words, family=[FAMILY])
+        say(
+            f"{'go on':12}{again if run.accelerator.num_processes == 1 else 'the same command with ' + ' '.join(words[2:])}"
+        )
+
+
+def command(wrapper: str, program: str, *words: object, family: list[str] | tuple = ()) -> str:
+    """A command line that works here: one of the project's wrappers in the project's own folder, else its Python file."""
+    import subprocess
+
+    home, windows = Path(__file__).resolve().parent, sys.platform == "win32"
+    if Path.cwd() == home and (file := home / f"{wrapper}{'.bat' if windows else '.sh'}").is_file():
+        line = [*["bash"] * (not windows), file.name, *family]
+    elif (home / program).is_file():
+        line = [sys.executable, home / program]
+    else:
+        return "README.md there has the lines for diffusers"
+    return (subprocess.list2cmdline if windows else shlex.join)(map(str, (*line, *words)))
+
+
+def is_finished(run: Run, checkpoint: Path, manifest: dict) -> bool:
+    """Whether all steps are done with these very settings and the results are there; says so."""
+    import yaml
+
+    output = Path(run.args.output_dir)
+    config, results = output / "config.yaml", sorted(output.glob("*.safetensors"))
+    if manifest["step"] < run.max_steps or not results or not config.is_file():
+        return False
+    newer = min(f.stat().st_mtime for f in results) >= (checkpoint / "manifest.json").stat().st_mtime
+    if not newer or yaml.safe_load(config.read_text(encoding="utf-8")) != kept_settings(run.args):
+        return False
+    say(f"all {run.max_steps} steps are done; a larger --max_train_steps or --num_train_epochs goes on")
+    return True
 
 
 def check_results(run: Run) -> None:
@@ -554,7 +683,7 @@ def check_results(run: Run) -> None:
 @contextlib.contextmanager
 def temporary_output(args: argparse.Namespace):
     """--dry_run: while inside, everything is written to a folder that goes afterwards, and nothing is uploaded."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         args.output_dir, args.cache_folder, args.push_to_hub, args.report_to = folder, None, False, "none"
         if args.with_prior_preservation:
             args.class_data_dir, args.num_class_images = str(Path(folder) / "class_images"), 2
@@ -573,15 +702,24 @@ def rehearse(run: Run) -> None:
     train(run, 0)
     rows = [json.loads(line) for line in (Path(args.output_dir) / "metrics.jsonl").read_text("utf-8").splitlines()]
     seconds = [row["seconds_per_step"] for row in rows if "seconds_per_step" in row][-1]
-    if run.accelerator.device.type == "cuda":
-        memory = torch.cuda.max_memory_reserved() / 2**30
-    else:
-        import resource
-
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    size = "{} x {}".format(*run.plan_size)
+    memory, size = peak_memory(run.accelerator.device) / 2**30, "{} x {}".format(*run.plan_size)
     say(f"dry run: largest bucket {size}, {seconds:.3f} s per step, peak memory {memory:.2f} GiB,")
     say(f"dry run: {planned} steps would take about {seconds * planned / 60:.1f} minutes; nothing was kept")
+
+
+def peak_memory(device) -> int:
+    """The most bytes that the run has held so far: of the GPU's memory or, on the CPU, of the process."""
+    if device.type in ("cuda", "xpu"):
+        return getattr(torch, device.type).max_memory_reserved()
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()  # what is held now, and Metal gives little back
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- the loop, and one step of it ------------------------------------------------------------------------------------
@@ -614,8 +752,8 @@ def train(run: Run, first_step: int) -> None:
                 meter.write_pending()
                 on_main(run, save_checkpoint, run, done)
             if stopping:
-                say(f"stopped by signal {stopping} after step {done}; checkpoint-{done} is written")
-                say("the same command with --resume_from_checkpoint latest goes on")
+                say(f"stopped by {signal.Signals(stopping).name} after step {done}; checkpoint-{done} is written")
+                summarise(run, done)
                 raise Interrupted(128 + stopping)
             if done in run.validation_steps:
                 meter.write_pending()
@@ -692,6 +830,7 @@ def batches_ahead(run: Run, first_step: int):
         batch_sampler=BatchStream(run.plan, run.accelerator.process_index, start, stop),
         collate_fn=collate,
         num_workers=run.args.dataloader_num_workers,
+        worker_init_fn=ready_worker,
         pin_memory=run.accelerator.device.type == "cuda",
         generator=torch.Generator(),  # one of its own keeps the global one untouched
     )
@@ -709,9 +848,19 @@ def batches_ahead(run: Run, first_step: int):
         yield upcoming(pool)
 
 
+def ready_worker(number: int) -> None:
+    """Readies a process that prepares images: the libraries, where it doesn't have them from the main process (Windows, macOS),
+    which alone answers signals.
+    """
+    import_libraries(models=False)
+    for name in STOP_SIGNALS:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def to_device(batch: dict, device) -> dict:
     """Moves the tensors of a batch."""
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    free = device.type == "cuda"  # elsewhere a copy that isn't waited for may be read before it is there
+    return {k: v.to(device, non_blocking=free) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 def validate(run: Run, step: int, meter: Meter) -> None:
@@ -790,7 +939,7 @@ class Meter:
         numbers = torch.stack([self.loss / steps, norm, run.guard.bad_run, run.guard.bad_total, *found])
         if run.accelerator.num_processes > 1:
             numbers[0] = run.accelerator.reduce(numbers[0], reduction="sum")
-        arriving = numbers.to("cpu", non_blocking=True)
+        arriving = numbers.to("cpu", non_blocking=numbers.is_cuda)
         event = torch.Event(numbers.device) if numbers.is_cuda else None
         if event:
             event.record()
@@ -952,7 +1101,7 @@ def folder_examples(folder: Path, caption_column: str | None, missing: list[str]
     described: dict[Path, list[str]] = {}
     for meta in (f for f in files if f.name in ("metadata.jsonl", "metadata.csv")):
         for row in read_metadata(meta):
-            image = (meta.parent / row["file_name"]).resolve()
+            image = (meta.parent / row["file_name"].replace("\\", "/")).resolve()  # as Windows writes it
             if not image.is_relative_to(folder):
                 raise UserError(f"{meta}: file_name {row['file_name']!r} leads out of the data folder")
             if image.is_file():
@@ -968,7 +1117,7 @@ def folder_examples(folder: Path, caption_column: str | None, missing: list[str]
             if suffix not in (".txt", ".caption", ".jsonl", ".csv", ".json", ".md", ".html"):
                 strays[file.suffix or file.name] += 1
             continue
-        name, captions = str(file.relative_to(folder)), described.get(file, [])
+        name, captions = file.relative_to(folder).as_posix(), described.get(file, [])
         if not captions or caption_column is None:
             beside = [b for b in (file.with_suffix(".txt"), file.with_suffix(".caption")) if b.is_file()][:1]
             written = [c for b in beside for c in as_captions(decode_text(b.read_bytes(), b))]
@@ -1033,7 +1182,8 @@ def dataset_examples(args: argparse.Namespace) -> list[Example]:
     import datasets
 
     datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     name, split = args.dataset_name, args.dataset_split
     try:
         if name.endswith(".py"):
@@ -1052,12 +1202,15 @@ def dataset_examples(args: argparse.Namespace) -> list[Example]:
     column = args.caption_column or next((c for c in CAPTION_COLUMNS if c in table.column_names), None)
     table = table.cast_column(args.image_column, datasets.Image(decode=False))
 
-    def read(row: int) -> bytes:
-        cell = table[row][args.image_column]
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-
     captions = map(as_captions, table[column] if column else [None] * len(table))
-    return [Example(f"row {i}", own, lambda i=i: read(i)) for i, own in enumerate(captions)]
+    read = functools.partial(read_cell, table, args.image_column)  # unlike a closure, it goes to spawned workers
+    return [Example(f"row {i}", own, functools.partial(read, i)) for i, own in enumerate(captions)]
+
+
+def read_cell(table, column: str, row: int) -> bytes:
+    """The bytes of an image in a data set."""
+    cell = table[row][column]
+    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
 
 def builder_dataset(args: argparse.Namespace):
@@ -1295,8 +1448,8 @@ def prepare_examples(examples: list[Example], buckets: list[tuple[int, int]], ar
         store.cover(index, examples[index].bucket, image)
         return None
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        problems = list(pool.map(problem_of, range(len(examples))))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, waiting("images", len(examples)) as bar:
+        problems = [(problem, bar.update())[0] for problem in pool.map(problem_of, range(len(examples)))]
     for example, problem in zip(examples, problems, strict=True):
         if problem is not None:
             say(f"warning: {example.name} is left out: {problem}")
@@ -1322,6 +1475,12 @@ class ImageStore:
         self.examples, self.buckets = examples, buckets
         self.resample = getattr(Image.Resampling, interpolation.upper())
         self.left, self.kept = budget, {}  # bytes; by name and bucket
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {
+            "left": 0,
+            "kept": {},
+        }  # for a spawned worker: it decodes anew, instead of getting all pixels
 
     def cover(self, index: int, bucket: int, image=None):
         """Image `index` scaled so that it just covers `bucket`, as an RGB image."""
@@ -1593,7 +1752,7 @@ class DiskCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             part = self.file(place).with_suffix(f".{os.getpid()}.part")
             save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part)
-            part.rename(self.file(place))
+            rename(part, self.file(place))
 
     def file(self, place: tuple) -> Path:
         return self.folder / (hashlib.sha256("|".join(map(str, place)).encode()).hexdigest() + ".safetensors")
@@ -1844,7 +2003,8 @@ def add_trained_parts(run: Run) -> None:
         add_part("text_encoder", values, text_lr, args.adam_weight_decay_text_encoder, args.train_text_encoder_frac)
     if args.train_transformer_frac > 0:
         targets = lora_targets(run.denoiser, args)
-        add_lora(run.denoiser, targets, args)
+        with waiting("adding the LoRA"):
+            add_lora(run.denoiser, targets, args)
         run.lora_modules = {DENOISER: run.denoiser} | run.lora_modules
         rate, values = args.learning_rate * factor, lora_parameters(run.denoiser)
         add_part("denoiser", values, rate, args.adam_weight_decay, args.train_transformer_frac)
@@ -2352,7 +2512,8 @@ def define_layers() -> None:
                 kept, scale = map(torch.cat, pieces)
             self.register_buffer("kept", kept)
             self.register_buffer("scale", scale)
-            capable = weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (8, 9)
+            nvidia = weight.is_cuda and not torch.version.hip  # AMD's numbers of capability mean something else
+            capable = nvidia and torch.cuda.get_device_capability(weight.device) >= (8, 9)
             self.direct = kind == "fp8" and capable and not any(n % 16 for n in weight.shape)
 
         @property
@@ -2499,12 +2660,16 @@ def load_quantized(kind, folder: Path, quantize: str, dtype, device, variant: st
     index, files = folder / f"{stem}.safetensors.index{middle}.json", [f"{stem}{middle}.safetensors"]
     if index.is_file():
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    for file in files:
-        with safe_open(folder / file, framework="pt") as shard:
-            names = shard.keys()
-            sizes = {name: ("block" in name, math.prod(shard.get_slice(name).get_shape())) for name in names}
-            for name in sorted(names, key=sizes.get, reverse=True):
-                place(model, name, shard.get_tensor(name), quantize, dtype, device)
+    total = sum((folder / file).stat().st_size for file in files)
+    with waiting(f"loading in {quantize}", total, unit="B", unit_scale=True) as bar:
+        for file in files:
+            with safe_open(folder / file, framework="pt") as shard:
+                names = shard.keys()
+                sizes = {name: ("block" in name, math.prod(shard.get_slice(name).get_shape())) for name in names}
+                for name in sorted(names, key=sizes.get, reverse=True):
+                    tensor = shard.get_tensor(name)
+                    place(model, name, tensor, quantize, dtype, device)
+                    bar.update(tensor.nbytes)
     if missing := [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]:
         raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}")
     return model.to(device)
@@ -2531,17 +2696,21 @@ def enable_checkpointing(denoiser, dropout: bool) -> None:
 # ---- checkpoints and signals -----------------------------------------------------------------------------------------
 
 
+LOCK_WAIT = 0.25  # seconds until a file that another program has open is tried again, 20 times
+STOP_SIGNALS = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK") if hasattr(signal, n)]  # the last: Windows
+
+
 class StopSignal:
-    """Answers SIGTERM, SIGINT and SIGUSR1: at once outside the loop, after the step's checkpoint inside it."""
+    """Answers STOP_SIGNALS (Ctrl-C, and Ctrl-Break on Windows): at once outside the loop, after the step's checkpoint inside it."""
 
     def __init__(self) -> None:
         self.number, self.in_loop = 0, False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.receive)
+        for name in STOP_SIGNALS:
+            signal.signal(getattr(signal, name), self.receive)
 
     def receive(self, number: int, frame: object) -> None:
         if not self.in_loop or self.number:
-            raise Interrupted(128 + number)
+            raise Interrupted(128 + number, f"stopped at once by {signal.Signals(number).name}, without a checkpoint")
         self.number = number
 
 
@@ -2561,11 +2730,10 @@ def save_checkpoint(run: Run, step: int) -> None:
         hashes = {f.name: file_hash(f) for f in sorted(part.iterdir())}
         manifest = {"step": step, "seed": run.args.seed, "settings": resume_settings(run), "files": hashes}
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for file in part.iterdir():
-            flush(file)
-        flush(part)
+        for path in (*part.iterdir(), part):
+            flush(path)
         shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
+        rename(part, final)
         flush(output)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own, for a full disk
         shutil.rmtree(part, ignore_errors=True)
@@ -2573,7 +2741,7 @@ def save_checkpoint(run: Run, step: int) -> None:
         raise UserError(f"checkpoint-{step} could not be written to {output} ({error}); {kept}") from None
     if run.args.checkpoints_total_limit:
         for stale in checkpoints_in(output)[run.args.checkpoints_total_limit :]:
-            shutil.rmtree(stale)
+            shutil.rmtree(stale, ignore_errors=True)  # another program may have a file of it open
 
 
 def training_state(run: Run, step: int) -> dict:
@@ -2638,7 +2806,8 @@ def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict] | None:
     named = [folder for folder in (Path(wanted), output / wanted) if folder.is_dir()][:1]
     for folder in checkpoints_in(output) if wanted == "latest" else named:
         try:
-            return folder, check_checkpoint(folder)
+            with waiting(f"reading {folder.name}"):
+                return folder, check_checkpoint(folder)
         except ValueError as error:
             problem = f"{folder.name} is passed over: {error}"
             say(f"warning: {problem}")
@@ -2676,12 +2845,25 @@ def file_hash(file: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Makes sure that a file's or a folder's content is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Makes sure that a file's or a folder's content is on the disk; Windows flushes no folder, and no file open for reading."""
+    folder = path.is_dir()
+    with contextlib.suppress(PermissionError) if folder else contextlib.nullcontext():
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def rename(part: Path, final: Path) -> None:
+    """Gives a file or folder its name. On Windows a scanner may hold it for a moment: it's tried again for some seconds."""
+    for attempt in range(20):
+        try:
+            return os.replace(part, final)
+        except PermissionError:
+            if attempt == 19:
+                raise
+            time.sleep(LOCK_WAIT)
 
 
 # ---- pictures: validation, class images, comparison ------------------------------------------------------------------
@@ -2821,7 +3003,7 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
         images = sample_images(pipeline, components, embeds, seeds, size, args, contextlib.nullcontext())
         for number, image in zip(numbers, images, strict=True):
             image.save(folder / f".class_{number:05d}.png")
-            (folder / f".class_{number:05d}.png").rename(folder / f"class_{number:05d}.png")
+            rename(folder / f".class_{number:05d}.png", folder / f"class_{number:05d}.png")
             bar.update()
     bar.close()
     del pipeline, base
@@ -2903,7 +3085,7 @@ class Probe:
         pairs = [(chosen[k % len(chosen)], QUANTILES[(k + k // len(chosen)) % 4]) for k in range(8)]
         held_out = [(i, q) for i, e in enumerate(examples) if e.held_out for q in QUANTILES]
         self.rows = {"trained": [self.row(*pair) for pair in pairs], "held_out": [self.row(*pair) for pair in held_out]}
-        with base_alone(run), evaluating(run), torch.no_grad():
+        with base_alone(run), evaluating(run), torch.no_grad(), waiting("probes of the base"):
             self.rows["control"] = self.control_rows(draw_control(run, 0, keep=first_step == 0))
             self.base = {kind: [self.look(*row) for row in rows] for kind, rows in self.rows.items()}
 
@@ -2943,7 +3125,7 @@ class Probe:
 
     def measure(self) -> dict[str, float]:
         """learned, forgotten and, with held-out images, held_out_loss and learned_held_out."""
-        with averaged(self.run.parts), evaluating(self.run), torch.no_grad():
+        with averaged(self.run.parts), evaluating(self.run), torch.no_grad(), waiting("probes"):
             now = {kind: [self.look(*row) for row in rows] for kind, rows in self.rows.items()}
         loss = {k: [sum(row[0] for row in rows[k]) / max(1, len(rows[k])) for rows in (now, self.base)] for k in now}
         moved = {}
@@ -2971,13 +3153,14 @@ def draw_control(run: Run, step: int, keep: bool = True) -> list:
 
     keep: save them too, where the run compares before and after.
     """
-    drawn = []
-    with averaged(run.parts), evaluating(run), torch.no_grad():
+    drawn, total = [], len(QUANTILES)
+    with averaged(run.parts), evaluating(run), torch.no_grad(), waiting("control pictures", total) as bar:
         pipeline = run.components.pipeline(run.denoiser)
         for k in range(len(QUANTILES)):
             prompt, seed = run.control_prompts[k % len(run.control_prompts)], sample_seed(run.args.seed, -1, k)
             embeds = {name: v.to(run.components.dtype) for name, v in run.prompts.for_pipeline(prompt).items()}
             drawn.append(sampled_latents(pipeline, embeds, [seed], run.plan_size, run.args, run.autocast()))
+            bar.update()
             if keep and run.compares and run.accelerator.is_main_process:
                 save_sample(run, step, f"control_{k}", prompt, seed, decoded(pipeline, run.components, drawn[-1])[0])
     return drawn
@@ -3091,9 +3274,9 @@ def save_results(run: Run) -> None:
         if advice:
             (part / "verdict.json").write_text(json.dumps(advice, indent=1), encoding="utf-8")
         (part / "README.md").write_text(model_card(run, sheet is not None, advice), encoding="utf-8")
-        for file in sorted(part.iterdir()):  # each in one step, so that no half-written one is ever seen
+        for file in sorted(part.iterdir(), key=lambda f: (f.suffix != ".safetensors", f.name)):
             flush(file)
-            os.replace(file, output / file.name)
+            publish(file, output / file.name)
     except (OSError, SafetensorError) as error:
         saved = "".join(f"; the training itself is safe in {folder.name}" for folder in checkpoints_in(output)[:1])
         raise UserError(f"the results could not be written to {output} ({error}){saved}") from None
@@ -3103,14 +3286,23 @@ def save_results(run: Run) -> None:
         save_merged(run, output / "merged")
 
 
+def publish(file: Path, target: Path) -> None:
+    """Moves a result to its place in one step; to a name of its own if Windows has the place open in another program."""
+    try:
+        rename(file, target)
+    except PermissionError:
+        spare = target.with_name(f"{target.stem}-{time.strftime('%Y%m%d-%H%M%S')}{target.suffix}")
+        os.replace(file, spare)
+        say(f"warning: {target} is open in another program: the new one is {spare.name}")
+
+
 def write_run_files(run: Run) -> None:
     """What the report reads, and a run that is to be repeated: config.yaml, data.json, thumbnails of training images."""
     import yaml
 
     args, output = run.args, Path(run.args.output_dir)
     examples, buckets = run.data.examples, run.data.buckets
-    secret = {"hub_token", "config", "dry_run", "resume_from_checkpoint", "local_rank", "overwrite"}
-    settings = {k: v for k, v in args.settings.items() if v is not None and k not in secret} | {"seed": args.seed}
+    settings = kept_settings(args)
     from importlib.metadata import version
 
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "accelerate")}
@@ -3142,6 +3334,12 @@ def write_run_files(run: Run) -> None:
         image = decode_image(examples[index].read())
         image.thumbnail((384, 384))
         image.save(folder / f"{k:02d}.png", pnginfo=text)
+
+
+def kept_settings(args: argparse.Namespace) -> dict:
+    """What config.yaml keeps: the run's settings as they were given, but for secrets and what is of one start alone."""
+    left = {"hub_token", "config", "dry_run", "resume_from_checkpoint", "local_rank", "overwrite"}
+    return {k: v for k, v in args.settings.items() if v is not None and k not in left} | {"seed": args.seed}
 
 
 def write_weights(run: Run, folder: Path, dtype) -> None:
@@ -3388,6 +3586,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     finder = OneLineParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     file = finder.parse_known_args(words)[0].config
+    ordered = {word.split("=")[0].lstrip("-") for word in words}  # a config's flags are wishes where a machine can't
     words = (config_words(parser, file) if file else []) + words
     args, unset = parser.parse_args(words), object()
     marked = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
@@ -3397,7 +3596,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--{name}: {why}")
     settings, defaults = dict(vars(args)), {name: parser.get_default(name) for name in vars(args)}
     check_args(args, {name for name, value in vars(marked).items() if value is not unset}, parser)
-    args.settings, args.defaults = settings, defaults  # for config.yaml: before anything was filled in
+    args.settings, args.defaults, args.ordered = settings, defaults, ordered  # settings: before anything was filled in
     return args
 
 
@@ -3893,10 +4092,11 @@ class Components:
             if variant and not any(variant in f.name for f in folder.iterdir()):
                 variant = None  # a part that comes in one precision only
             try:
-                part = kind.from_pretrained(folder, variant=variant, dtype=dtype or self.dtype)
+                with waiting(f"loading {name}"):
+                    part = kind.from_pretrained(folder, variant=variant, dtype=dtype or self.dtype)
+                    part = part.requires_grad_(False).eval().to(device or self.device)
             except OSError as error:
                 raise UserError(f"--pretrained_model_name_or_path: {name} can't be loaded: {brief(error)}") from None
-            part = part.requires_grad_(False).eval().to(device or self.device)
         self.loaded[name] = part
         return part
 
@@ -3919,7 +4119,8 @@ class Components:
         texts = dict.fromkeys(name for pair in TEXT_ENCODERS.values() for name in pair)
         parts = {DENOISER: denoiser, "vae": self.vae(), "scheduler": self.get("scheduler")}
         pipeline = library_class("diffusers", PIPELINE_CLASS)(**parts, **texts, **PIPELINE_OPTIONS)
-        pipeline.set_progress_bar_config(disable=True)
+        steps = {"desc": "steps", "delay": 2, "leave": False}  # of pictures that take long
+        pipeline.set_progress_bar_config(disable=on_other_process() or not sys.stderr.isatty(), **steps)
         return pipeline
 
     def denoiser(self):
@@ -3962,7 +4163,8 @@ def download(name: str, flag: str, wanted: list[str], args: argparse.Namespace) 
 
     revision = args.revision if flag == "--pretrained_model_name_or_path" else None
     try:
-        return Path(snapshot_download(name, revision=revision, cache_dir=args.cache_dir, allow_patterns=wanted))
+        with waiting(f"downloading {name}"):
+            return Path(snapshot_download(name, revision=revision, cache_dir=args.cache_dir, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises a dozen kinds; all mean that it is not to be had
         raise UserError(f"{flag} {name}: neither a local path nor to be had from the hub ({brief(error)})") from None
 
@@ -3982,7 +4184,8 @@ def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
         options["dtype"] = torch.bfloat16
     try:
         given = parts_with_weights(path.parent) if surrounded else {}
-        pipeline = library_class("diffusers", PIPELINE_CLASS).from_single_file(str(path), **options, **given)
+        with waiting(f"unpacking {path.name}, once"):
+            pipeline = library_class("diffusers", PIPELINE_CLASS).from_single_file(str(path), **options, **given)
     except Exception as error:  # conversion fails in many ways, all of them the file's or the layout's
         advice = "; without network, scripts/bases/unpack_checkpoint.py makes a diffusers folder of it"
         problem = f"can't be read as {FAMILY_TITLE} ({brief(error)}){'' if surrounded else advice}"
@@ -3990,7 +4193,7 @@ def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
     part = cache.with_name(cache.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     pipeline.save_pretrained(part)
-    part.rename(cache)
+    rename(part, cache)
     return cache
 
 
@@ -4046,22 +4249,70 @@ class UserError(Exception):
 
 
 class Interrupted(BaseException):
-    """Raised after a signal has been answered with a checkpoint; carries the exit code. No handler of errors catches it."""
+    """Ends the program where nothing is wrong, with an exit code and lines to say. No handler of errors catches it."""
+
+
+def on_other_process() -> bool:
+    """Whether this is not the first process of this machine's group, which alone prints."""
+    return int(os.environ.get("RANK", "0")) > 0
 
 
 def say(text: str) -> None:
-    """Prints a line, on the first process of this machine's group only."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    """Prints a line above the bars; in a log file, below them."""
+    if on_other_process():
+        return
+    with waiting.get_lock():
+        bars, terminal = [bar for bar in waiting.shown if bar.drawn], sys.stderr.isatty()
+        for bar in bars:
+            bar.clear(nolock=True) if terminal else bar.fp.write("\n")
+            bar.drawn = False
         print(text, flush=True)
+        for bar in bars if terminal else []:
+            bar.refresh(nolock=True)
 
 
-def waiting(what: str, total: int, **options):
-    """A bar on the first process for what takes more than two seconds. options: tqdm's."""
-    from tqdm.auto import tqdm
+class waiting(tqdm):
+    """A bar on the first process for what takes more than two seconds; without a total, the time that has passed.
 
-    seconds = 0.5 if sys.stderr.isatty() else 15  # between two prints of the bar
-    quiet = int(os.environ.get("RANK", "0")) > 0
-    return tqdm(desc=what, total=total, mininterval=seconds, disable=quiet, **{"delay": 2, "leave": False} | options)
+    A thread keeps the time moving while the work itself is silent, in a log file every 15 seconds. options: tqdm's.
+    """
+
+    noticed, shown, drawn = 2.0, [], False  # seconds until a wait is noticed; all bars; whether this one is in sight
+
+    def __init__(self, what: str, total: int | None = None, **options) -> None:
+        terminal = sys.stderr.isatty()
+        self.pause = self.noticed / 2 if terminal else 15
+        options = {"delay": self.noticed, "leave": not terminal, "mininterval": self.pause / 2} | options
+        form = {} if total else {"bar_format": "{desc} {elapsed}"}
+        super().__init__(desc=what, total=total, disable=on_other_process(), **form, **options)
+        if not self.disable:
+            import threading
+
+            self.due = time.time() + options["delay"]
+            if not any(thread.name == "bars" for thread in threading.enumerate()):
+                threading.Thread(target=keep_moving, name="bars", daemon=True).start()
+            self.shown.append(self)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Draws the bar."""
+        self.drawn, self.due = True, time.time() + self.pause
+        return super().display(msg, pos)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self.shown[:] = [bar for bar in self.shown if bar is not self]  # tqdm's are equal in the same place
+        if self.drawn:
+            self.last_print_t = time.time()  # so that tqdm knows, too
+        super().close()
+
+
+def keep_moving() -> None:
+    """Draws bars again that have stood still, for ever."""
+    while True:
+        time.sleep(waiting.noticed / 8)
+        with waiting.get_lock():
+            for bar in [bar for bar in waiting.shown if time.time() >= bar.due]:
+                bar.refresh(nolock=True)
 
 
 def brief(error: Exception) -> str:
@@ -4080,8 +4331,11 @@ def stable_seed(*place: object) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def import_libraries() -> None:
-    """Imports what is slow to import (5 to 10 s) into this module, once the arguments are known to be right."""
+def import_libraries(models: bool = True) -> None:
+    """Imports what is slow to import (5 to 10 s) into this module, once the arguments are known to be right.
+
+    models: also what models need, and not only pictures and tensors.
+    """
     global torch, F, load_file, save_file, SafetensorError
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import_image_libraries()
@@ -4090,8 +4344,9 @@ def import_libraries() -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    import_logging_quietly()
-    define_layers()
+    if models:
+        import_logging_quietly()
+        define_layers()
 
 
 def import_image_libraries() -> None:
@@ -4108,11 +4363,13 @@ def import_logging_quietly() -> None:
     for name in ("accelerate", "bitsandbytes", "diffusers.quantizers.bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers
+    import huggingface_hub
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # downloads are long, and transformers has just switched theirs off too
 
 
 if __name__ == "__main__":
