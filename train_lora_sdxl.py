@@ -259,12 +259,13 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 272 the run: what happens, in which order · 708 the loop, and one step of it · 898 what is logged, and the
-# guard against learning nothing · 1029 data: images and captions · 1328 images: decoding, buckets, crops, batches ·
-# 1744 text: embeddings and new tokens · 1965 LoRA and optimizer · 2384 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2679 checkpoints and signals · 2852 pictures: validation, class images, comparison · 3052
-# probes: what was learned, what was forgotten · 3231 files that a run leaves · 3558 command line · 4015 base model:
-# loading, quantising, splitting · 4227 errors, lines, seeds, libraries
+# By line: 273 the run: what happens, in which order · 554 the loop, and one step of it · 744 what is logged, and the
+# guard against learning nothing · 875 data: images and captions · 1174 images: decoding, buckets, crops, batches ·
+# 1590 text: embeddings and new tokens · 1811 LoRA and optimizer · 2230 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2525 checkpoints and signals · 2698 pictures: validation, class images, comparison · 2898
+# probes: what was learned, what was forgotten · 3077 files that a run leaves · 3467 command line · 3924 base model:
+# loading, quantising, splitting · 4136 the machine: device, precision, kernels, memory · 4233 errors, lines, seeds,
+# libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -368,13 +369,6 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
 
 
 REPORT = Path(__file__).resolve().parent / "scripts" / "reports" / "report.py"
-RESULTS = {  # what a run has to show, in the order in which a person wants it
-    "LoRA": "{place}pytorch_lora_weights.safetensors",
-    "for others": "{place}{name}.safetensors",
-    "new tokens": "{place}{name}_emb.safetensors",
-    "pictures": "{pictures}",
-    "report": "report.html",
-}
 
 
 @dataclass
@@ -437,85 +431,6 @@ def start_accelerator(args: argparse.Namespace):
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
-
-
-def choose_precision(args: argparse.Namespace, device) -> str:
-    """The frozen base's precision, said with the device in one line. What a preset or the launcher's configuration wants is a
-    wish, and becomes what the machine can do; --mixed_precision on the command line is an order. Errors: UserError.
-    """
-    kind, order, able = (
-        device.type,
-        "mixed_precision" in args.ordered,
-        ["no", "bf16"],
-    )  # others become the first of them
-    name, never = f"CPU, {torch.get_num_threads()} threads", "fp16"
-    if kind in ("cuda", "xpu"):
-        library, never = getattr(torch, kind), None
-        native = library.is_bf16_supported(
-            including_emulation=PREDICTS_FLOW
-        )  # roundabout on older ones, but no overflow
-        able = [*["bf16"] * native, "fp16", "no"]
-        system = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-        name = f"{library.get_device_name(device)}, {system if kind == 'cuda' else 'XPU'}"
-    elif kind == "mps":
-        native = torch.backends.mps.is_macos_or_newer(14, 0)
-        able, never = (["bf16", "no"], None) if native else (["no"] if PREDICTS_FLOW else ["fp16", "no"], "bf16")
-        name = "Apple GPU, MPS"
-    elif shutil.which("nvidia-smi") and not torch.version.cuda:
-        say(
-            f"warning: there is an NVIDIA driver, but torch {torch.__version__} is built for the CPU: pytorch.org says how"
-        )
-    usual = able[0] if kind == "mps" else "no"  # most of a Mac's memory would be the frozen base's
-    chosen = wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", usual)
-    if wanted == "fp16" and PREDICTS_FLOW:
-        say(f"{FAMILY_TITLE} overflows in fp16: using bf16")
-        chosen = wanted = "bf16"
-    if order and wanted == never:
-        able = " or ".join(p for p in ("bf16", "fp16", "no") if p != never)
-        raise UserError(f"--mixed_precision {wanted} can't be done here ({name}): use {able}")
-    if not order and wanted not in able:
-        chosen = able[0]
-    instead = "" if chosen == wanted else f", for {wanted} is not this machine's"
-    say(f"machine: {name}; the frozen base in {str(torch_dtype(chosen)).removeprefix('torch.')}{instead}")
-    return chosen
-
-
-def try_kernels(args: argparse.Namespace, device) -> None:
-    """Tries on a few numbers what not every machine has kernels for, before anything is loaded. Errors: UserError; but what a
-    preset asked for and is only faster or smaller is done without, which is said.
-    """
-
-    def quantized() -> None:
-        few = torch.zeros(64, 64, device=device, dtype=torch_dtype(args.mixed_precision))
-        product(FrozenLinear(few, None, args.quantize_base, few.dtype), few)
-
-    def eight_bits() -> None:
-        part = Part("trial", {"weights": torch.nn.Parameter(torch.zeros(64, 64, device=device))}, 1e-3, 0.0, 1)
-        part.allocate()
-        make_optimizer(part, args).step()
-
-    def compiler() -> None:
-        if device.type == "cuda":
-            import triton  # noqa: F401
-        elif not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-            raise FileNotFoundError("no C++ compiler")
-
-    for name, value, wanted, trial, instead in (
-        ("quantize_base", args.quantize_base, args.quantize_base, quantized, None),
-        ("optimizer", args.optimizer, args.optimizer == "adamw8bit", eight_bits, "adamw"),
-        ("compile", "", args.compile, compiler, False),
-    ):
-        try:
-            if wanted:
-                trial()
-        except Exception as error:  # whatever is missing: a package, its library, a kernel, a type of numbers
-            problem = (
-                f"--{name} {value}".strip() + f" is not possible on this machine ({device.type}: {brief(error)[:160]})"
-            )
-            if instead is None or {name, "use_8bit_adam"} & args.ordered:
-                raise UserError(f"{problem}: leave it out") from None
-            setattr(args, name, instead)
-            say(f"{problem}: done without")
 
 
 def make_output_folder(args: argparse.Namespace) -> None:
@@ -602,60 +517,6 @@ def start_trackers(run: Run) -> None:
     run.accelerator.init_trackers(f"lora-{FAMILY}", config=config, init_kwargs=own)
 
 
-def summarise(run: Run, stopped: int = 0) -> None:
-    """The last lines: which step to take, where the files are, and what draws with them. stopped: the step after which a
-    signal ended the run; its checkpoint's files are shown, and what goes on from there.
-    """
-    args, output, place = run.args, Path(run.args.output_dir), f"checkpoint-{stopped}/" if stopped else ""
-    if args.dry_run:
-        return
-    if not stopped and (file := output / "verdict.json").is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        say("\n".join(f"advice: {line}" for line in (found["text"], *found["warnings"])))
-    names = {"place": place, "name": output.resolve().name, "pictures": "samples" if stopped else "comparison.png"}
-    for what, pattern in RESULTS.items():
-        if (file := output / pattern.format(**names)).exists():
-            say(f"{what:12}{file}")
-    captions = [with_trigger(e.captions[0], args.trigger_word) for e in run.data.examples]
-    prompt = (args.validation_prompt or captions)[0] or "a picture"
-    say(f"{'draw':12}{command('run_lora_infer', 'infer_lora.py', output / place, '--prompt', prompt)}")
-    if stopped:
-        words = "--config", output / "config.yaml", "--resume_from_checkpoint", "latest"
-        again = command("run_lora_train", Path(__file__).name, *words, family=[FAMILY])
-        say(
-            f"{'go on':12}{again if run.accelerator.num_processes == 1 else 'the same command with ' + ' '.join(words[2:])}"
-        )
-
-
-def command(wrapper: str, program: str, *words: object, family: list[str] | tuple = ()) -> str:
-    """A command line that works here: one of the project's wrappers in the project's own folder, else its Python file."""
-    import subprocess
-
-    home, windows = Path(__file__).resolve().parent, sys.platform == "win32"
-    if Path.cwd() == home and (file := home / f"{wrapper}{'.bat' if windows else '.sh'}").is_file():
-        line = [*["bash"] * (not windows), file.name, *family]
-    elif (home / program).is_file():
-        line = [sys.executable, home / program]
-    else:
-        return "README.md there has the lines for diffusers"
-    return (subprocess.list2cmdline if windows else shlex.join)(map(str, (*line, *words)))
-
-
-def is_finished(run: Run, checkpoint: Path, manifest: dict) -> bool:
-    """Whether all steps are done with these very settings and the results are there; says so."""
-    import yaml
-
-    output = Path(run.args.output_dir)
-    config, results = output / "config.yaml", sorted(output.glob("*.safetensors"))
-    if manifest["step"] < run.max_steps or not results or not config.is_file():
-        return False
-    newer = min(f.stat().st_mtime for f in results) >= (checkpoint / "manifest.json").stat().st_mtime
-    if not newer or yaml.safe_load(config.read_text(encoding="utf-8")) != kept_settings(run.args):
-        return False
-    say(f"all {run.max_steps} steps are done; a larger --max_train_steps or --num_train_epochs goes on")
-    return True
-
-
 def check_results(run: Run) -> None:
     """Errors if what was trained is no different from where it began."""
     for part in run.parts:
@@ -688,21 +549,6 @@ def rehearse(run: Run) -> None:
     memory, size = peak_memory(run.accelerator.device) / 2**30, "{} x {}".format(*run.plan_size)
     say(f"dry run: largest bucket {size}, {seconds:.3f} s per step, peak memory {memory:.2f} GiB,")
     say(f"dry run: {planned} steps would take about {seconds * planned / 60:.1f} minutes; nothing was kept")
-
-
-def peak_memory(device) -> int:
-    """The most bytes that the run has held so far: of the GPU's memory or, on the CPU, of the process."""
-    if device.type in ("cuda", "xpu"):
-        return getattr(torch, device.type).max_memory_reserved()
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()  # what is held now, and Metal gives little back
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- the loop, and one step of it ------------------------------------------------------------------------------------
@@ -3526,6 +3372,69 @@ def embedding_lines(key: str, tokens: list[str], rows: str) -> list[str]:
     ]
 
 
+RESULTS = {  # what a run has to show, in the order in which a person wants it
+    "LoRA": "{place}pytorch_lora_weights.safetensors",
+    "for others": "{place}{name}.safetensors",
+    "new tokens": "{place}{name}_emb.safetensors",
+    "pictures": "{pictures}",
+    "report": "report.html",
+}
+
+
+def summarise(run: Run, stopped: int = 0) -> None:
+    """The last lines: which step to take, where the files are, and what draws with them. stopped: the step after which a
+    signal ended the run; its checkpoint's files are shown, and what goes on from there.
+    """
+    args, output, place = run.args, Path(run.args.output_dir), f"checkpoint-{stopped}/" if stopped else ""
+    if args.dry_run:
+        return
+    if not stopped and (file := output / "verdict.json").is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        say("\n".join(f"advice: {line}" for line in (found["text"], *found["warnings"])))
+    names = {"place": place, "name": output.resolve().name, "pictures": "samples" if stopped else "comparison.png"}
+    for what, pattern in RESULTS.items():
+        if (file := output / pattern.format(**names)).exists():
+            say(f"{what:12}{file}")
+    captions = [with_trigger(e.captions[0], args.trigger_word) for e in run.data.examples]
+    prompt = (args.validation_prompt or captions)[0] or "a picture"
+    say(f"{'draw':12}{command('run_lora_infer', 'infer_lora.py', output / place, '--prompt', prompt)}")
+    if stopped:
+        words = "--config", output / "config.yaml", "--resume_from_checkpoint", "latest"
+        again = command("run_lora_train", Path(__file__).name, *words, family=[FAMILY])
+        say(
+            f"{'go on':12}{again if run.accelerator.num_processes == 1 else 'the same command with ' + ' '.join(words[2:])}"
+        )
+
+
+def command(wrapper: str, program: str, *words: object, family: list[str] | tuple = ()) -> str:
+    """A command line that works here: one of the project's wrappers in the project's own folder, else its Python file."""
+    import subprocess
+
+    home, windows = Path(__file__).resolve().parent, sys.platform == "win32"
+    if Path.cwd() == home and (file := home / f"{wrapper}{'.bat' if windows else '.sh'}").is_file():
+        line = [*["bash"] * (not windows), file.name, *family]
+    elif (home / program).is_file():
+        line = [sys.executable, home / program]
+    else:
+        return "README.md there has the lines for diffusers"
+    return (subprocess.list2cmdline if windows else shlex.join)(map(str, (*line, *words)))
+
+
+def is_finished(run: Run, checkpoint: Path, manifest: dict) -> bool:
+    """Whether all steps are done with these very settings and the results are there; says so."""
+    import yaml
+
+    output = Path(run.args.output_dir)
+    config, results = output / "config.yaml", sorted(output.glob("*.safetensors"))
+    if manifest["step"] < run.max_steps or not results or not config.is_file():
+        return False
+    newer = min(f.stat().st_mtime for f in results) >= (checkpoint / "manifest.json").stat().st_mtime
+    if not newer or yaml.safe_load(config.read_text(encoding="utf-8")) != kept_settings(run.args):
+        return False
+    say(f"all {run.max_steps} steps are done; a larger --max_train_steps or --num_train_epochs goes on")
+    return True
+
+
 def write_report(run: Run) -> None:
     """--report: makes report.html of what is in the output folder so far. A fault there never ends a training."""
     if run.args.report:
@@ -4222,6 +4131,103 @@ def shard_base(denoiser, device) -> None:
     for name in block_prefixes(denoiser):
         fully_shard(denoiser.get_submodule(name), mesh=mesh, ignored_params=trained)
     fully_shard(denoiser, mesh=mesh, ignored_params=trained)
+
+
+# ---- the machine: device, precision, kernels, memory -----------------------------------------------------------------
+
+
+def choose_precision(args: argparse.Namespace, device) -> str:
+    """The frozen base's precision, said with the device in one line. What a preset or the launcher's configuration wants is a
+    wish, and becomes what the machine can do; --mixed_precision on the command line is an order. Errors: UserError.
+    """
+    kind, order, able = (
+        device.type,
+        "mixed_precision" in args.ordered,
+        ["no", "bf16"],
+    )  # others become the first of them
+    name, never = f"CPU, {torch.get_num_threads()} threads", "fp16"
+    if kind in ("cuda", "xpu"):
+        library, never = getattr(torch, kind), None
+        native = library.is_bf16_supported(
+            including_emulation=PREDICTS_FLOW
+        )  # roundabout on older ones, but no overflow
+        able = [*["bf16"] * native, "fp16", "no"]
+        system = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        name = f"{library.get_device_name(device)}, {system if kind == 'cuda' else 'XPU'}"
+    elif kind == "mps":
+        native = torch.backends.mps.is_macos_or_newer(14, 0)
+        able, never = (["bf16", "no"], None) if native else (["no"] if PREDICTS_FLOW else ["fp16", "no"], "bf16")
+        name = "Apple GPU, MPS"
+    elif shutil.which("nvidia-smi") and not torch.version.cuda:
+        say(
+            f"warning: there is an NVIDIA driver, but torch {torch.__version__} is built for the CPU: pytorch.org says how"
+        )
+    usual = able[0] if kind == "mps" else "no"  # most of a Mac's memory would be the frozen base's
+    chosen = wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", usual)
+    if wanted == "fp16" and PREDICTS_FLOW:
+        say(f"{FAMILY_TITLE} overflows in fp16: using bf16")
+        chosen = wanted = "bf16"
+    if order and wanted == never:
+        able = " or ".join(p for p in ("bf16", "fp16", "no") if p != never)
+        raise UserError(f"--mixed_precision {wanted} can't be done here ({name}): use {able}")
+    if not order and wanted not in able:
+        chosen = able[0]
+    instead = "" if chosen == wanted else f", for {wanted} is not this machine's"
+    say(f"machine: {name}; the frozen base in {str(torch_dtype(chosen)).removeprefix('torch.')}{instead}")
+    return chosen
+
+
+def try_kernels(args: argparse.Namespace, device) -> None:
+    """Tries on a few numbers what not every machine has kernels for, before anything is loaded. Errors: UserError; but what a
+    preset asked for and is only faster or smaller is done without, which is said.
+    """
+
+    def quantized() -> None:
+        few = torch.zeros(64, 64, device=device, dtype=torch_dtype(args.mixed_precision))
+        product(FrozenLinear(few, None, args.quantize_base, few.dtype), few)
+
+    def eight_bits() -> None:
+        part = Part("trial", {"weights": torch.nn.Parameter(torch.zeros(64, 64, device=device))}, 1e-3, 0.0, 1)
+        part.allocate()
+        make_optimizer(part, args).step()
+
+    def compiler() -> None:
+        if device.type == "cuda":
+            import triton  # noqa: F401
+        elif not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+            raise FileNotFoundError("no C++ compiler")
+
+    for name, value, wanted, trial, instead in (
+        ("quantize_base", args.quantize_base, args.quantize_base, quantized, None),
+        ("optimizer", args.optimizer, args.optimizer == "adamw8bit", eight_bits, "adamw"),
+        ("compile", "", args.compile, compiler, False),
+    ):
+        try:
+            if wanted:
+                trial()
+        except Exception as error:  # whatever is missing: a package, its library, a kernel, a type of numbers
+            problem = (
+                f"--{name} {value}".strip() + f" is not possible on this machine ({device.type}: {brief(error)[:160]})"
+            )
+            if instead is None or {name, "use_8bit_adam"} & args.ordered:
+                raise UserError(f"{problem}: leave it out") from None
+            setattr(args, name, instead)
+            say(f"{problem}: done without")
+
+
+def peak_memory(device) -> int:
+    """The most bytes that the run has held so far: of the GPU's memory or, on the CPU, of the process."""
+    if device.type in ("cuda", "xpu"):
+        return getattr(torch, device.type).max_memory_reserved()
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()  # what is held now, and Metal gives little back
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- errors, lines, seeds, libraries ---------------------------------------------------------------------------------
