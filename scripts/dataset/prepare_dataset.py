@@ -32,6 +32,7 @@ from scripts.dataset.parts import image_steps
 from scripts.dataset.parts.image_steps import in_parallel
 from scripts.dataset.parts.looks import picture_findings
 from scripts.dataset.parts.settings import RESOLUTIONS, STATE, read_settings, source_args
+from scripts.parts.files import portable
 from scripts.parts.training_scripts import load_script
 
 
@@ -98,7 +99,7 @@ class Preparation:
         for example in examples:
             stem = self.journal.get("name", example.name)
             if stem is None:
-                wanted = Path(re.sub(r"^row (\d+)$", r"row_\1", example.name)).with_suffix("").as_posix()
+                wanted = portable(Path(re.sub(r"^row (\d+)$", r"row_\1", example.name)).with_suffix("").as_posix())
                 numbered = (f"{wanted}_{n}" for n in itertools.count(2))
                 stem = next(s for s in itertools.chain([wanted], numbered) if s.lower() not in taken)
                 taken.add(stem.lower())
@@ -444,11 +445,13 @@ def prepare(settings, script) -> int:
     if run.buckets:
         script.print_buckets(examples, run.buckets)
     for finding in findings:
-        print(f"warning: {finding}")
+        print(f"warning: {finding.what}; {finding.advice}")
     print(f"\nlook at  {run.out / 'report.html'}")
-    print(f"train    bash run_lora_train.sh -m BASE -d {settings.output_dir}")
+    wrapper = "run_lora_train.bat" if sys.platform == "win32" else "bash run_lora_train.sh"
+    print(f"train    {wrapper} -m BASE -d {settings.output_dir}")
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a name that the console can't show (Windows: cp1252) ends nothing
     sys.exit(main())
