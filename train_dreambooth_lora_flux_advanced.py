@@ -291,12 +291,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out | {name: fuse_projections(parts, mlp[: len(parts)]) for name, parts in waiting.items()}
 
 
-# By line: 305 the run: what happens, in which order · 586 the loop, and one step of it · 776 what is logged, and the
-# guard against learning nothing · 907 data: images and captions · 1206 images: decoding, buckets, crops, batches ·
-# 1622 text: embeddings and new tokens · 1843 LoRA and optimizer · 2262 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2557 checkpoints and signals · 2730 pictures: validation, class images, comparison · 2930
-# probes: what was learned, what was forgotten · 3109 files that a run leaves · 3499 command line · 3956 base model:
-# loading, quantising, splitting · 4168 the machine: device, precision, kernels, memory · 4265 errors, lines, seeds,
+# By line: 305 the run: what happens, in which order · 585 the loop, and one step of it · 775 what is logged, and the
+# guard against learning nothing · 906 data: images and captions · 1205 images: decoding, buckets, crops, batches ·
+# 1621 text: embeddings and new tokens · 1842 LoRA and optimizer · 2261 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2556 checkpoints and signals · 2729 pictures: validation, class images, comparison · 2929
+# probes: what was learned, what was forgotten · 3108 files that a run leaves · 3498 command line · 3955 base model:
+# loading, quantising, splitting · 4167 the machine: device, precision, kernels, memory · 4264 errors, lines, seeds,
 # libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
@@ -311,10 +311,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     program, args = Path(sys.argv[0]).name, None
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a caption that the console can't show (Windows: cp1252) must not end a run
-            stream.reconfigure(errors="replace")
+        with contextlib.suppress(AttributeError, OSError):  # in a notebook, or where it is another file by now
+            stream.reconfigure(errors="replace")  # for captions that a console (Windows: cp1252) can't show
     try:
         args = parse_args(argv)
         say(f"{FAMILY_TITLE}: importing torch and diffusers")
@@ -385,7 +383,8 @@ def execute(args: argparse.Namespace) -> None:
 def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None]:
     """Everything up to the first step: base, data, text, what is trained. Returns (run, the checkpoint to go on from)."""
     stop = StopSignal()  # first, so that a signal during the preparations is answered too
-    run = Run(args, start_accelerator(args), stop)
+    with waiting("looking at the machine"):
+        run = Run(args, start_accelerator(args), stop)
     make_output_folder(args)
     resume = find_checkpoint(args)
     settle_seed(args, resume)
@@ -4305,6 +4304,8 @@ class waiting(tqdm):
         self.pause = self.noticed / 2 if terminal else 15
         options = {"delay": self.noticed, "leave": not terminal, "mininterval": self.pause / 2} | options
         form = {} if total else {"bar_format": "{desc} {elapsed}"}
+        if terminal:  # tqdm draws nothing where a terminal has no size, as in some containers
+            form["ncols"], form["nrows"] = shutil.get_terminal_size()
         super().__init__(desc=what, total=total, disable=on_other_process(), **form, **options)
         if not self.disable:
             import threading
@@ -4367,6 +4368,9 @@ def import_libraries(models: bool = True) -> None:
 
     if models:
         import_logging_quietly()
+        import accelerate  # noqa: F401  (now, where the wait is shown)
+        import peft  # noqa: F401
+
         define_layers()
 
 

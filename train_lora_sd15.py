@@ -201,12 +201,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line: 215 the run: what happens, in which order · 496 the loop, and one step of it · 686 what is logged, and the
-# guard against learning nothing · 817 data: images and captions · 1116 images: decoding, buckets, crops, batches ·
-# 1532 text: embeddings and new tokens · 1753 LoRA and optimizer · 2172 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2467 checkpoints and signals · 2640 pictures: validation, class images, comparison · 2840
-# probes: what was learned, what was forgotten · 3019 files that a run leaves · 3409 command line · 3866 base model:
-# loading, quantising, splitting · 4078 the machine: device, precision, kernels, memory · 4175 errors, lines, seeds,
+# By line: 215 the run: what happens, in which order · 495 the loop, and one step of it · 685 what is logged, and the
+# guard against learning nothing · 816 data: images and captions · 1115 images: decoding, buckets, crops, batches ·
+# 1531 text: embeddings and new tokens · 1752 LoRA and optimizer · 2171 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2466 checkpoints and signals · 2639 pictures: validation, class images, comparison · 2839
+# probes: what was learned, what was forgotten · 3018 files that a run leaves · 3408 command line · 3865 base model:
+# loading, quantising, splitting · 4077 the machine: device, precision, kernels, memory · 4174 errors, lines, seeds,
 # libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
@@ -221,10 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     program, args = Path(sys.argv[0]).name, None
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a caption that the console can't show (Windows: cp1252) must not end a run
-            stream.reconfigure(errors="replace")
+        with contextlib.suppress(AttributeError, OSError):  # in a notebook, or where it is another file by now
+            stream.reconfigure(errors="replace")  # for captions that a console (Windows: cp1252) can't show
     try:
         args = parse_args(argv)
         say(f"{FAMILY_TITLE}: importing torch and diffusers")
@@ -295,7 +293,8 @@ def execute(args: argparse.Namespace) -> None:
 def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None]:
     """Everything up to the first step: base, data, text, what is trained. Returns (run, the checkpoint to go on from)."""
     stop = StopSignal()  # first, so that a signal during the preparations is answered too
-    run = Run(args, start_accelerator(args), stop)
+    with waiting("looking at the machine"):
+        run = Run(args, start_accelerator(args), stop)
     make_output_folder(args)
     resume = find_checkpoint(args)
     settle_seed(args, resume)
@@ -4215,6 +4214,8 @@ class waiting(tqdm):
         self.pause = self.noticed / 2 if terminal else 15
         options = {"delay": self.noticed, "leave": not terminal, "mininterval": self.pause / 2} | options
         form = {} if total else {"bar_format": "{desc} {elapsed}"}
+        if terminal:  # tqdm draws nothing where a terminal has no size, as in some containers
+            form["ncols"], form["nrows"] = shutil.get_terminal_size()
         super().__init__(desc=what, total=total, disable=on_other_process(), **form, **options)
         if not self.disable:
             import threading
@@ -4277,6 +4278,9 @@ def import_libraries(models: bool = True) -> None:
 
     if models:
         import_logging_quietly()
+        import accelerate  # noqa: F401  (now, where the wait is shown)
+        import peft  # noqa: F401
+
         define_layers()
 
 

@@ -276,12 +276,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 290 the run: what happens, in which order · 571 the loop, and one step of it · 761 what is logged, and the
-# guard against learning nothing · 892 data: images and captions · 1191 images: decoding, buckets, crops, batches ·
-# 1607 text: embeddings and new tokens · 1828 LoRA and optimizer · 2247 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2542 checkpoints and signals · 2715 pictures: validation, class images, comparison · 2915
-# probes: what was learned, what was forgotten · 3094 files that a run leaves · 3484 command line · 3941 base model:
-# loading, quantising, splitting · 4153 the machine: device, precision, kernels, memory · 4250 errors, lines, seeds,
+# By line: 290 the run: what happens, in which order · 570 the loop, and one step of it · 760 what is logged, and the
+# guard against learning nothing · 891 data: images and captions · 1190 images: decoding, buckets, crops, batches ·
+# 1606 text: embeddings and new tokens · 1827 LoRA and optimizer · 2246 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2541 checkpoints and signals · 2714 pictures: validation, class images, comparison · 2914
+# probes: what was learned, what was forgotten · 3093 files that a run leaves · 3483 command line · 3940 base model:
+# loading, quantising, splitting · 4152 the machine: device, precision, kernels, memory · 4249 errors, lines, seeds,
 # libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
@@ -296,10 +296,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     program, args = Path(sys.argv[0]).name, None
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a caption that the console can't show (Windows: cp1252) must not end a run
-            stream.reconfigure(errors="replace")
+        with contextlib.suppress(AttributeError, OSError):  # in a notebook, or where it is another file by now
+            stream.reconfigure(errors="replace")  # for captions that a console (Windows: cp1252) can't show
     try:
         args = parse_args(argv)
         say(f"{FAMILY_TITLE}: importing torch and diffusers")
@@ -370,7 +368,8 @@ def execute(args: argparse.Namespace) -> None:
 def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None]:
     """Everything up to the first step: base, data, text, what is trained. Returns (run, the checkpoint to go on from)."""
     stop = StopSignal()  # first, so that a signal during the preparations is answered too
-    run = Run(args, start_accelerator(args), stop)
+    with waiting("looking at the machine"):
+        run = Run(args, start_accelerator(args), stop)
     make_output_folder(args)
     resume = find_checkpoint(args)
     settle_seed(args, resume)
@@ -4290,6 +4289,8 @@ class waiting(tqdm):
         self.pause = self.noticed / 2 if terminal else 15
         options = {"delay": self.noticed, "leave": not terminal, "mininterval": self.pause / 2} | options
         form = {} if total else {"bar_format": "{desc} {elapsed}"}
+        if terminal:  # tqdm draws nothing where a terminal has no size, as in some containers
+            form["ncols"], form["nrows"] = shutil.get_terminal_size()
         super().__init__(desc=what, total=total, disable=on_other_process(), **form, **options)
         if not self.disable:
             import threading
@@ -4352,6 +4353,9 @@ def import_libraries(models: bool = True) -> None:
 
     if models:
         import_logging_quietly()
+        import accelerate  # noqa: F401  (now, where the wait is shown)
+        import peft  # noqa: F401
+
         define_layers()
 
 
