@@ -38,7 +38,7 @@ Files written to the output folder (-o):
     samples/  checkpoint-N/  config.yaml  verdict.json  metrics.jsonl  logs/  README.md
 
 Read it from the top: the family's own comes first (noise, loss, prompts, layers), below the line what all four share, the
-run first. Exit codes: 0 done, 1 failed, 2 wrong arguments or input, 130, 138, 143 after a signal's checkpoint.
+run first. Exit codes: 0 done, 1 failed, 2 wrong arguments or input, 128 + the number of a signal (Ctrl-C: 130).
 """
 
 from __future__ import annotations
@@ -259,12 +259,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 273 the run: what happens, in which order · 553 the loop, and one step of it · 743 what is logged, and the
-# guard against learning nothing · 874 data: images and captions · 1173 images: decoding, buckets, crops, batches ·
-# 1589 text: embeddings and new tokens · 1810 LoRA and optimizer · 2229 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2524 checkpoints and signals · 2697 pictures: validation, class images, comparison · 2897
-# probes: what was learned, what was forgotten · 3076 files that a run leaves · 3466 command line · 3923 base model:
-# loading, quantising, splitting · 4135 the machine: device, precision, kernels, memory · 4232 errors, lines, seeds,
+# By line: 273 the run: what happens, in which order · 554 the loop, and one step of it · 744 what is logged, and the
+# guard against learning nothing · 869 data: images and captions · 1168 images: decoding, buckets, crops, batches ·
+# 1585 text: embeddings and new tokens · 1806 LoRA and optimizer · 2225 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2520 checkpoints and signals · 2693 pictures: validation, class images, comparison · 2892
+# probes: what was learned, what was forgotten · 3071 files that a run leaves · 3434 command line · 3891 base model:
+# loading, quantising, splitting · 4103 the machine: device, precision, kernels, memory · 4190 errors, lines, seeds,
 # libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
@@ -436,7 +436,8 @@ def make_output_folder(args: argparse.Namespace) -> None:
     """Makes the output folder and sees that it can be written to."""
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.output_dir).close()
+        with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:  # Windows may end paths at 260 characters
+            Path(folder, "x" * max(90, len(Path(args.output_dir).resolve().name) + 20)).touch()
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir} can't be written to: {error.strerror}") from None
 
@@ -749,7 +750,7 @@ class Meter:
     def __init__(self, run: Run, first_step: int) -> None:
         self.run, self.loss, self.since, self.began = run, None, first_step, time.perf_counter()
         self.pending: list[tuple] = []  # rows whose numbers are on their way
-        self.seconds: list[float] = []
+        self.seconds, self.unwritten = [], []  # of each log's steps; lines for metrics.jsonl
         self.file = Path(run.args.output_dir) / "metrics.jsonl"
         if run.accelerator.is_main_process:
             kept = [row for row in read_metrics(run.args.output_dir) if first_step and row["step"] <= first_step]
@@ -762,8 +763,7 @@ class Meter:
     def log(self, step: int, norm, active: list[Part], bar) -> None:
         """Writes the row of the log before, and sends the mean loss since then on its way to the host."""
         run, steps = self.run, step - self.since
-        found = [p.group().get("d") for p in active]  # Prodigy's estimates, on the device
-        found = [d for d in found if d is not None]
+        found = [d for p in active if (d := p.group().get("d")) is not None]  # Prodigy's estimates, on the device
         numbers = torch.stack([self.loss / steps, norm, run.guard.bad_run, run.guard.bad_total, *found])
         if run.accelerator.num_processes > 1:
             numbers[0] = run.accelerator.reduce(numbers[0], reduction="sum")
@@ -802,22 +802,19 @@ class Meter:
         if bad_run:
             say(f"warning: step {row['step']}: the loss is {loss}; the step is left out")
         if bad_run >= 10:
-            kept = checkpoints_in(Path(self.run.args.output_dir))
+            kept = checkpoints_in(self.file.parent)
             saved = f"the last checkpoint is {kept[0].name}" if kept else "there is no checkpoint yet"
-            raise UserError(
-                f"the loss has not been finite for {int(bad_run)} steps: try --mixed_precision bf16 or a lower --learning_rate; {saved}"
-            )
+            advice = "try --mixed_precision bf16 or a lower --learning_rate"
+            raise UserError(f"the loss has not been finite for {int(bad_run)} steps: {advice}; {saved}")
 
     def write(self, row: dict) -> None:
-        """Appends a row to metrics.jsonl and sends it to the trackers."""
+        """Appends a row to metrics.jsonl and sends it to the trackers. Windows' spreadsheets lock the file: then later."""
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
         if self.run.accelerator.is_main_process:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(
-                    json.dumps(
-                        {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
-                    )
-                    + "\n"
-                )
+            self.unwritten.append(json.dumps(finite) + "\n")
+            with contextlib.suppress(PermissionError), self.file.open("a", encoding="utf-8") as stream:
+                stream.writelines(self.unwritten)
+                self.unwritten.clear()
         self.run.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def pause(self) -> None:
@@ -864,10 +861,8 @@ class GradientWitness:
             raise UserError(f"no gradient reaches the {part.name}, so nothing would be learned: {advice}")
         layers: dict[str, bool] = {}
         for name, seen in part.split(self.seen[part.name]).items():
-            layer = name.split(".lora_")[0]
-            layers[layer] = layers.get(layer, False) or bool(seen.any())
-        idle = [layer for layer, works in layers.items() if not works]
-        if idle:
+            layers[name.split(".lora_")[0]] = bool(seen.any()) | layers.get(name.split(".lora_")[0], False)
+        if idle := [layer for layer, works in layers.items() if not works]:
             say(f"warning: {len(idle)} of {len(layers)} layers of the {part.name} get no gradient, such as {idle[0]}")
 
 
@@ -1308,7 +1303,7 @@ class ImageStore:
         return vars(self) | {
             "left": 0,
             "kept": {},
-        }  # for a spawned worker: it decodes anew, instead of getting all pixels
+        }  # a spawned worker decodes anew: all pixels would be too much to send
 
     def cover(self, index: int, bucket: int, image=None):
         """Image `index` scaled so that it just covers `bucket`, as an RGB image."""
@@ -1536,23 +1531,24 @@ def cache_latents(data: TrainingData, plan: BatchPlan, components: Components, a
     for store in stores[1:]:
         used = sorted(set(plan.buckets.values()))
         slots += [Slot(i, b, 0, 0, 1.0, True) for i in range(len(store.examples)) for b in used]
-    bar = waiting("latents", len(slots))
-    for slot in slots:
-        bar.update()
-        example, crop = stores[slot.is_class].examples[slot.index], data.crop_of(slot, random.Random(0))
-        for flip in (False, True)[: 1 + args.random_flip]:
-            crop.flip = flip
-            key = (*identity, example.digest, data.buckets[slot.bucket], crop.left, crop.top, flip)
-            found = disk.load(*key)
-            if found is None:
-                pixels = data.view(slot, crop, random.Random(0))
-                found = {"moments": encode_image(pixels[None], components.vae())[0].cpu()}
-                if not torch.isfinite(found["moments"]).all():
-                    advice = "use --mixed_precision bf16, or another --pretrained_vae_model_name_or_path"
-                    raise UserError(f"{example.name}: the VAE's values aren't finite in {components.dtype}; {advice}")
-                disk.store(found, *key)
-            data.moments[slot.is_class, slot.index, slot.bucket, flip] = found["moments"]
-    bar.close()
+    with waiting("latents", len(slots)) as bar:
+        for slot in slots:
+            bar.update()
+            example, crop = stores[slot.is_class].examples[slot.index], data.crop_of(slot, random.Random(0))
+            for flip in (False, True)[: 1 + args.random_flip]:
+                crop.flip = flip
+                key = (*identity, example.digest, data.buckets[slot.bucket], crop.left, crop.top, flip)
+                found = disk.load(*key)
+                if found is None:
+                    pixels = data.view(slot, crop, random.Random(0))
+                    found = {"moments": encode_image(pixels[None], components.vae())[0].cpu()}
+                    if not torch.isfinite(found["moments"]).all():
+                        advice = "use --mixed_precision bf16, or another --pretrained_vae_model_name_or_path"
+                        raise UserError(
+                            f"{example.name}: the VAE's values aren't finite in {components.dtype}; {advice}"
+                        )
+                    disk.store(found, *key)
+                data.moments[slot.is_class, slot.index, slot.bucket, flip] = found["moments"]
     components.free("vae")
     for store in stores:
         store.kept.clear()
@@ -2824,16 +2820,15 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
     base = components.denoiser() if args.quantize_base else components.get(DENOISER, dtype)
     pipeline, size = components.pipeline(base), (args.resolution * 2)[:2]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    bar = waiting("class images", len(mine))
-    for begin in range(0, len(mine), args.sample_batch_size):
-        numbers = mine[begin : begin + args.sample_batch_size]
-        seeds = [stable_seed(args.seed, "class", i) % 2**32 for i in numbers]
-        images = sample_images(pipeline, components, embeds, seeds, size, args, contextlib.nullcontext())
-        for number, image in zip(numbers, images, strict=True):
-            image.save(folder / f".class_{number:05d}.png")
-            rename(folder / f".class_{number:05d}.png", folder / f"class_{number:05d}.png")
-            bar.update()
-    bar.close()
+    with waiting("class images", len(mine)) as bar:
+        for begin in range(0, len(mine), args.sample_batch_size):
+            numbers = mine[begin : begin + args.sample_batch_size]
+            seeds = [stable_seed(args.seed, "class", i) % 2**32 for i in numbers]
+            images = sample_images(pipeline, components, embeds, seeds, size, args, contextlib.nullcontext())
+            for number, image in zip(numbers, images, strict=True):
+                image.save(folder / f".class_{number:05d}.png")
+                rename(folder / f".class_{number:05d}.png", folder / f"class_{number:05d}.png")
+                bar.update()
     del pipeline, base
     components.free(DENOISER)
     accelerator.wait_for_everyone()
@@ -3086,17 +3081,15 @@ def save_results(run: Run) -> None:
         with averaged(run.parts):
             write_weights(run, part, torch.float32 if args.upcast_before_saving else run.components.dtype)
         if args.keep_best and advice and advice["step"] != run.max_steps:
-            best = output / f"checkpoint-{advice['step']}"
-            if best.is_dir():
-                for file in best.glob("*.safetensors"):
-                    shutil.copy(file, part / file.name)
-                say(
-                    f"the result is that of step {advice['step']}, in float32; the last's is in checkpoint-{run.max_steps}"
-                )
-            else:
-                say(
-                    f"warning: --keep_best: {best.name} is gone by --checkpoints_total_limit: the result is the last step's"
-                )
+            best, kept = output / f"checkpoint-{advice['step']}", f"the last's is in checkpoint-{run.max_steps}"
+            for file in best.glob("*.safetensors"):
+                shutil.copy(file, part / file.name)
+            gone = f"{best.name} is gone by --checkpoints_total_limit: the result is the last step's"
+            say(
+                f"the result is that of step {advice['step']}, in float32; {kept}"
+                if best.is_dir()
+                else f"warning: --keep_best: {gone}"
+            )
         if sheet := comparison_sheet(run):
             sheet.save(part / "comparison.png")
         if advice:
@@ -3140,18 +3133,12 @@ def write_run_files(run: Run) -> None:
     (output / "config.yaml").write_text("\n".join([*head, body]), encoding="utf-8")
     sizes = ["{} x {}".format(*bucket) for bucket in buckets]
     rows = [[e.name, e.captions[0], "{} x {}".format(*e.size), sizes[e.bucket]] for e in examples[:500]]
-    inside = Counter(e.bucket for e in examples)
-    used = [
-        [sizes[b], n, sum(lost_to_crop(e.size, buckets[b]) for e in examples if e.bucket == b) / n]
-        for b, n in inside.items()
-    ]
-    summary = {
-        "images": len(examples),
-        "held_out": sum(e.held_out for e in examples),
-        "captions": rows,
-        "buckets": used,
-    }
-    summary["findings"] = run.findings
+    used = []
+    for b, number in Counter(e.bucket for e in examples).items():
+        lost = sum(lost_to_crop(e.size, buckets[b]) for e in examples if e.bucket == b)
+        used.append([sizes[b], number, lost / number])
+    summary = {"images": len(examples), "held_out": sum(e.held_out for e in examples), "captions": rows}
+    summary |= {"buckets": used, "findings": run.findings}
     (output / "data.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
     folder = output / "training_pictures"
     shutil.rmtree(folder, ignore_errors=True)
@@ -3335,14 +3322,9 @@ def model_card(run: Run, pictures: bool, advice: dict | None) -> str:
         use.append(f"pipeline.load_lora_weights({name!r}, weight_name='pytorch_lora_weights.safetensors')")
     for key, row in run.rows.items():
         use += embedding_lines(key, row.tokens, f"load_file('{name}/{name}_emb.safetensors')[{key!r}]")
-    card = ModelCardData(
-        base_model=str(args.pretrained_model_name_or_path),
-        library_name="diffusers",
-        license="other",
-        inference=True,
-        instance_prompt=args.instance_prompt,
-        tags=["text-to-image", "diffusers-training", "lora" if run.lora_modules else "textual_inversion", *HUB_TAGS],
-    )
+    tags = ["text-to-image", "diffusers-training", "lora" if run.lora_modules else "textual_inversion", *HUB_TAGS]
+    about = {"base_model": str(args.pretrained_model_name_or_path), "instance_prompt": args.instance_prompt}
+    card = ModelCardData(library_name="diffusers", license="other", inference=True, tags=tags, **about)
     paragraphs = [
         f"---\n{card.to_yaml()}\n---",
         f"# {args.run_name or name}",
@@ -3371,64 +3353,55 @@ def embedding_lines(key: str, tokens: list[str], rows: str) -> list[str]:
     ]
 
 
-RESULTS = {  # what a run has to show, in the order in which a person wants it
-    "LoRA": "{place}pytorch_lora_weights.safetensors",
-    "for others": "{place}{name}.safetensors",
-    "new tokens": "{place}{name}_emb.safetensors",
-    "pictures": "{pictures}",
-    "report": "report.html",
-}
-
-
 def summarise(run: Run, stopped: int = 0) -> None:
     """The last lines: which step to take, where the files are, and what draws with them. stopped: the step after which a
     signal ended the run; its checkpoint's files are shown, and what goes on from there.
     """
-    args, output, place = run.args, Path(run.args.output_dir), f"checkpoint-{stopped}/" if stopped else ""
+    args, output = run.args, Path(run.args.output_dir)
+    place, name = output / f"checkpoint-{stopped}" if stopped else output, output.resolve().name
     if args.dry_run:
         return
     if not stopped and (file := output / "verdict.json").is_file():
         found = json.loads(file.read_text(encoding="utf-8"))
         say("\n".join(f"advice: {line}" for line in (found["text"], *found["warnings"])))
-    names = {"place": place, "name": output.resolve().name, "pictures": "samples" if stopped else "comparison.png"}
-    for what, pattern in RESULTS.items():
-        if (file := output / pattern.format(**names)).exists():
+    files = {"LoRA": place / "pytorch_lora_weights.safetensors", "for others": place / f"{name}.safetensors"}
+    files |= {"new tokens": place / f"{name}_emb.safetensors", "report": output / "report.html"}
+    for what, file in (files | {"pictures": output / ("samples" if stopped else "comparison.png")}).items():
+        if file.exists():
             say(f"{what:12}{file}")
-    captions = [with_trigger(e.captions[0], args.trigger_word) for e in run.data.examples]
-    prompt = (args.validation_prompt or captions)[0] or "a picture"
-    say(f"{'draw':12}{command('run_lora_infer', 'infer_lora.py', output / place, '--prompt', prompt)}")
+    prompt = (args.validation_prompt or [with_trigger(run.data.examples[0].captions[0], args.trigger_word)])[0]
+    say(f"{'draw':12}{command('run_lora_infer', 'infer_lora.py', [], place, '--prompt', prompt or 'a picture')}")
     if stopped:
         words = "--config", output / "config.yaml", "--resume_from_checkpoint", "latest"
-        again = command("run_lora_train", Path(__file__).name, *words, family=[FAMILY])
-        say(
-            f"{'go on':12}{again if run.accelerator.num_processes == 1 else 'the same command with ' + ' '.join(words[2:])}"
-        )
+        again = command("run_lora_train", Path(__file__).name, [FAMILY], *words)
+        again = again if run.accelerator.num_processes == 1 else f"the same command with {' '.join(words[2:])}"
+        say(f"{'go on':12}{again}")
 
 
-def command(wrapper: str, program: str, *words: object, family: list[str] | tuple = ()) -> str:
-    """A command line that works here: one of the project's wrappers in the project's own folder, else its Python file."""
+def command(wrapper: str, program: str, first: list[str], *words: object) -> str:
+    """A command line that works here: one of the project's wrappers (its `first` word: the family) in the project's own folder,
+    else its Python file.
+    """
     import subprocess
 
     home, windows = Path(__file__).resolve().parent, sys.platform == "win32"
-    if Path.cwd() == home and (file := home / f"{wrapper}{'.bat' if windows else '.sh'}").is_file():
-        line = [*["bash"] * (not windows), file.name, *family]
-    elif (home / program).is_file():
-        line = [sys.executable, home / program]
-    else:
+    file = home / f"{wrapper}{'.bat' if windows else '.sh'}"
+    line = [*["bash"] * (not windows), file.name, *first] if file.is_file() and Path.cwd() == home else None
+    if line is None and not (home / program).is_file():
         return "README.md there has the lines for diffusers"
-    return (subprocess.list2cmdline if windows else shlex.join)(map(str, (*line, *words)))
+    line = [*(line or [sys.executable, home / program]), *words]
+    return (subprocess.list2cmdline if windows else shlex.join)(map(str, line))
 
 
 def is_finished(run: Run, checkpoint: Path, manifest: dict) -> bool:
     """Whether all steps are done with these very settings and the results are there; says so."""
     import yaml
 
-    output = Path(run.args.output_dir)
-    config, results = output / "config.yaml", sorted(output.glob("*.safetensors"))
-    if manifest["step"] < run.max_steps or not results or not config.is_file():
+    output, config = Path(run.args.output_dir), Path(run.args.output_dir) / "config.yaml"
+    saved, times = checkpoint / "manifest.json", [f.stat().st_mtime for f in output.glob("*.safetensors")]
+    if manifest["step"] < run.max_steps or not times or min(times) < saved.stat().st_mtime or not config.is_file():
         return False
-    newer = min(f.stat().st_mtime for f in results) >= (checkpoint / "manifest.json").stat().st_mtime
-    if not newer or yaml.safe_load(config.read_text(encoding="utf-8")) != kept_settings(run.args):
+    if yaml.safe_load(config.read_text(encoding="utf-8")) != kept_settings(run.args):
         return False
     say(f"all {run.max_steps} steps are done; a larger --max_train_steps or --num_train_epochs goes on")
     return True
@@ -3452,13 +3425,8 @@ def push_to_hub(args: argparse.Namespace) -> None:
         repo = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
         public = ["*.safetensors", "README.md", "comparison.png", "samples/*"]
         hidden = ["checkpoint-*", "merged/*", "class_images/*"]
-        upload_folder(
-            repo_id=repo,
-            folder_path=args.output_dir,
-            allow_patterns=public,
-            ignore_patterns=hidden,
-            token=args.hub_token,
-        )
+        chosen = {"allow_patterns": public, "ignore_patterns": hidden}
+        upload_folder(repo_id=repo, folder_path=args.output_dir, token=args.hub_token, **chosen)
     except Exception as error:  # whatever the hub's client raises, the results are already on the disk
         raise UserError(f"--push_to_hub failed ({brief(error)}); the results are in {args.output_dir}") from None
 
@@ -4011,7 +3979,7 @@ class Components:
         parts = {DENOISER: denoiser, "vae": self.vae(), "scheduler": self.get("scheduler")}
         pipeline = library_class("diffusers", PIPELINE_CLASS)(**parts, **texts, **PIPELINE_OPTIONS)
         steps = {"desc": "steps", "delay": 2, "leave": False}  # of pictures that take long
-        pipeline.set_progress_bar_config(disable=on_other_process() or not sys.stderr.isatty(), **steps)
+        pipeline.set_progress_bar_config(disable=QUIET or not sys.stderr.isatty(), **steps)
         return pipeline
 
     def denoiser(self):
@@ -4139,40 +4107,33 @@ def choose_precision(args: argparse.Namespace, device) -> str:
     """The frozen base's precision, said with the device in one line. What a preset or the launcher's configuration wants is a
     wish, and becomes what the machine can do; --mixed_precision on the command line is an order. Errors: UserError.
     """
-    kind, order, able = (
-        device.type,
-        "mixed_precision" in args.ordered,
-        ["no", "bf16"],
-    )  # others become the first of them
-    name, never = f"CPU, {torch.get_num_threads()} threads", "fp16"
+    kind, order = device.type, "mixed_precision" in args.ordered
+    # `able`: what it does well, first what a wish for another becomes; `never`: what it can't do at all
+    name, able, never = f"CPU, {torch.get_num_threads()} threads", ["no", "bf16"], "fp16"
     if kind in ("cuda", "xpu"):
-        library, never = getattr(torch, kind), None
-        native = library.is_bf16_supported(
-            including_emulation=PREDICTS_FLOW
-        )  # roundabout on older ones, but no overflow
-        able = [*["bf16"] * native, "fp16", "no"]
-        system = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-        name = f"{library.get_device_name(device)}, {system if kind == 'cuda' else 'XPU'}"
+        library, hip = getattr(torch, kind), torch.version.hip
+        # older GPUs compute bf16 in a roundabout way, which is for what overflows in fp16
+        able, never = [*["bf16"] * library.is_bf16_supported(including_emulation=PREDICTS_FLOW), "fp16", "no"], None
+        system = "XPU" if kind == "xpu" else f"ROCm {hip}" if hip else f"CUDA {torch.version.cuda}"
+        name = f"{library.get_device_name(device)}, {system}"
     elif kind == "mps":
-        native = torch.backends.mps.is_macos_or_newer(14, 0)
-        able, never = (["bf16", "no"], None) if native else (["no"] if PREDICTS_FLOW else ["fp16", "no"], "bf16")
-        name = "Apple GPU, MPS"
+        old = not torch.backends.mps.is_macos_or_newer(14, 0)
+        able = ["bf16", "no"] if not old else ["no"] if PREDICTS_FLOW else ["fp16", "no"]
+        name, never = "Apple GPU, MPS", "bf16" if old else None
     elif shutil.which("nvidia-smi") and not torch.version.cuda:
-        say(
-            f"warning: there is an NVIDIA driver, but torch {torch.__version__} is built for the CPU: pytorch.org says how"
-        )
+        say(f"warning: torch {torch.__version__} is built for the CPU, and an NVIDIA GPU is there: see pytorch.org")
     usual = able[0] if kind == "mps" else "no"  # most of a Mac's memory would be the frozen base's
     chosen = wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", usual)
     if wanted == "fp16" and PREDICTS_FLOW:
         say(f"{FAMILY_TITLE} overflows in fp16: using bf16")
         chosen = wanted = "bf16"
     if order and wanted == never:
-        able = " or ".join(p for p in ("bf16", "fp16", "no") if p != never)
-        raise UserError(f"--mixed_precision {wanted} can't be done here ({name}): use {able}")
+        instead = " or ".join(p for p in ("bf16", "fp16", "no") if p != never)
+        raise UserError(f"--mixed_precision {wanted} can't be done here ({name}): use {instead}")
     if not order and wanted not in able:
         chosen = able[0]
-    instead = "" if chosen == wanted else f", for {wanted} is not this machine's"
-    say(f"machine: {name}; the frozen base in {str(torch_dtype(chosen)).removeprefix('torch.')}{instead}")
+    why = "" if chosen == wanted else f", for {wanted} is not this machine's"
+    say(f"machine: {name}; the frozen base in {str(torch_dtype(chosen)).removeprefix('torch.')}{why}")
     return chosen
 
 
@@ -4180,24 +4141,22 @@ def try_kernels(args: argparse.Namespace, device) -> None:
     """Tries on a few numbers what not every machine has kernels for, before anything is loaded. Errors: UserError; but what a
     preset asked for and is only faster or smaller is done without, which is said.
     """
-
-    def quantized() -> None:
-        few = torch.zeros(64, 64, device=device, dtype=torch_dtype(args.mixed_precision))
-        product(FrozenLinear(few, None, args.quantize_base, few.dtype), few)
+    base, dtype = args.quantize_base, torch_dtype(args.mixed_precision)
+    few = functools.partial(torch.zeros, 64, 64, device=device, dtype=dtype)
 
     def eight_bits() -> None:
-        part = Part("trial", {"weights": torch.nn.Parameter(torch.zeros(64, 64, device=device))}, 1e-3, 0.0, 1)
+        part = Part("trial", {"weights": torch.nn.Parameter(few().float())}, 1e-3, 0.0, 1)
         part.allocate()
         make_optimizer(part, args).step()
 
     def compiler() -> None:
         if device.type == "cuda":
-            import triton  # noqa: F401
-        elif not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-            raise FileNotFoundError("no C++ compiler")
+            importlib.import_module("triton")
+        else:
+            importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler()
 
     for name, value, wanted, trial, instead in (
-        ("quantize_base", args.quantize_base, args.quantize_base, quantized, None),
+        ("quantize_base", base, base, lambda: product(FrozenLinear(few(), None, base, dtype), few()), None),
         ("optimizer", args.optimizer, args.optimizer == "adamw8bit", eight_bits, "adamw"),
         ("compile", "", args.compile, compiler, False),
     ):
@@ -4205,9 +4164,8 @@ def try_kernels(args: argparse.Namespace, device) -> None:
             if wanted:
                 trial()
         except Exception as error:  # whatever is missing: a package, its library, a kernel, a type of numbers
-            problem = (
-                f"--{name} {value}".strip() + f" is not possible on this machine ({device.type}: {brief(error)[:160]})"
-            )
+            why = f"is not possible on this machine ({device.type}: {brief(error)[:160]})"
+            problem = " ".join([f"--{name}", *[value] * bool(value), why])
             if instead is None or {name, "use_8bit_adam"} & args.ordered:
                 raise UserError(f"{problem}: leave it out") from None
             setattr(args, name, instead)
@@ -4240,14 +4198,12 @@ class Interrupted(BaseException):
     """Ends the program where nothing is wrong, with an exit code and lines to say. No handler of errors catches it."""
 
 
-def on_other_process() -> bool:
-    """Whether this is not the first process of this machine's group, which alone prints."""
-    return int(os.environ.get("RANK", "0")) > 0
+QUIET = int(os.environ.get("RANK", "0")) > 0  # the first process alone prints
 
 
 def say(text: str) -> None:
     """Prints a line above the bars; in a log file, below them."""
-    if on_other_process():
+    if QUIET:
         return
     with waiting.get_lock():
         bars, terminal = [bar for bar in waiting.shown if bar.drawn], sys.stderr.isatty()
@@ -4274,7 +4230,7 @@ class waiting(tqdm):
         form = {} if total else {"bar_format": "{desc} {elapsed}"}
         if terminal:  # tqdm draws nothing where a terminal has no size, as in some containers
             form["ncols"], form["nrows"] = shutil.get_terminal_size()
-        super().__init__(desc=what, total=total, disable=on_other_process(), **form, **options)
+        super().__init__(desc=what, total=total, disable=QUIET, **form, **options)
         if not self.disable:
             import threading
 

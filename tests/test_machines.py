@@ -229,7 +229,7 @@ def test_peak_memory_in_each_systems_unit(system, monkeypatch):
 
 def test_commands_are_those_of_the_systems_own_shell(monkeypatch, tmp_path):
     script = load_script("train_lora_sd15.py")
-    words = ("run_lora_infer", "infer_lora.py", Path("output/it's mine"), "--prompt", "a cat")
+    words = ("run_lora_infer", "infer_lora.py", [], Path("output/it's mine"), "--prompt", "a cat")
     monkeypatch.chdir(ROOT)
     assert shlex.split(script.command(*words)) == ["bash", "run_lora_infer.sh", "output/it's mine", "--prompt", "a cat"]
     monkeypatch.chdir(tmp_path)
