@@ -276,12 +276,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 290 the run: what happens, in which order · 571 the loop, and one step of it · 761 what is logged, and the
-# guard against learning nothing · 886 data: images and captions · 1185 images: decoding, buckets, crops, batches ·
-# 1602 text: embeddings and new tokens · 1823 LoRA and optimizer · 2242 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2537 checkpoints and signals · 2710 pictures: validation, class images, comparison · 2909
-# probes: what was learned, what was forgotten · 3088 files that a run leaves · 3451 command line · 3908 base model:
-# loading, quantising, splitting · 4120 the machine: device, precision, kernels, memory · 4207 errors, lines, seeds,
+# By line: 290 the run: what happens, in which order · 573 the loop, and one step of it · 763 what is logged, and the
+# guard against learning nothing · 888 data: images and captions · 1187 images: decoding, buckets, crops, batches ·
+# 1601 text: embeddings and new tokens · 1822 LoRA and optimizer · 2241 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2536 checkpoints and signals · 2706 pictures: validation, class images, comparison · 2905
+# probes: what was learned, what was forgotten · 3084 files that a run leaves · 3444 command line · 3901 base model:
+# loading, quantising, splitting · 4113 the machine: device, precision, kernels, memory · 4200 errors, lines, seeds,
 # libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
@@ -311,10 +311,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except Interrupted as stop:
         code, *lines = stop.args
-        for line in lines:
+        latest = checkpoints_in(Path(args.output_dir))[:1] if lines else []
+        for line in (*lines, *(f"{folder} is there: --resume_from_checkpoint latest goes on" for folder in latest)):
             say(line)
         return code
     except KeyboardInterrupt:  # before the signals were answered
+        say("stopped before anything was done")
         return 130
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
@@ -1316,11 +1318,8 @@ class ImageStore:
         self.resample = getattr(Image.Resampling, interpolation.upper())
         self.left, self.kept = budget, {}  # bytes; by name and bucket
 
-    def __getstate__(self) -> dict:
-        return vars(self) | {
-            "left": 0,
-            "kept": {},
-        }  # a spawned worker decodes anew: all pixels would be too much to send
+    def __getstate__(self) -> dict:  # a spawned worker decodes anew: all pixels would be too much to send
+        return vars(self) | {"left": 0, "kept": {}}
 
     def cover(self, index: int, bucket: int, image=None):
         """Image `index` scaled so that it just covers `bucket`, as an RGB image."""
@@ -2537,7 +2536,6 @@ def enable_checkpointing(denoiser, dropout: bool) -> None:
 # ---- checkpoints and signals -----------------------------------------------------------------------------------------
 
 
-LOCK_WAIT = 0.25  # seconds until a file that another program has open is tried again, 20 times
 STOP_SIGNALS = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK") if hasattr(signal, n)]  # the last: Windows
 
 
@@ -2551,7 +2549,7 @@ class StopSignal:
 
     def receive(self, number: int, frame: object) -> None:
         if not self.in_loop or self.number:
-            raise Interrupted(128 + number, f"stopped at once by {signal.Signals(number).name}, without a checkpoint")
+            raise Interrupted(128 + number, f"stopped at once by {signal.Signals(number).name}")
         self.number = number
 
 
@@ -2698,13 +2696,11 @@ def flush(path: Path) -> None:
 
 def rename(part: Path, final: Path) -> None:
     """Gives a file or folder its name. On Windows a scanner may hold it for a moment: it's tried again for some seconds."""
-    for attempt in range(20):
-        try:
+    for _ in range(20):
+        with contextlib.suppress(PermissionError):
             return os.replace(part, final)
-        except PermissionError:
-            if attempt == 19:
-                raise
-            time.sleep(LOCK_WAIT)
+        time.sleep(0.25)
+    os.replace(part, final)
 
 
 # ---- pictures: validation, class images, comparison ------------------------------------------------------------------
@@ -3102,11 +3098,8 @@ def save_results(run: Run) -> None:
             for file in best.glob("*.safetensors"):
                 shutil.copy(file, part / file.name)
             gone = f"{best.name} is gone by --checkpoints_total_limit: the result is the last step's"
-            say(
-                f"the result is that of step {advice['step']}, in float32; {kept}"
-                if best.is_dir()
-                else f"warning: --keep_best: {gone}"
-            )
+            told = f"the result is that of step {advice['step']}, in float32; {kept}"
+            say(told if best.is_dir() else f"warning: --keep_best: {gone}")
         if sheet := comparison_sheet(run):
             sheet.save(part / "comparison.png")
         if advice:
@@ -4245,8 +4238,10 @@ class waiting(tqdm):
         self.pause = self.noticed / 2 if terminal else 15
         options = {"delay": self.noticed, "leave": not terminal, "mininterval": self.pause / 2} | options
         form = {} if total else {"bar_format": "{desc} {elapsed}"}
-        if terminal:  # tqdm draws nothing where a terminal has no size, as in some containers
-            form["ncols"], form["nrows"] = shutil.get_terminal_size()
+        columns, lines = (
+            shutil.get_terminal_size()
+        )  # tqdm draws nothing where a terminal has no size, as in some containers
+        form |= {"ncols": columns, "nrows": lines} if terminal else {"position": 0}  # a log file has no way back up
         super().__init__(desc=what, total=total, disable=QUIET, **form, **options)
         if not self.disable:
             import threading

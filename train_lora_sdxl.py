@@ -259,12 +259,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 273 the run: what happens, in which order · 554 the loop, and one step of it · 744 what is logged, and the
-# guard against learning nothing · 869 data: images and captions · 1168 images: decoding, buckets, crops, batches ·
-# 1585 text: embeddings and new tokens · 1806 LoRA and optimizer · 2225 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2520 checkpoints and signals · 2693 pictures: validation, class images, comparison · 2892
-# probes: what was learned, what was forgotten · 3071 files that a run leaves · 3434 command line · 3891 base model:
-# loading, quantising, splitting · 4103 the machine: device, precision, kernels, memory · 4190 errors, lines, seeds,
+# By line: 273 the run: what happens, in which order · 556 the loop, and one step of it · 746 what is logged, and the
+# guard against learning nothing · 871 data: images and captions · 1170 images: decoding, buckets, crops, batches ·
+# 1584 text: embeddings and new tokens · 1805 LoRA and optimizer · 2224 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2519 checkpoints and signals · 2689 pictures: validation, class images, comparison · 2888
+# probes: what was learned, what was forgotten · 3067 files that a run leaves · 3427 command line · 3884 base model:
+# loading, quantising, splitting · 4096 the machine: device, precision, kernels, memory · 4183 errors, lines, seeds,
 # libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
@@ -294,10 +294,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except Interrupted as stop:
         code, *lines = stop.args
-        for line in lines:
+        latest = checkpoints_in(Path(args.output_dir))[:1] if lines else []
+        for line in (*lines, *(f"{folder} is there: --resume_from_checkpoint latest goes on" for folder in latest)):
             say(line)
         return code
     except KeyboardInterrupt:  # before the signals were answered
+        say("stopped before anything was done")
         return 130
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
@@ -1299,11 +1301,8 @@ class ImageStore:
         self.resample = getattr(Image.Resampling, interpolation.upper())
         self.left, self.kept = budget, {}  # bytes; by name and bucket
 
-    def __getstate__(self) -> dict:
-        return vars(self) | {
-            "left": 0,
-            "kept": {},
-        }  # a spawned worker decodes anew: all pixels would be too much to send
+    def __getstate__(self) -> dict:  # a spawned worker decodes anew: all pixels would be too much to send
+        return vars(self) | {"left": 0, "kept": {}}
 
     def cover(self, index: int, bucket: int, image=None):
         """Image `index` scaled so that it just covers `bucket`, as an RGB image."""
@@ -2520,7 +2519,6 @@ def enable_checkpointing(denoiser, dropout: bool) -> None:
 # ---- checkpoints and signals -----------------------------------------------------------------------------------------
 
 
-LOCK_WAIT = 0.25  # seconds until a file that another program has open is tried again, 20 times
 STOP_SIGNALS = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK") if hasattr(signal, n)]  # the last: Windows
 
 
@@ -2534,7 +2532,7 @@ class StopSignal:
 
     def receive(self, number: int, frame: object) -> None:
         if not self.in_loop or self.number:
-            raise Interrupted(128 + number, f"stopped at once by {signal.Signals(number).name}, without a checkpoint")
+            raise Interrupted(128 + number, f"stopped at once by {signal.Signals(number).name}")
         self.number = number
 
 
@@ -2681,13 +2679,11 @@ def flush(path: Path) -> None:
 
 def rename(part: Path, final: Path) -> None:
     """Gives a file or folder its name. On Windows a scanner may hold it for a moment: it's tried again for some seconds."""
-    for attempt in range(20):
-        try:
+    for _ in range(20):
+        with contextlib.suppress(PermissionError):
             return os.replace(part, final)
-        except PermissionError:
-            if attempt == 19:
-                raise
-            time.sleep(LOCK_WAIT)
+        time.sleep(0.25)
+    os.replace(part, final)
 
 
 # ---- pictures: validation, class images, comparison ------------------------------------------------------------------
@@ -3085,11 +3081,8 @@ def save_results(run: Run) -> None:
             for file in best.glob("*.safetensors"):
                 shutil.copy(file, part / file.name)
             gone = f"{best.name} is gone by --checkpoints_total_limit: the result is the last step's"
-            say(
-                f"the result is that of step {advice['step']}, in float32; {kept}"
-                if best.is_dir()
-                else f"warning: --keep_best: {gone}"
-            )
+            told = f"the result is that of step {advice['step']}, in float32; {kept}"
+            say(told if best.is_dir() else f"warning: --keep_best: {gone}")
         if sheet := comparison_sheet(run):
             sheet.save(part / "comparison.png")
         if advice:
@@ -4228,8 +4221,10 @@ class waiting(tqdm):
         self.pause = self.noticed / 2 if terminal else 15
         options = {"delay": self.noticed, "leave": not terminal, "mininterval": self.pause / 2} | options
         form = {} if total else {"bar_format": "{desc} {elapsed}"}
-        if terminal:  # tqdm draws nothing where a terminal has no size, as in some containers
-            form["ncols"], form["nrows"] = shutil.get_terminal_size()
+        columns, lines = (
+            shutil.get_terminal_size()
+        )  # tqdm draws nothing where a terminal has no size, as in some containers
+        form |= {"ncols": columns, "nrows": lines} if terminal else {"position": 0}  # a log file has no way back up
         super().__init__(desc=what, total=total, disable=QUIET, **form, **options)
         if not self.disable:
             import threading

@@ -37,7 +37,7 @@ def windows(tmp_path_factory) -> tuple[Path, str]:
         return str(ROOT / "train_lora_sd15.py"), flags, options
 
     pictures = ("--num_validation_images", 1, "--validation_inference_steps", 2, "--validation_prompt", "日本の猫")
-    resumed = ("--resume_from_checkpoint", "latest", "--dataloader_num_workers", 1)
+    resumed = ("--resume_from_checkpoint", "latest", "--dataloader_num_workers", 1, "--report")
     (folder / "stopped").mkdir()
     (folder / "stopped" / "stopped.safetensors").write_bytes(b"which ComfyUI has loaded")
     plan = [
@@ -246,3 +246,39 @@ def test_a_batch_file_starts_what_its_bash_twin_starts(wrapper):
     for program in re.findall(r"[\w.\\/]+\.py", text):
         assert (ROOT / program.replace("\\", "/")).is_file()
     assert not programs or any(Path(p).name in text for p in programs)
+
+
+@pytest.mark.parametrize(
+    ("machine", "half"), [("cpu", False), ("mps", True), ("mps before macOS 14", False), ("xpu", True)]
+)
+def test_pictures_are_drawn_on_what_is_there(machine, half, monkeypatch):
+    infer = load_script("infer_lora.py")
+    device = pretend(machine, monkeypatch)
+    for kind in ("cuda", "mps", "xpu"):
+        monkeypatch.setattr(getattr(torch, kind), "is_available", lambda kind=kind: kind == device.type)
+    settings = SimpleNamespace(device="auto", offload="none", quantize="none", dtype="auto")
+    assert infer.device_and_dtype(settings) == (device.type, torch.bfloat16 if half else torch.float32)
+
+
+def test_what_is_prepared_can_be_copied_to_windows():
+    from scripts.parts.files import portable
+
+    assert portable("day 1/cat: the movie?") == "day 1/cat_ the movie_"
+    assert portable("con/aux.x/LPT1/console. ") == "_con/_aux.x/_LPT1/console"
+    assert portable("plain/猫 3") == "plain/猫 3"
+
+
+def test_rows_wait_while_a_spreadsheet_holds_them(monkeypatch, tmp_path):
+    """Windows locks a file that is open elsewhere: training goes on, and the rows are written when it is free."""
+    script = load_script("train_lora_sd15.py")
+    output, opened, held = tmp_path / "x", Path.open, []
+
+    def locked(file, *rest, **options):
+        if file.name == "metrics.jsonl" and "a" in rest and len(held) < 3:
+            held.append(file)
+            raise PermissionError(13, "The process cannot access the file")
+        return opened(file, *rest, **options)
+
+    monkeypatch.setattr(script.Path, "open", locked)
+    assert run_here(FAMILIES["sd15"], output, "-d", SAMPLE, "--max_train_steps", 5) == 0
+    assert len(held) == 3 and [row["step"] for row in metrics(output)] == [1, 2, 3, 4, 5]

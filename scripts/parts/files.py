@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -12,13 +13,11 @@ RESERVED = re.compile(r"(?i)^(con|prn|aux|nul|com\d|lpt\d)(?=\.|$)")  # Windows'
 
 def replace(part: Path, target: Path) -> None:
     """Gives a finished file its name. On Windows another program may hold one for a moment: it's tried again."""
-    for attempt in range(20):
-        try:
+    for _ in range(20):
+        with contextlib.suppress(PermissionError):
             return os.replace(part, target)
-        except PermissionError:
-            if attempt == 19:
-                raise
-            time.sleep(0.1)
+        time.sleep(0.1)
+    os.replace(part, target)
 
 
 def portable(path: str) -> str:
