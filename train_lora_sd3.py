@@ -276,13 +276,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 290 the run: what happens, in which order · 573 the loop, and one step of it · 763 what is logged, and the
-# guard against learning nothing · 888 data: images and captions · 1187 images: decoding, buckets, crops, batches ·
-# 1601 text: embeddings and new tokens · 1822 LoRA and optimizer · 2241 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2536 checkpoints and signals · 2706 pictures: validation, class images, comparison · 2905
-# probes: what was learned, what was forgotten · 3084 files that a run leaves · 3444 command line · 3901 base model:
-# loading, quantising, splitting · 4113 the machine: device, precision, kernels, memory · 4200 errors, lines, seeds,
-# libraries
+# By line: 289 the run: what happens, in which order · 572 the loop, and one step of it · 762 what is logged, and the
+# guard against learning nothing · 887 data: images and captions · 1186 images: decoding, buckets, crops, batches ·
+# 1600 text: embeddings and new tokens · 1821 LoRA and optimizer · 2240 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2535 checkpoints and signals · 2705 pictures: validation, class images, comparison · 2904
+# probes: what was learned, what was forgotten · 3083 files that a run leaves · 3443 command line · 3900 base model:
+# loading, quantising, splitting · 4112 the machine · 4199 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -4110,7 +4109,7 @@ def shard_base(denoiser, device) -> None:
     fully_shard(denoiser, mesh=mesh, ignored_params=trained)
 
 
-# ---- the machine: device, precision, kernels, memory -----------------------------------------------------------------
+# ---- the machine -----------------------------------------------------------------------------------------------------
 
 
 def choose_precision(args: argparse.Namespace, device) -> str:
@@ -4267,7 +4266,7 @@ class waiting(tqdm):
 def keep_moving() -> None:
     """Draws bars again that have stood still, for ever."""
     while True:
-        time.sleep(waiting.noticed / 8)
+        time.sleep(min(0.25, waiting.noticed / 8))
         with waiting.get_lock():
             for bar in [bar for bar in waiting.shown if time.time() >= bar.due]:
                 bar.refresh(nolock=True)
