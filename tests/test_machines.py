@@ -2,10 +2,8 @@
 
 import argparse
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +22,8 @@ pytestmark = pytest.mark.run
 @pytest.fixture(scope="module")
 def windows(tmp_path_factory) -> tuple[Path, str]:
     """A folder in which the simulated Windows has prepared pictures, trained, been stopped, gone on and drawn; and what it said."""
+    from ready_process import start
+
     folder = tmp_path_factory.mktemp("windows")
     photos = folder / "mes photos"
     photos.mkdir()
@@ -58,15 +58,15 @@ def windows(tmp_path_factory) -> tuple[Path, str]:
         ),
     ]
     (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-    told = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "windows.py"), str(folder / "plan.json")]
-    ended = subprocess.run(command, capture_output=True, env=os.environ | told, cwd=folder, timeout=400)
-    said = ended.stdout.decode("cp1252") + ended.stderr.decode("cp1252", "replace")
-    codes = ended.stdout.decode("cp1252").splitlines()[-1]
-    assert json.loads(codes) == [0, 0, 128 + 21, 0, 0], said[-4000:]
+    process = start(ROOT / "tests" / "windows.py", [folder / "plan.json"], {}, folder / "said.log", folder)
+    process.join(400)
+    said = (folder / "said.log").read_bytes().decode("cp1252")
+    codes = [line for line in said.splitlines() if line.startswith("[")]
+    assert codes and json.loads(codes[-1]) == [0, 0, 128 + 21, 0, 0], said[-4000:]
     return folder, said
 
 
+@pytest.mark.xdist_group("processes")
 def test_windows_trains_stops_at_ctrl_break_resumes_bit_for_bit_and_draws(windows):
     folder, said = windows
     assert re.search(r"stopped by \w+ after step \d+; checkpoint-\d+ is written", said)

@@ -55,7 +55,7 @@ def slow(place):
     def slowly(*given, **options):
         if not waited:
             waited.append(time.time())
-            time.sleep(0.8)
+            time.sleep(0.5)
             with open({log!r}, "a") as log:
                 log.write(json.dumps([place, waited[0], time.time()]) + "\\n")
         return original(*given, **options)

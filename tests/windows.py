@@ -1,14 +1,12 @@
 """A Windows as Python programs meet it, on another system: what it lacks is taken away, what it forbids fails.
 
-    python tests/windows.py PLAN.json
-
-runs the programs of a plan one after the other in this one process, which spares the imports: [[program, [words], options],
-…]. Options: "stop_at": steps after which Ctrl-Break is sent; "open": files that another program holds meanwhile. The exit
-codes are printed at the end, as JSON.
+`main` is run by ready_process.py with a plan's file, and runs the plan's programs one after the other in one process, which spares
+the imports: [[program, [words], options], …]. Options: "stop_at": steps after which Ctrl-Break is sent; "open": files that another
+program holds meanwhile. The exit codes are printed at the end, as JSON.
 
 No SIGUSR1, SIGALRM, SIGHUP, resource, fcntl or os.fork; processes are spawned; folders can't be opened, files that are only read
-not flushed; what is open or mapped can't be renamed, replaced or removed; text is cp1252 unless said otherwise. The rest
-(paths, drives, os.name) stays what the system has.
+not flushed; what is open or mapped can't be renamed, replaced or removed; consoles and files are in cp1252 unless said otherwise.
+The rest (paths, drives, os.name) stays what the system has.
 """
 
 from __future__ import annotations
@@ -64,7 +62,9 @@ def become_windows() -> None:
     builtins.__import__ = import_module
     shutil._use_fd_functions = False  # as there, where folders have no handles
     tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # which closes a file before it goes
-    multiprocessing.set_start_method("spawn")
+    multiprocessing.set_start_method("spawn", force=True)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="cp1252", errors="strict" if stream is sys.stdout else "backslashreplace")
     opened, renamed, replaced, removed, flushed = os.open, os.rename, os.replace, os.unlink, os.fsync
 
     def open_file(path, flags, *rest, **options):
@@ -117,9 +117,7 @@ def break_after(steps: int, output: Path) -> None:
     file = output / "metrics.jsonl"
     while not file.exists() or file.read_bytes().count(b"\n") < steps:
         time.sleep(0.01)
-    signal.raise_signal(signal.SIGBREAK) if threading.current_thread() is threading.main_thread() else os.kill(
-        os.getpid(), signal.SIGBREAK
-    )
+    os.kill(os.getpid(), signal.SIGBREAK)
 
 
 def run(program: str, words: list[str], stop_at: int = 0, open: tuple[str, ...] | list[str] = ()) -> int:
@@ -137,12 +135,10 @@ def run(program: str, words: list[str], stop_at: int = 0, open: tuple[str, ...] 
     return 0
 
 
-if __name__ == "__main__":
-    import ready_process  # noqa: F401  (the libraries, which know Windows by its name and would import the wrong things)
-
-    plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+def main(argv: list[str]) -> int:
+    """Runs the plan in the file that is named."""
+    plan = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
     become_windows()
     codes = [run(program, words, **options) for program, words, options in plan]
-    print(json.dumps(codes))
-    sys.stdout.flush()
+    print(f"\n{json.dumps(codes)}", flush=True)
     os._exit(0)  # the spawned workers' helpers are this system's own
