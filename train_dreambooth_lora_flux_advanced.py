@@ -291,12 +291,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out | {name: fuse_projections(parts, mlp[: len(parts)]) for name, parts in waiting.items()}
 
 
-# By line: 304 the run: what happens, in which order · 587 the loop, and one step of it · 777 what is logged, and the
-# guard against learning nothing · 902 data: images and captions · 1201 images: decoding, buckets, crops, batches ·
-# 1615 text: embeddings and new tokens · 1836 LoRA and optimizer · 2255 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2550 checkpoints and signals · 2720 pictures: validation, class images, comparison · 2919
-# probes: what was learned, what was forgotten · 3098 files that a run leaves · 3458 command line · 3915 base model:
-# loading, quantising, splitting · 4127 the machine · 4214 errors, lines, seeds, libraries
+# By line: 304 the run: what happens, in which order · 587 the loop, and one step of it · 778 what is logged, and the
+# guard against learning nothing · 903 data: images and captions · 1202 images: decoding, buckets, crops, batches ·
+# 1616 text: embeddings and new tokens · 1837 LoRA and optimizer · 2256 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2551 checkpoints and signals · 2721 pictures: validation, class images, comparison · 2920
+# probes: what was learned, what was forgotten · 3099 files that a run leaves · 3459 command line · 3916 base model:
+# loading, quantising, splitting · 4128 the machine · 4215 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -614,7 +614,8 @@ def train(run: Run, first_step: int) -> None:
                 meter.write_pending()
                 on_main(run, save_checkpoint, run, done)
             if stopping:
-                say(f"stopped by {signal.Signals(stopping).name} after step {done}; checkpoint-{done} is written")
+                name = signal.Signals(stopping).name
+                say(f"stopped by signal {stopping} ({name}) after step {done}; checkpoint-{done} is written")
                 summarise(run, done)
                 raise Interrupted(128 + stopping)
             if done in run.validation_steps:

@@ -201,12 +201,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line: 214 the run: what happens, in which order · 497 the loop, and one step of it · 687 what is logged, and the
-# guard against learning nothing · 812 data: images and captions · 1111 images: decoding, buckets, crops, batches ·
-# 1525 text: embeddings and new tokens · 1746 LoRA and optimizer · 2165 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2460 checkpoints and signals · 2630 pictures: validation, class images, comparison · 2829
-# probes: what was learned, what was forgotten · 3008 files that a run leaves · 3368 command line · 3825 base model:
-# loading, quantising, splitting · 4037 the machine · 4124 errors, lines, seeds, libraries
+# By line: 214 the run: what happens, in which order · 497 the loop, and one step of it · 688 what is logged, and the
+# guard against learning nothing · 813 data: images and captions · 1112 images: decoding, buckets, crops, batches ·
+# 1526 text: embeddings and new tokens · 1747 LoRA and optimizer · 2166 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2461 checkpoints and signals · 2631 pictures: validation, class images, comparison · 2830
+# probes: what was learned, what was forgotten · 3009 files that a run leaves · 3369 command line · 3826 base model:
+# loading, quantising, splitting · 4038 the machine · 4125 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -524,7 +524,8 @@ def train(run: Run, first_step: int) -> None:
                 meter.write_pending()
                 on_main(run, save_checkpoint, run, done)
             if stopping:
-                say(f"stopped by {signal.Signals(stopping).name} after step {done}; checkpoint-{done} is written")
+                name = signal.Signals(stopping).name
+                say(f"stopped by signal {stopping} ({name}) after step {done}; checkpoint-{done} is written")
                 summarise(run, done)
                 raise Interrupted(128 + stopping)
             if done in run.validation_steps:

@@ -276,12 +276,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 289 the run: what happens, in which order · 572 the loop, and one step of it · 762 what is logged, and the
-# guard against learning nothing · 887 data: images and captions · 1186 images: decoding, buckets, crops, batches ·
-# 1600 text: embeddings and new tokens · 1821 LoRA and optimizer · 2240 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2535 checkpoints and signals · 2705 pictures: validation, class images, comparison · 2904
-# probes: what was learned, what was forgotten · 3083 files that a run leaves · 3443 command line · 3900 base model:
-# loading, quantising, splitting · 4112 the machine · 4199 errors, lines, seeds, libraries
+# By line: 289 the run: what happens, in which order · 572 the loop, and one step of it · 763 what is logged, and the
+# guard against learning nothing · 888 data: images and captions · 1187 images: decoding, buckets, crops, batches ·
+# 1601 text: embeddings and new tokens · 1822 LoRA and optimizer · 2241 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2536 checkpoints and signals · 2706 pictures: validation, class images, comparison · 2905
+# probes: what was learned, what was forgotten · 3084 files that a run leaves · 3444 command line · 3901 base model:
+# loading, quantising, splitting · 4113 the machine · 4200 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -599,7 +599,8 @@ def train(run: Run, first_step: int) -> None:
                 meter.write_pending()
                 on_main(run, save_checkpoint, run, done)
             if stopping:
-                say(f"stopped by {signal.Signals(stopping).name} after step {done}; checkpoint-{done} is written")
+                name = signal.Signals(stopping).name
+                say(f"stopped by signal {stopping} ({name}) after step {done}; checkpoint-{done} is written")
                 summarise(run, done)
                 raise Interrupted(128 + stopping)
             if done in run.validation_steps:

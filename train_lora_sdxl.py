@@ -259,12 +259,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 272 the run: what happens, in which order · 555 the loop, and one step of it · 745 what is logged, and the
-# guard against learning nothing · 870 data: images and captions · 1169 images: decoding, buckets, crops, batches ·
-# 1583 text: embeddings and new tokens · 1804 LoRA and optimizer · 2223 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2518 checkpoints and signals · 2688 pictures: validation, class images, comparison · 2887
-# probes: what was learned, what was forgotten · 3066 files that a run leaves · 3426 command line · 3883 base model:
-# loading, quantising, splitting · 4095 the machine · 4182 errors, lines, seeds, libraries
+# By line: 272 the run: what happens, in which order · 555 the loop, and one step of it · 746 what is logged, and the
+# guard against learning nothing · 871 data: images and captions · 1170 images: decoding, buckets, crops, batches ·
+# 1584 text: embeddings and new tokens · 1805 LoRA and optimizer · 2224 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 2519 checkpoints and signals · 2689 pictures: validation, class images, comparison · 2888
+# probes: what was learned, what was forgotten · 3067 files that a run leaves · 3427 command line · 3884 base model:
+# loading, quantising, splitting · 4096 the machine · 4183 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -582,7 +582,8 @@ def train(run: Run, first_step: int) -> None:
                 meter.write_pending()
                 on_main(run, save_checkpoint, run, done)
             if stopping:
-                say(f"stopped by {signal.Signals(stopping).name} after step {done}; checkpoint-{done} is written")
+                name = signal.Signals(stopping).name
+                say(f"stopped by signal {stopping} ({name}) after step {done}; checkpoint-{done} is written")
                 summarise(run, done)
                 raise Interrupted(128 + stopping)
             if done in run.validation_steps:

@@ -157,7 +157,7 @@ def test_the_last_lines_are_true_after_ctrl_c_at_the_end_and_of_a_finished_run(
         assert run_here(family, output, *flags) == 130
     said = capsys.readouterr().out
     shown = lines_by_name(said)
-    assert "stopped by SIGINT after step 2; checkpoint-2 is written" in said
+    assert "stopped by signal 2 (SIGINT) after step 2; checkpoint-2 is written" in said
     assert Path(shown["LoRA"]) == output / "checkpoint-2" / "pytorch_lora_weights.safetensors"
     assert all(Path(shown[name]).exists() for name in ("LoRA", "for others"))
     small = " --num_inference_steps 1 --paths.infer_path drawn"
