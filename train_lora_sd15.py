@@ -4156,7 +4156,8 @@ class waiting(tqdm):
     A thread keeps the time moving while the work itself is silent, in a log file every 15 seconds. options: tqdm's.
     """
 
-    noticed, shown, drawn = 2.0, [], False  # seconds until a wait is noticed; all bars; whether this one is in sight
+    noticed, shown, mover = 2.0, [], None  # seconds until a wait is noticed; all bars; the thread
+    drawn = False  # whether this one is in sight
 
     def __init__(self, what: str, total: int | None = None, **options) -> None:
         terminal = sys.stderr.isatty()
@@ -4172,8 +4173,9 @@ class waiting(tqdm):
             import threading
 
             self.due = time.time() + options["delay"]
-            if not any(thread.name == "bars" for thread in threading.enumerate()):
-                threading.Thread(target=keep_moving, name="bars", daemon=True).start()
+            if waiting.mover is None or not waiting.mover.is_alive():  # threads don't outlive a fork
+                waiting.mover = threading.Thread(target=keep_moving, daemon=True)
+                waiting.mover.start()
             self.shown.append(self)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
