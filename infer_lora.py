@@ -92,8 +92,8 @@ KEYS = {
     "machine": {
         "batch_size": ("count", 4, "images drawn at a time: lower it if the memory does not suffice"),
         "fuse": ("switch", False, "bake the LoRA into the base before drawing: a little faster"),
-        "dtype": (("auto", "float32", "float16", "bfloat16"), "auto", "bfloat16 on a GPU, else float32"),
-        "device": (("auto", "cuda", "cpu", "mps"), "auto", ""),
+        "dtype": (("auto", "float32", "float16", "bfloat16"), "auto", "bfloat16 where the GPU computes in it, else float32"),
+        "device": (("auto", "cuda", "mps", "xpu", "cpu"), "auto", "AMD's GPUs (ROCm) are cuda too"),
         "offload": (("none", "model", "sequential"), "none", "to the CPU: a part at a time, or each layer (slow)"),
         "quantize": (("none", "nf4", "int8"), "none", "the denoiser in 4 or 8 bits (GPU)"),
         "compile": ("switch", False, "torch.compile of the repeated blocks: slow first image, then faster"),
@@ -824,7 +824,7 @@ def device_and_dtype(settings) -> tuple[str, object]:
     """Where and in which precision is drawn. Errors: UserError for a device that this machine hasn't."""
     import torch
 
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {name: getattr(torch, name).is_available() for name in ("cuda", "mps", "xpu")} | {"cpu": True}
     device = (
         settings.device if settings.device != "auto" else next(name for name, is_there in there.items() if is_there)
     )
@@ -838,7 +838,8 @@ def device_and_dtype(settings) -> tuple[str, object]:
         raise UserError(f"quantize: {settings.quantize} needs an NVIDIA GPU: none")
     if settings.dtype != "auto":
         return device, getattr(torch, settings.dtype)
-    return device, torch.bfloat16 if device == "cuda" else torch.float32
+    half = device in ("cuda", "xpu") or device == "mps" and torch.backends.mps.is_macos_or_newer(14, 0)
+    return device, torch.bfloat16 if half else torch.float32
 
 
 def check_whole(pipeline, base: str, report: list) -> None:
@@ -1307,6 +1308,11 @@ def write(file: Path, content: bytes) -> None:
     part = file.with_name(f".{file.name}.part")
     try:
         part.write_bytes(content)
+        for wait in (0.1, 0.3, 1, 3):
+            with contextlib.suppress(PermissionError):  # on Windows another program may hold the file for a moment
+                part.replace(file)
+                return
+            time.sleep(wait)
         part.replace(file)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -1315,7 +1321,9 @@ def write(file: Path, content: bytes) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end_at_once)
-    sys.stdout.reconfigure(line_buffering=True)  # what was printed must not be lost when it ends at once
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # the last, Ctrl-Break, is Windows' own
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), end_at_once)
+    # what was printed must not be lost when it ends at once, nor end a run where the console can't show it (cp1252)
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
     sys.exit(main())

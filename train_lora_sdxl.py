@@ -38,7 +38,7 @@ Files written to the output folder (-o):
     samples/  checkpoint-N/  config.yaml  verdict.json  metrics.jsonl  logs/  README.md
 
 Read it from the top: the family's own comes first (noise, loss, prompts, layers), below the line what all four share, the
-run first. Exit codes: 0 done, 1 failed, 2 wrong arguments or input, 130, 138, 143 after a signal's checkpoint.
+run first. Exit codes: 0 done, 1 failed, 2 wrong arguments or input, 128 + the number of a signal (Ctrl-C: 130).
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tqdm import tqdm
 
 FAMILY = "sdxl"
 FAMILY_TITLE = "Stable Diffusion XL"
@@ -283,12 +285,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 296 the run: what happens, in which order · 628 the loop, and one step of it · 949 what is logged, and the
-# guard against learning nothing · 1075 data: images and captions · 1446 images: decoding, buckets, crops, batches ·
-# 1983 text: embeddings and new tokens · 2255 LoRA and optimizer · 2812 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3222 checkpoints and signals · 3413 pictures: validation, class images, comparison · 3638
-# probes: what was learned, what was forgotten · 3814 files that a run leaves · 4292 command line · 4953 base model:
-# loading, quantising, splitting · 5215 errors, lines, seeds, libraries
+# By line: 298 the run: what happens, in which order · 618 the loop, and one step of it · 944 what is logged, and the
+# guard against learning nothing · 1069 data: images and captions · 1441 images: decoding, buckets, crops, batches ·
+# 1981 text: embeddings and new tokens · 2256 LoRA and optimizer · 2814 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3229 checkpoints and signals · 3435 pictures: validation, class images, comparison · 3659
+# probes: what was learned, what was forgotten · 3836 files that a run leaves · 4362 command line · 5024 base model:
+# loading, quantising, splitting · 5290 the machine · 5377 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -301,20 +303,29 @@ def main(argv: list[str] | None = None) -> int:
     a fault of ours, which names the file that has its traceback.
     """
     args = None
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError):  # in a notebook, or where it is another file by now
+            stream.reconfigure(errors="replace")  # for captions that a console (Windows: cp1252) can't show
     try:
         args = parse_args(argv)
         with temporary_output(args) if args.dry_run else locked_output(args):
             if args.dry_run or not finished_before(args):
                 say(f"{FAMILY_TITLE}: importing torch and diffusers")
-                import_libraries()
+                with waiting("importing"):
+                    import_libraries()
                 execute(args)
         return 0
     except UserError as error:
         # one that a loader's process has raised comes with its stack
         return fail(str(error).strip().splitlines()[-1].split("UserError: ")[-1], 2)
     except Interrupted as stop:
-        return stop.args[0]
+        code, *lines = stop.args
+        latest = checkpoints_in(Path(args.output_dir))[:1] if lines else []
+        for line in (*lines, *(f"{folder} is there: --resume_from_checkpoint latest goes on" for folder in latest)):
+            say(line)
+        return code
     except KeyboardInterrupt:  # before the signals were answered
+        say("stopped before anything was done")
         return 130
     except Exception as error:
         if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
@@ -341,7 +352,8 @@ def execute(args: argparse.Namespace) -> None:
     if run.control_prompts:
         run.probe = Probe(run, first_step)
     active_parts(run, first_step)
-    start_trackers(run)
+    with waiting("starting the trackers"):
+        start_trackers(run)
     batch = f"{args.train_batch_size} x {run.accelerator.num_processes} processes x {args.gradient_accumulation_steps}"
     say(
         f"{len(run.plan.buckets)} images, {run.plan.per_epoch} batches per epoch, {run.max_steps} steps,"
@@ -356,13 +368,15 @@ def execute(args: argparse.Namespace) -> None:
             train(run, first_step)
     if run.control_prompts and run.compares:
         on_main(run, draw_control, run, run.max_steps)
-    on_main(run, save_results, run)
-    on_main(run, write_report, run)
-    run.accelerator.end_training()
-    summarise(run)
+    with waiting("writing the results"):
+        on_main(run, save_results, run)
+        on_main(run, write_report, run)
+        run.accelerator.end_training()
+    summarise(args)
     if run.accelerator.is_main_process:
         if args.push_to_hub:
-            push_to_hub(args)
+            with waiting("uploading"):
+                push_to_hub(args)
         with Path(args.output_dir, "config.yaml").open("a", encoding="utf-8") as file:
             file.write(f"{FINISHED}{run.max_steps}\n")
 
@@ -370,7 +384,8 @@ def execute(args: argparse.Namespace) -> None:
 def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None]:
     """Everything up to the first step: base, data, text, what is trained. Returns (run, the checkpoint to go on from)."""
     stop = StopSignal()  # first, so that a signal during the preparations is answered too
-    run = Run(args, start_accelerator(args), stop)
+    with waiting("looking at the machine"):
+        run = Run(args, start_accelerator(args), stop)
     resume = find_checkpoint(args)
     settle_seed(args, resume)
     run.components = open_base(run)
@@ -446,22 +461,17 @@ def start_accelerator(args: argparse.Namespace):
     logs = str(Path(args.output_dir) / args.logging_dir)
     project = accelerate.utils.ProjectConfiguration(project_dir=args.output_dir, logging_dir=logs)
     trackers = None if args.report_to == "none" else args.report_to.split(",")
-    wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")  # the launcher's configuration
-    if wanted == "fp16" and PREDICTS_FLOW:
-        say(f"{FAMILY_TITLE} overflows in fp16: using bf16")
-        args.mixed_precision = "bf16"
     processes = heed_launcher(args)
     try:
-        precision = {"mixed_precision": args.mixed_precision}
-        accelerator = accelerate.Accelerator(**precision, log_with=trackers, project_config=project)
-    except ValueError as error:
-        raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from None
+        device = accelerate.PartialState(cpu=accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")).device
     except RuntimeError as error:
         raise UserError(f"the {processes} processes can't be connected: {brief(error)}") from None
+    args.mixed_precision = choose_precision(args, device)
+    try_kernels(args, device)
+    precision = {"mixed_precision": args.mixed_precision}
+    accelerator = accelerate.Accelerator(**precision, log_with=trackers, project_config=project)
     if accelerator.num_processes != processes:
         raise UserError(f"{processes} processes can't train together on {accelerator.device.type}: start one")
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no")
     if args.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.mixed_precision == "fp16"):
         raise UserError("--cuda_graphs needs an NVIDIA GPU, and --mixed_precision bf16 or no")
     if args.allow_tf32:
@@ -564,25 +574,11 @@ def start_trackers(run: Run) -> None:
     args = run.args
     if not run.accelerator.log_with:
         return
-    public = {k: v for k, v in vars(args).items() if k not in ("hub_token", "settings", "defaults", "sets")}
+    inner = ("hub_token", "settings", "defaults", "sets", "ordered")
+    public = {k: v for k, v in vars(args).items() if k not in inner}
     config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public.items()}
     own = {"wandb": {"name": args.run_name or Path(args.output_dir).resolve().name, "dir": args.output_dir}}
     run.accelerator.init_trackers(f"lora-{FAMILY}", config=config, init_kwargs=own)
-
-
-def summarise(run: Run) -> None:
-    """The last lines: which step to take, where the files are, and what draws with them."""
-    output, name = Path(run.args.output_dir), Path(run.args.output_dir).resolve().name
-    if run.args.dry_run:
-        return
-    if (file := output / "verdict.json").is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        say("\n".join(f"advice: {line}" for line in (found["text"], *found["warnings"])))
-    for what, pattern in RESULTS.items():
-        if (file := output / pattern.format(name=name)).is_file():
-            say(f"{what:12}{file}")
-    prompt = shlex.quote(brief((run.sample_prompts or ["…"])[0]))
-    say(f"{'draw':12}bash run_lora_infer.sh {shlex.quote(str(output))} --prompt {prompt}")
 
 
 def check_results(run: Run) -> None:
@@ -595,7 +591,7 @@ def check_results(run: Run) -> None:
 @contextlib.contextmanager
 def temporary_output(args: argparse.Namespace):
     """--dry_run: while inside, everything is written to a folder that goes afterwards, and nothing is uploaded."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         args.output_dir, args.cache_folder, args.push_to_hub, args.report_to = folder, None, False, "none"
         if args.with_prior_preservation:
             args.class_data_dir, args.num_class_images = str(Path(folder) / "class_images"), 2
@@ -614,13 +610,7 @@ def rehearse(run: Run) -> None:
     train(run, 0)
     rows = [json.loads(line) for line in (Path(args.output_dir) / "metrics.jsonl").read_text("utf-8").splitlines()]
     seconds = [row["seconds_per_step"] for row in rows if "seconds_per_step" in row][-1]
-    if run.accelerator.device.type == "cuda":
-        memory = torch.cuda.max_memory_reserved() / 2**30
-    else:
-        import resource
-
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    size = "{} x {}".format(*run.plan_size)
+    memory, size = peak_memory(run.accelerator.device) / 2**30, "{} x {}".format(*run.plan_size)
     say(f"dry run: largest bucket {size}, {seconds:.3f} s per step, peak memory {memory:.2f} GiB,")
     say(f"dry run: {planned} steps would take about {seconds * planned / 60:.1f} minutes; nothing was kept")
 
@@ -658,8 +648,9 @@ def train(run: Run, first_step: int) -> None:
                 meter.write_pending()
                 on_main(run, save_checkpoint, run, done)
             if stopping:
-                say(f"stopped by signal {stopping} after step {done}; checkpoint-{done} is written")
-                say("the same command with --resume_from_checkpoint latest goes on")
+                name = signal.Signals(stopping).name
+                say(f"stopped by signal {stopping} ({name}) after step {done}; checkpoint-{done} is written")
+                summarise(args, run.accelerator.num_processes, done)
                 raise Interrupted(128 + stopping)
             if done in run.validation_steps and done < run.max_steps:
                 meter.write_pending()
@@ -835,8 +826,8 @@ def batches_ahead(run: Run, first_step: int):
         run.data,
         batch_sampler=(run.plan.share(number, run.accelerator.process_index) for number in range(start, stop)),
         collate_fn=pack_batch,
-        worker_init_fn=ready_worker,
         num_workers=run.args.dataloader_num_workers,
+        worker_init_fn=ready_worker,
         pin_memory=run.accelerator.device.type == "cuda",
         generator=torch.Generator(),  # one of its own keeps the global one untouched
     )
@@ -861,15 +852,19 @@ def batches_ahead(run: Run, first_step: int):
         yield upcoming(pool)
 
 
+def ready_worker(number: int) -> None:
+    """Readies a process that prepares images: the libraries, where it doesn't have them from the main process (Windows, macOS),
+    which alone answers signals.
+    """
+    import_libraries(models=False)
+    for name in STOP_SIGNALS:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def to_device(batch: dict, device) -> dict:
     """Moves the tensors of a batch."""
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
-def ready_worker(number: int) -> None:
-    """Where worker processes are spawned (Windows, macOS), they begin without the libraries."""
-    if "torch" not in globals():
-        import_libraries()
+    free = device.type == "cuda"  # elsewhere a copy that isn't waited for may be read before it is there
+    return {k: v.to(device, non_blocking=free) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 def pack_batch(items: list[dict]) -> dict:
@@ -955,7 +950,7 @@ class Meter:
     def __init__(self, run: Run, first_step: int) -> None:
         self.run, self.loss, self.since, self.began = run, None, first_step, time.perf_counter()
         self.pending: list[tuple] = []  # rows whose numbers are on their way
-        self.seconds: list[float] = []
+        self.seconds, self.unwritten = [], []  # of each log's steps; lines for metrics.jsonl
         self.file = Path(run.args.output_dir) / "metrics.jsonl"
         if run.accelerator.is_main_process:
             kept = [row for row in read_metrics(run.args.output_dir) if first_step and row["step"] <= first_step]
@@ -969,12 +964,11 @@ class Meter:
     def log(self, step: int, norm, active: list[Part], bar) -> None:
         """Writes the row of the log before, and sends the mean loss since then on its way to the host."""
         run, steps = self.run, step - self.since
-        found = [p.group().get("d") for p in active]  # Prodigy's estimates, on the device
-        found = [d for d in found if d is not None]
+        found = [d for p in active if (d := p.group().get("d")) is not None]  # Prodigy's estimates, on the device
         numbers = torch.stack([self.loss / steps, norm, run.guard.bad_run, run.guard.bad_total, *found])
         if run.accelerator.num_processes > 1:
             numbers[0] = run.accelerator.reduce(numbers[0], reduction="sum")
-        arriving = numbers.to("cpu", non_blocking=True)
+        arriving = numbers.to("cpu", non_blocking=numbers.is_cuda)
         event = torch.Event(numbers.device) if numbers.is_cuda else None
         if event:
             event.record()
@@ -1014,11 +1008,13 @@ class Meter:
             raise UserError(f"the loss has not been finite for {int(bad_run)} steps: {advice}{kept}")
 
     def write(self, row: dict) -> None:
-        """Appends a row to metrics.jsonl and sends it to the trackers."""
+        """Appends a row to metrics.jsonl and sends it to the trackers. Windows' spreadsheets lock the file: then later."""
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
         if self.run.accelerator.is_main_process:
-            with self.file.open("a", encoding="utf-8") as stream:
-                finite = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
-                stream.write(json.dumps(finite) + "\n")
+            self.unwritten.append(json.dumps(finite) + "\n")
+            with contextlib.suppress(PermissionError), self.file.open("a", encoding="utf-8") as stream:
+                stream.writelines(self.unwritten)
+                self.unwritten.clear()
         self.run.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def pause(self) -> None:
@@ -1065,10 +1061,8 @@ class GradientWitness:
             raise UserError(f"no gradient reaches the {part.name}, so nothing would be learned: {advice}")
         layers: dict[str, bool] = {}
         for name, seen in part.split(self.seen[part.name]).items():
-            layer = name.split(".lora_")[0]
-            layers[layer] = layers.get(layer, False) or bool(seen.any())
-        idle = [layer for layer, works in layers.items() if not works]
-        if idle:
+            layers[name.split(".lora_")[0]] = bool(seen.any()) | layers.get(name.split(".lora_")[0], False)
+        if idle := [layer for layer, works in layers.items() if not works]:
             say(f"warning: {len(idle)} of {len(layers)} layers of the {part.name} get no gradient, such as {idle[0]}")
 
 
@@ -1174,7 +1168,7 @@ def folder_examples(folder: Path, caption_column: str | None, missing: list[str]
     metas, again = [f for f in files if f.name in ("metadata.jsonl", "metadata.csv")], []
     for meta in metas:
         for line, row in read_metadata(meta):
-            image = Path(os.path.normpath(meta.parent / row["file_name"]))
+            image = Path(os.path.normpath(meta.parent / row["file_name"].replace("\\", "/")))  # as Windows writes it
             if not image.is_relative_to(folder):
                 raise UserError(f"{meta} line {line}: file_name {row['file_name']!r} leads out of the data folder")
             captions = caption_of_row(row, caption_column, f"{meta} line {line}")
@@ -1197,7 +1191,7 @@ def folder_examples(folder: Path, caption_column: str | None, missing: list[str]
             if suffix not in (".txt", ".caption", ".jsonl", ".csv", ".json", ".md", ".html"):
                 strays[printable(file.suffix or file.name)] += 1
             continue
-        name, captions = printable(str(file.relative_to(folder))), described.get(file, [])
+        name, captions = printable(file.relative_to(folder).as_posix()), described.get(file, [])
         if not captions or caption_column is None:
             beside = [b for b in (file.with_suffix(".txt"), file.with_suffix(".caption")) if b.is_file()][:1]
             texts = [decode_text(b.read_bytes(), b) for b in beside]
@@ -1277,7 +1271,8 @@ def dataset_examples(args: argparse.Namespace) -> list[Example]:
     import datasets
 
     datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     name, split = args.dataset_name, args.dataset_split
     try:
         if name.endswith(".py"):
@@ -1550,8 +1545,8 @@ def prepare_examples(examples: list[Example], buckets: list[tuple[int, int]], ar
             store.cover(index, examples[index].bucket, image)
         return None
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        problems = list(pool.map(problem_of, range(len(examples))))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, waiting("images", len(examples)) as bar:
+        problems = [(problem, bar.update())[0] for problem in pool.map(problem_of, range(len(examples)))]
     for example, problem in zip(examples, problems, strict=True):
         if problem is not None:
             say(f"warning: {example.name} is left out: {problem}")
@@ -1581,6 +1576,9 @@ class ImageStore:
         self.examples, self.buckets = examples, buckets
         self.resample = getattr(Image.Resampling, interpolation.upper())
         self.left, self.kept = budget, {}  # bytes; by name and bucket
+
+    def __getstate__(self) -> dict:  # a spawned worker decodes anew: all pixels would be too much to send
+        return vars(self) | {"left": 0, "kept": {}}
 
     def is_long(self, index: int, bucket: int) -> bool:
         """Whether only a window of the image is scaled."""
@@ -2069,7 +2067,10 @@ class Prompts:
                 encoded[key] = self.compute(key, prompts)
             else:
                 rows, device = self.kept(key, prompts), self.components.device
-                encoded[key] = {k: torch.cat([row[k].to(device, non_blocking=True) for row in rows]) for k in rows[0]}
+                encoded[key] = {
+                    k: torch.cat([row[k].to(device, non_blocking=device.type == "cuda") for row in rows])
+                    for k in rows[0]
+                }
         return join_embeds(encoded, self.args, self.components.config(DENOISER))
 
     def for_pipeline(self, prompt: str, negative: str = "") -> dict:
@@ -2277,7 +2278,8 @@ def add_trained_parts(run: Run) -> None:
     if args.train_transformer_frac > 0:
         own = sorted({key.split(".lora_")[0] for key in run.start.get(DENOISER, ())})
         targets = own if own and not args.lora_layers and not args.lora_blocks else lora_targets(run.denoiser, args)
-        add_lora(run.denoiser, targets, args, run.start.get(DENOISER))
+        with waiting("adding the LoRA"):
+            add_lora(run.denoiser, targets, args, run.start.get(DENOISER))
         run.lora_modules = {DENOISER: run.denoiser} | run.lora_modules
         rate, values = args.learning_rate * factor, lora_parameters(run.denoiser)
         add_part("denoiser", values, rate, args.adam_weight_decay, args.train_transformer_frac)
@@ -2922,7 +2924,8 @@ def define_layers() -> None:
                 kept, scale = map(torch.cat, pieces)
             self.register_buffer("stored", kept)
             self.register_buffer("scale", scale)
-            capable = weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (8, 9)
+            nvidia = weight.is_cuda and not torch.version.hip  # AMD's numbers of capability mean something else
+            capable = nvidia and torch.cuda.get_device_capability(weight.device) >= (8, 9)
             self.direct = kind == "fp8" and capable and not any(n % 16 for n in weight.shape)
 
         @property
@@ -3186,14 +3189,18 @@ def load_quantized(kind, folder: Path, quantize: str, dtype, device, variant: st
     if index.is_file():
         with reading_base(index.name):
             files = sorted(set(read_json(index)["weight_map"].values()))
-    for file in files:
-        with reading_base(file):
-            opened = safe_open(folder / file, framework="pt")
-        with opened as shard:
-            names = shard.keys()
-            sizes = {name: ("block" in name, math.prod(shard.get_slice(name).get_shape())) for name in names}
-            for name in sorted(names, key=sizes.get, reverse=True):
-                place(model, name, shard.get_tensor(name), quantize, dtype, device, home)
+    total = sum((folder / file).stat().st_size for file in files if (folder / file).is_file())
+    with waiting(f"loading in {quantize}", total, unit="B", unit_scale=True) as bar:
+        for file in files:
+            with reading_base(file):
+                opened = safe_open(folder / file, framework="pt")
+            with opened as shard:
+                names = shard.keys()
+                sizes = {name: ("block" in name, math.prod(shard.get_slice(name).get_shape())) for name in names}
+                for name in sorted(names, key=sizes.get, reverse=True):
+                    tensor = shard.get_tensor(name)
+                    place(model, name, tensor, quantize, dtype, device, home)
+                    bar.update(tensor.nbytes)
     if missing := [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]:
         raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}")
     return model.to(home)
@@ -3222,17 +3229,20 @@ def enable_checkpointing(denoiser, dropout: bool) -> None:
 # ---- checkpoints and signals -----------------------------------------------------------------------------------------
 
 
+STOP_SIGNALS = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK") if hasattr(signal, n)]  # the last: Windows
+
+
 class StopSignal:
-    """Answers SIGTERM, SIGINT and SIGUSR1: at once outside the loop, after the step's checkpoint inside it."""
+    """Answers STOP_SIGNALS (Ctrl-C, and Ctrl-Break on Windows): at once outside the loop, after the step's checkpoint inside it."""
 
     def __init__(self) -> None:
         self.number, self.in_loop = 0, False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.receive)
+        for name in STOP_SIGNALS:
+            signal.signal(getattr(signal, name), self.receive)
 
     def receive(self, number: int, frame: object) -> None:
         if not self.in_loop or self.number:
-            raise Interrupted(128 + number)
+            raise Interrupted(128 + number, f"stopped at once by {signal.Signals(number).name}")
         self.number = number
 
 
@@ -3251,7 +3261,7 @@ def save_checkpoint(run: Run, step: int) -> None:
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     if run.args.checkpoints_total_limit:
         for stale in checkpoints_in(output)[run.args.checkpoints_total_limit :]:
-            shutil.rmtree(stale)
+            shutil.rmtree(stale, ignore_errors=True)  # another program may have a file of it open
 
 
 def training_state(run: Run, step: int) -> dict:
@@ -3321,7 +3331,8 @@ def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict] | None:
     named = [folder for folder in (Path(wanted), output / wanted) if folder.is_dir()][:1]
     for folder in checkpoints_in(output) if wanted == "latest" else named:
         try:
-            return folder, check_checkpoint(folder)
+            with waiting(f"reading {folder.name}"):
+                return folder, check_checkpoint(folder)
         except ValueError as error:
             problem = f"{folder.name} is passed over: {error}"
             say(f"warning: {problem}")
@@ -3361,12 +3372,23 @@ def file_hash(file: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Makes sure that a file's or a folder's content is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Makes sure that a file's or a folder's content is on the disk; Windows flushes no folder, and no file open for reading."""
+    folder = path.is_dir()
+    with contextlib.suppress(PermissionError) if folder else contextlib.nullcontext():
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def rename(part: Path, final: Path) -> None:
+    """Gives a file or folder its name. On Windows a scanner may hold it for a moment: it's tried again for some seconds."""
+    for _ in range(20):
+        with contextlib.suppress(PermissionError):
+            return os.replace(part, final)
+        time.sleep(0.25)
+    os.replace(part, final)
 
 
 @contextlib.contextmanager
@@ -3382,11 +3404,11 @@ def publishing(output: Path, what: str, whole: bool = False):
         for file in sorted(part.iterdir()):
             flush(file)
             if not whole:
-                os.replace(file, output / file.name)
+                publish(file, output / file.name)
         if whole:
             flush(part)
             shutil.rmtree(output / what, ignore_errors=True)
-            part.rename(output / what)
+            rename(part, output / what)
             flush(output)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own, for a full disk
         raise UserError(f"{what} could not be written to {output} ({error}){last_good(output)}") from None
@@ -3405,7 +3427,7 @@ def written(file: Path):
     part = file.with_name(f".{os.getpid()}.{file.name}")
     try:
         yield part
-        os.replace(part, file)
+        rename(part, file)
     finally:
         part.unlink(missing_ok=True)
 
@@ -3566,16 +3588,15 @@ def generate_class_images(args: argparse.Namespace, components: Components, prom
     base = components.denoiser() if frugal else components.get(DENOISER, dtype)
     pipeline, size = components.pipeline(base), (args.resolution * 2)[:2]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    bar = waiting("class images", len(mine))
-    for begin in range(0, len(mine), args.sample_batch_size):
-        numbers = mine[begin : begin + args.sample_batch_size]
-        seeds = [stable_seed(args.seed, "class", i) % 2**32 for i in numbers]
-        images = sample_images(pipeline, components, embeds, seeds, size, args, contextlib.nullcontext())
-        for number, image in zip(numbers, images, strict=True):
-            with written(folder / f"class_{number:05d}.png") as part:
-                image.save(part)
-            bar.update()
-    bar.close()
+    with waiting("class images", len(mine)) as bar:
+        for begin in range(0, len(mine), args.sample_batch_size):
+            numbers = mine[begin : begin + args.sample_batch_size]
+            seeds = [stable_seed(args.seed, "class", i) % 2**32 for i in numbers]
+            images = sample_images(pipeline, components, embeds, seeds, size, args, contextlib.nullcontext())
+            for number, image in zip(numbers, images, strict=True):
+                with written(folder / f"class_{number:05d}.png") as part:
+                    image.save(part)
+                bar.update()
     del pipeline, base
     components.free(DENOISER)
     accelerator.wait_for_everyone()
@@ -3654,7 +3675,7 @@ class Probe:
         pairs = [(chosen[k % len(chosen)], QUANTILES[(k + k // len(chosen)) % 4]) for k in range(8)]
         held_out = [(i, q) for i, e in enumerate(examples) if e.held_out for q in QUANTILES]
         self.rows = {"trained": [self.row(*pair) for pair in pairs], "held_out": [self.row(*pair) for pair in held_out]}
-        with base_alone(run), evaluating(run), torch.no_grad():
+        with base_alone(run), evaluating(run), torch.no_grad(), waiting("probes of the base"):
             self.rows["control"] = self.control_rows(draw_control(run, 0, keep=first_step == 0))
             self.base = {kind: [self.look(*row) for row in rows] for kind, rows in self.rows.items()}
 
@@ -3692,7 +3713,7 @@ class Probe:
 
     def measure(self) -> dict[str, float]:
         """learned, forgotten and, with held-out images, held_out_loss and learned_held_out."""
-        with averaged(self.run.parts), evaluating(self.run), torch.no_grad():
+        with averaged(self.run.parts), evaluating(self.run), torch.no_grad(), waiting("probes"):
             now = {kind: [self.look(*row) for row in rows] for kind, rows in self.rows.items()}
         loss = {k: [sum(row[0] for row in rows[k]) / max(1, len(rows[k])) for rows in (now, self.base)] for k in now}
         moved = {}
@@ -3720,13 +3741,14 @@ def draw_control(run: Run, step: int, keep: bool = True) -> list:
 
     keep: save them too, where the run compares before and after.
     """
-    drawn = []
-    with averaged(run.parts), evaluating(run), torch.no_grad():
+    drawn, total = [], len(QUANTILES)
+    with averaged(run.parts), evaluating(run), torch.no_grad(), waiting("control pictures", total) as bar:
         pipeline = run.components.pipeline(run.denoiser)
         for k in range(len(QUANTILES)):
             prompt, seed = run.control_prompts[k % len(run.control_prompts)], sample_seed(run.args.seed, -1, k)
             embeds = {name: v.to(run.components.dtype) for name, v in run.prompts.for_pipeline(prompt).items()}
             drawn.append(sampled_latents(pipeline, embeds, [seed], run.plan_size, run.args, run.autocast()))
+            bar.update()
             if keep and run.compares and run.accelerator.is_main_process:
                 save_sample(run, step, f"control_{k}", prompt, seed, decoded(pipeline, run.components, drawn[-1])[0])
     return drawn
@@ -3849,6 +3871,16 @@ def save_results(run: Run) -> None:
         )
 
 
+def publish(file: Path, target: Path) -> None:
+    """Moves a result to its place in one step; to a name of its own if Windows has the place open in another program."""
+    try:
+        rename(file, target)
+    except PermissionError:
+        spare = target.with_name(f"{target.stem}-{time.strftime('%Y%m%d-%H%M%S')}{target.suffix}")
+        os.replace(file, spare)
+        say(f"warning: {target} is open in another program: the new one is {spare.name}")
+
+
 def write_run_files(run: Run) -> None:
     """What the report reads, and a run that is to be repeated: config.yaml, data.json, thumbnails of training images."""
     import yaml
@@ -3901,7 +3933,8 @@ def locked_output(args: argparse.Namespace):
             if folder is not None:
                 Path(folder).mkdir(parents=True, exist_ok=True)
             if folder is not None and flag in ("output_dir", "logging_dir"):  # of the others much may be there already
-                tempfile.TemporaryFile(dir=folder).close()
+                with tempfile.TemporaryDirectory(dir=folder) as trial:
+                    Path(trial, "x" * 90).touch()  # Windows may end paths at 260 characters
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"--{flag} {folder} can't be written to: {why}") from None
@@ -3959,7 +3992,8 @@ def finished_before(args: argparse.Namespace) -> bool:
     names = [n for n in before | now if before.get(n, args.defaults.get(n)) != now.get(n)]  # one may be a newer flag
     changed = [f"{name} {before.get(name)}, now {now.get(name)}" for name in names]
     if found and step and not changed and wanted in (None, "latest"):
-        say(f"this run is finished, at step {step}: {found[0]}; {ways}, trains anew")
+        say(f"this run is finished, at step {step}; {ways}, trains anew")
+        summarise(args)
         return True
     if not wanted and found and (changed or not before):
         raise UserError(f"{output} holds another run's results ({', '.join(changed) or found[0].name}): {ways}")
@@ -4229,14 +4263,9 @@ def model_card(run: Run, pictures: bool, advice: dict | None) -> str:
         use.append(f"pipeline.load_lora_weights({name!r}, weight_name='pytorch_lora_weights.safetensors')")
     for key, row in run.rows.items():
         use += embedding_lines(key, row.tokens, f"load_file('{name}/{name}_emb.safetensors')[{key!r}]")
-    card = ModelCardData(
-        base_model=str(args.pretrained_model_name_or_path),
-        library_name="diffusers",
-        license="other",
-        inference=True,
-        instance_prompt=args.instance_prompt,
-        tags=["text-to-image", "diffusers-training", "lora" if run.lora_modules else "textual_inversion", *HUB_TAGS],
-    )
+    tags = ["text-to-image", "diffusers-training", "lora" if run.lora_modules else "textual_inversion", *HUB_TAGS]
+    about = {"base_model": str(args.pretrained_model_name_or_path), "instance_prompt": args.instance_prompt}
+    card = ModelCardData(library_name="diffusers", license="other", inference=True, tags=tags, **about)
     paragraphs = [
         f"---\n{card.to_yaml()}\n---",
         f"# {args.run_name or name}",
@@ -4263,6 +4292,47 @@ def embedding_lines(key: str, tokens: list[str], rows: str) -> list[str]:
         f"{encoder}.resize_token_embeddings(len({tokenizer}))",
         f"{encoder}.get_input_embeddings().weight.data[{tokenizer}.convert_tokens_to_ids({tokens!r})] = {rows}",
     ]
+
+
+def summarise(args: argparse.Namespace, processes: int = 1, stopped: int = 0) -> None:
+    """The last lines: which step to take, where the files are, and what draws with them. stopped: the step after which a
+    signal ended the run; its checkpoint's files are shown, and what goes on from there.
+    """
+    output = Path(args.output_dir)
+    place, name = output / f"checkpoint-{stopped}" if stopped else output, output.resolve().name
+    if args.dry_run:
+        return
+    if not stopped and (file := output / "verdict.json").is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        say("\n".join(f"advice: {line}" for line in (found["text"], *found["warnings"])))
+    for what, pattern in RESULTS.items():
+        folder = place if pattern.endswith("safetensors") else output
+        if (file := folder / pattern.format(name=name)).is_file():
+            say(f"{what:12}{file}")
+    prompt = (args.validation_prompt or [""])[0]
+    with contextlib.suppress(OSError, ValueError, LookupError):
+        caption = json.loads((output / "data.json").read_text(encoding="utf-8"))["captions"][0][1]
+        prompt = prompt or with_trigger(caption, (*args.triggers, None)[0])
+    say(f"{'draw':12}{command('run_lora_infer', 'infer_lora.py', [], place, '--prompt', brief(prompt) or 'a picture')}")
+    if stopped:
+        words = "--config", output / "config.yaml", "--resume_from_checkpoint", "latest"
+        again = command("run_lora_train", Path(__file__).name, [FAMILY], *words)
+        say(f"{'go on':12}{again if processes == 1 else f'the same command with {chr(32).join(words[2:])}'}")
+
+
+def command(wrapper: str, program: str, first: list[str], *words: object) -> str:
+    """A command line that works here: one of the project's wrappers (its `first` word: the family) in the project's own folder,
+    else its Python file.
+    """
+    import subprocess
+
+    home, windows = Path(__file__).resolve().parent, sys.platform == "win32"
+    file = home / f"{wrapper}{'.bat' if windows else '.sh'}"
+    line = [*["bash"] * (not windows), file.name, *first] if file.is_file() and Path.cwd() == home else None
+    if line is None and not (home / program).is_file():
+        return "README.md there has the lines for diffusers"
+    line = [*(line or [sys.executable, home / program]), *words]
+    return (subprocess.list2cmdline if windows else shlex.join)(map(str, line))
 
 
 def write_report(run: Run) -> None:
@@ -4303,6 +4373,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     finder = OneLineParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     file = finder.parse_known_args(words)[0].config
+    ordered = {word.split("=")[0].lstrip("-") for word in words}  # a config's flags are wishes where a machine can't
     words = (config_words(parser, read_config(file), f"--config {file}") if file else []) + words
     args, unset = parser.parse_args(words), object()
     marked = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
@@ -4317,7 +4388,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.validation_split = max(own.validation_split for own in args.sets or [args])
     args.triggers = list(dict.fromkeys(own.trigger_word for own in args.sets or [args] if own.trigger_word))
     check_args(args, given, parser)
-    args.settings, args.defaults = settings, defaults  # for config.yaml: before anything was filled in
+    args.settings, args.defaults, args.ordered = settings, defaults, ordered  # settings: before anything was filled in
     return args
 
 
@@ -5015,7 +5086,8 @@ class Components:
                 if variant and not any(variant in f.name for f in folder.iterdir()):
                     variant = None  # a part that comes in one precision only
                 options = {"variant": variant, "dtype": dtype or self.dtype, "output_loading_info": True}
-                part, found = kind.from_pretrained(folder, **options)
+                with waiting(f"loading {name}"):
+                    part, found = kind.from_pretrained(folder, **options)
                 if missing := sorted(found["missing_keys"]):  # the libraries would draw them at random
                     raise UserError(f"{len(missing)} weights are missing, such as {missing[0]}")
         if "tokenizer" not in name and name != "scheduler":
@@ -5055,7 +5127,8 @@ class Components:
         texts = dict.fromkeys(name for pair in TEXT_ENCODERS.values() for name in pair)
         parts = {DENOISER: denoiser, "vae": self.vae(), "scheduler": self.get("scheduler")}
         pipeline = library_class("diffusers", PIPELINE_CLASS)(**parts, **texts, **PIPELINE_OPTIONS)
-        pipeline.set_progress_bar_config(disable=True)
+        steps = {"desc": "steps", "delay": 2, "leave": False}  # of pictures that take long
+        pipeline.set_progress_bar_config(disable=QUIET or not sys.stderr.isatty(), **steps)
         return pipeline
 
     def denoiser(self):
@@ -5121,7 +5194,8 @@ def download(name: str, flag: str, wanted: list[str], args: argparse.Namespace) 
 
     revision = args.revision if flag == "--pretrained_model_name_or_path" else None
     try:
-        return Path(snapshot_download(name, revision=revision, cache_dir=args.cache_dir, allow_patterns=wanted))
+        with waiting(f"downloading {name}"):
+            return Path(snapshot_download(name, revision=revision, cache_dir=args.cache_dir, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises a dozen kinds; all mean that it is not to be had
         raise UserError(f"{flag} {name}: neither a local path nor to be had from the hub ({brief(error)})") from None
 
@@ -5141,7 +5215,8 @@ def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
         options["dtype"] = torch.bfloat16
     try:
         given = parts_with_weights(path.parent) if surrounded else {}
-        pipeline = library_class("diffusers", PIPELINE_CLASS).from_single_file(str(path), **options, **given)
+        with waiting(f"unpacking {path.name}, once"):
+            pipeline = library_class("diffusers", PIPELINE_CLASS).from_single_file(str(path), **options, **given)
     except Exception as error:  # conversion fails in many ways, all of them the file's or the layout's
         advice = "; without network, scripts/bases/unpack_checkpoint.py makes a diffusers folder of it"
         problem = f"can't be read as {FAMILY_TITLE} ({brief(error)}){'' if surrounded else advice}"
@@ -5151,7 +5226,7 @@ def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
     part = cache.with_name(cache.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     pipeline.save_pretrained(part)
-    part.rename(cache)
+    rename(part, cache)
     return cache
 
 
@@ -5212,6 +5287,93 @@ def shard_base(denoiser, device) -> None:
     fully_shard(denoiser, mesh=mesh, ignored_params=trained)
 
 
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def choose_precision(args: argparse.Namespace, device) -> str:
+    """The frozen base's precision, said with the device in one line. What a preset or the launcher's configuration wants is a
+    wish, and becomes what the machine can do; --mixed_precision on the command line is an order. Errors: UserError.
+    """
+    kind, order = device.type, "mixed_precision" in args.ordered
+    # `able`: what it does well, first what a wish for another becomes; `never`: what it can't do at all
+    name, able, never = f"CPU, {torch.get_num_threads()} threads", ["no", "bf16"], "fp16"
+    if kind in ("cuda", "xpu"):
+        library, hip = getattr(torch, kind), torch.version.hip
+        # older GPUs compute bf16 in a roundabout way, which is for what overflows in fp16
+        able, never = [*["bf16"] * library.is_bf16_supported(including_emulation=PREDICTS_FLOW), "fp16", "no"], None
+        system = "XPU" if kind == "xpu" else f"ROCm {hip}" if hip else f"CUDA {torch.version.cuda}"
+        name = f"{library.get_device_name(device)}, {system}"
+    elif kind == "mps":
+        old = not torch.backends.mps.is_macos_or_newer(14, 0)
+        able = ["bf16", "no"] if not old else ["no"] if PREDICTS_FLOW else ["fp16", "no"]
+        name, never = "Apple GPU, MPS", "bf16" if old else None
+    elif shutil.which("nvidia-smi") and not torch.version.cuda:
+        say(f"warning: torch {torch.__version__} is built for the CPU, and an NVIDIA GPU is there: see pytorch.org")
+    usual = able[0] if kind == "mps" else "no"  # most of a Mac's memory would be the frozen base's
+    chosen = wanted = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", usual)
+    if wanted == "fp16" and PREDICTS_FLOW:
+        say(f"{FAMILY_TITLE} overflows in fp16: using bf16")
+        chosen = wanted = "bf16"
+    if order and wanted == never:
+        instead = " or ".join(p for p in ("bf16", "fp16", "no") if p != never)
+        raise UserError(f"--mixed_precision {wanted} can't be done here ({name}): use {instead}")
+    if not order and wanted not in able:
+        chosen = able[0]
+    why = "" if chosen == wanted else f", for {wanted} is not this machine's"
+    say(f"machine: {name}; the frozen base in {str(torch_dtype(chosen)).removeprefix('torch.')}{why}")
+    return chosen
+
+
+def try_kernels(args: argparse.Namespace, device) -> None:
+    """Tries on a few numbers what not every machine has kernels for, before anything is loaded. Errors: UserError; but what a
+    preset asked for and is only faster or smaller is done without, which is said.
+    """
+    base, dtype = args.quantize_base, torch_dtype(args.mixed_precision)
+    few = functools.partial(torch.zeros, 64, 64, device=device, dtype=dtype)
+
+    def eight_bits() -> None:
+        part = Part("trial", {"weights": torch.nn.Parameter(few().float())}, 1e-3, 0.0, 1)
+        part.allocate()
+        make_optimizer(part, args).step()
+
+    def compiler() -> None:
+        if device.type == "cuda":
+            importlib.import_module("triton")
+        else:
+            importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler()
+
+    for name, value, wanted, trial, instead in (
+        ("quantize_base", base, base, lambda: product(FrozenLinear(few(), None, base, dtype), few()), None),
+        ("optimizer", args.optimizer, args.optimizer == "adamw8bit", eight_bits, "adamw"),
+        ("compile", "", args.compile, compiler, False),
+    ):
+        try:
+            if wanted:
+                trial()
+        except Exception as error:  # whatever is missing: a package, its library, a kernel, a type of numbers
+            why = f"is not possible on this machine ({device.type}: {brief(error)[:160]})"
+            problem = " ".join([f"--{name}", *[value] * bool(value), why])
+            if instead is None or {name, "use_8bit_adam"} & args.ordered:
+                raise UserError(f"{problem}: leave it out") from None
+            setattr(args, name, instead)
+            say(f"{problem}: done without")
+
+
+def peak_memory(device) -> int:
+    """The most bytes that the run has held so far: of the GPU's memory or, on the CPU, of the process."""
+    if device.type in ("cuda", "xpu"):
+        return getattr(torch, device.type).max_memory_reserved()
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()  # what is held now, and Metal gives little back
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 # ---- errors, lines, seeds, libraries ---------------------------------------------------------------------------------
 
 
@@ -5220,7 +5382,10 @@ class UserError(Exception):
 
 
 class Interrupted(BaseException):
-    """Raised after a signal has been answered with a checkpoint; carries the exit code. No handler of errors catches it."""
+    """Ends the program where nothing is wrong, with an exit code and lines to say. No handler of errors catches it."""
+
+
+QUIET = int(os.environ.get("RANK", "0")) > 0  # the first process alone prints
 
 
 def fail(why: str, code: int) -> int:
@@ -5233,19 +5398,67 @@ def fail(why: str, code: int) -> int:
 
 
 def say(text: str) -> None:
-    """Prints a line, on the first process of this machine's group only; what a terminal can't show is spelled out."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    """Prints a line above the bars; in a log file, below them."""
+    if QUIET:
+        return
+    with waiting.get_lock():
+        bars, terminal = [bar for bar in waiting.shown if bar.drawn], sys.stderr.isatty()
+        for bar in bars:
+            bar.clear(nolock=True) if terminal else bar.fp.write("\n")
+            bar.drawn = False
+        print(text, flush=True)
+        for bar in bars if terminal else []:
+            bar.refresh(nolock=True)
 
 
-def waiting(what: str, total: int, **options):
-    """A bar on the first process for what takes more than two seconds. options: tqdm's."""
-    from tqdm.auto import tqdm
+class waiting(tqdm):
+    """A bar on the first process for what takes more than two seconds; without a total, the time that has passed.
 
-    seconds = 0.5 if sys.stderr.isatty() else 15  # between two prints of the bar
-    quiet = int(os.environ.get("RANK", "0")) > 0
-    return tqdm(desc=what, total=total, mininterval=seconds, disable=quiet, **{"delay": 2, "leave": False} | options)
+    A thread keeps the time moving while the work itself is silent, in a log file every 15 seconds. options: tqdm's.
+    """
+
+    noticed, shown, mover = 2.0, [], None  # seconds until a wait is noticed; all bars; the thread
+    drawn = False  # whether this one is in sight
+
+    def __init__(self, what: str, total: int | None = None, **options) -> None:
+        terminal = sys.stderr.isatty()
+        self.pause = self.noticed / 2 if terminal else 15
+        options = {"delay": self.noticed, "leave": not terminal, "mininterval": self.pause / 2} | options
+        form = {} if total else {"bar_format": "{desc} {elapsed}"}
+        columns, lines = (
+            shutil.get_terminal_size()
+        )  # tqdm draws nothing where a terminal has no size, as in some containers
+        form |= {"ncols": columns, "nrows": lines} if terminal else {"position": 0}  # a log file has no way back up
+        super().__init__(desc=what, total=total, disable=QUIET, **form, **options)
+        if not self.disable:
+            import threading
+
+            self.due = time.time() + options["delay"]
+            if waiting.mover is None or not waiting.mover.is_alive():  # threads don't outlive a fork
+                waiting.mover = threading.Thread(target=keep_moving, daemon=True)
+                waiting.mover.start()
+            self.shown.append(self)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Draws the bar."""
+        self.drawn, self.due = True, time.time() + self.pause
+        return super().display(msg, pos)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self.shown[:] = [bar for bar in self.shown if bar is not self]  # tqdm's are equal in the same place
+        if self.drawn:
+            self.last_print_t = time.time()  # so that tqdm knows, too
+        super().close()
+
+
+def keep_moving() -> None:
+    """Draws bars again that have stood still, for ever."""
+    while True:
+        time.sleep(min(0.25, waiting.noticed / 8))
+        with waiting.get_lock():
+            for bar in [bar for bar in waiting.shown if time.time() >= bar.due]:
+                bar.refresh(nolock=True)
 
 
 def brief(error: object) -> str:
@@ -5264,8 +5477,11 @@ def stable_seed(*place: object) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def import_libraries() -> None:
-    """Imports what is slow to import (5 to 10 s) into this module, once the arguments are known to be right."""
+def import_libraries(models: bool = True) -> None:
+    """Imports what is slow to import (5 to 10 s) into this module, once the arguments are known to be right.
+
+    models: also what models need, and not only pictures and tensors.
+    """
     global torch, F, load_file, safe_open, save_file, SafetensorError
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import_image_libraries()
@@ -5274,8 +5490,12 @@ def import_libraries() -> None:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file, save_file
 
-    import_logging_quietly()
-    define_layers()
+    if models:
+        import_logging_quietly()
+        import accelerate  # noqa: F401  (now, where the wait is shown)
+        import peft  # noqa: F401
+
+        define_layers()
 
 
 def import_image_libraries() -> None:
@@ -5294,11 +5514,13 @@ def import_logging_quietly() -> None:
     for name in ("accelerate", "bitsandbytes", "diffusers.quantizers.bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers
+    import huggingface_hub
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # downloads are long, and transformers has just switched theirs off too
 
 
 if __name__ == "__main__":

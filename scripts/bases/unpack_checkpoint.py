@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
 
 from scripts.parts.base_family import CLASSES, detect, tensors_of
+from scripts.parts.files import replace
 from scripts.parts.training_scripts import load_script
 
 PIPELINES = {family: kind for kind, family in CLASSES.items()}
@@ -81,7 +82,7 @@ def unpack(checkpoint: Path, folder: Path, family: str, layout: Path | None) -> 
         pipeline.save_pretrained(part)
         if folder.is_dir():
             folder.rmdir()  # an empty one
-        part.rename(folder)
+        replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

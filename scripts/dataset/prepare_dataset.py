@@ -42,6 +42,7 @@ from scripts.dataset.parts import image_steps
 from scripts.dataset.parts.image_steps import in_parallel
 from scripts.dataset.parts.looks import picture_findings
 from scripts.dataset.parts.settings import RESOLUTIONS, STATE, read_settings, source_args
+from scripts.parts.files import portable
 from scripts.parts.training_scripts import load_script
 
 
@@ -162,8 +163,7 @@ class Preparation:
             name = readable(example.name)
             stem = self.journal.get("name", name)
             if stem is None:
-                wanted = Path(re.sub(r"^row (\d+)$", r"row_\1", name)).with_suffix("").as_posix()
-                wanted = re.sub(r"[\\:\x00-\x1f\x7f]", "_", wanted)  # what other systems can't have in a name
+                wanted = portable(Path(re.sub(r"^row (\d+)$", r"row_\1", name)).with_suffix("").as_posix())
                 numbered = (f"{wanted}_{n}" for n in itertools.count(2))
                 stem = next(s for s in itertools.chain([wanted], numbered) if s.lower() not in taken)
                 taken.add(stem.lower())
@@ -543,14 +543,14 @@ def prepare(settings, script) -> int:
     if run.buckets:
         script.print_buckets(examples, run.buckets)
     for finding in findings:
-        print(f"warning: {finding}")
+        print(f"warning: {finding.what}; {finding.advice}")
     print(f"\nlook at  {run.out / 'report.html'}")
-    print(f"train    bash run_lora_train.sh -m BASE -d {settings.output_dir}")
+    wrapper = "run_lora_train.bat" if sys.platform == "win32" else "bash run_lora_train.sh"
+    print(f"train    {wrapper} -m BASE -d {settings.output_dir}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(
-        line_buffering=True, errors="replace"
-    )  # what was printed must not be lost when it ends at once
+    # what was printed must not be lost when it ends at once; a name that the console can't show (cp1252) ends nothing
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
     sys.exit(main())

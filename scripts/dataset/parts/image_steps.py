@@ -16,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from scripts.dataset.parts.looks import look_of, near_duplicates
+from scripts.parts.files import replace
 
 try:  # pictures of phones; Pillow alone doesn't read them
     from pillow_heif import register_heif_opener
@@ -112,7 +113,7 @@ def write_whole(file: Path, content: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{threading.get_ident()}.partial")  # copies of a picture share a thumbnail
     partial.write_bytes(content)
-    partial.replace(file)
+    replace(partial, file)
 
 
 def leave_out(pictures: list[Picture], step) -> None:
