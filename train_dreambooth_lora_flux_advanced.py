@@ -166,8 +166,7 @@ def compute_loss(batch: dict, latents, embeds: dict, denoiser, scheduler, args: 
         txt_ids=torch.zeros(embeds["prompt_embeds"].shape[1], 3, device=latents.device),
         img_ids=position_ids(height, width, latents.device),
     ).sample.float()
-    # the velocity of the straight line from picture to noise
-    model_pred, target = unpack(model_pred, height, width), noise - latents
+    model_pred, target = unpack(model_pred, height, width), noise - latents  # dz_t / dt
     weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas)
     return (weighting.float() * elementwise_loss(model_pred, target, batch, args)).mean(dim=(1, 2, 3))
 
@@ -225,9 +224,8 @@ def pack(latents):
 
 def unpack(tokens, height: int, width: int):
     """(B, H/2 * W/2, 4C) -> (B, C, H, W)."""
-    batch, _, channels = tokens.shape
-    patches = tokens.view(batch, height // 2, width // 2, channels // 4, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, height, width)
+    patches = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height // 2, width // 2))  # (B, H/2, W/2, C, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 def position_ids(height: int, width: int, device):
@@ -248,8 +246,7 @@ def base_version(config: dict, schedule: dict) -> tuple[str, str, str]:
 
 
 def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
-    """The transformer's modules under the names of the original checkpoint, where q, k, v (and the MLP) are one layer.
-
+    """The transformer's modules under the names of the original checkpoint, where q, k, v (and the MLP) are one layer:
     single_transformer_blocks.N.{attn.to_q,attn.to_k,attn.to_v,proj_mlp} -> single_blocks.N.linear1, and so on.
     """
     single = {
@@ -291,16 +288,15 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
             continue
         target, parts = next(pair for pair in fused[group].items() if rest in pair[1])
         waiting.setdefault(f"{block}.{target}", [None] * len(parts))[parts.index(rest)] = tensors
-    heights = [width] * 3 + [4 * width]  # of q, k, v and the MLP
-    return out | {name: fuse_projections(parts, heights[: len(parts)]) for name, parts in waiting.items()}
+    return out | {n: fuse_projections(parts, ([width] * 3 + [4 * width])[: len(parts)]) for n, parts in waiting.items()}
 
 
-# By line: 308 the run: what happens, in which order · 628 the loop, and one step of it · 954 what is logged, and the
-# guard against learning nothing · 1079 data: images and captions · 1451 images: decoding, buckets, crops, batches ·
-# 1991 text: embeddings and new tokens · 2266 LoRA and optimizer · 2824 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3239 checkpoints and signals · 3445 pictures: validation, class images, comparison · 3669
-# probes: what was learned, what was forgotten · 3846 files that a run leaves · 4372 command line · 5034 base model:
-# loading, quantising, splitting · 5300 the machine · 5387 errors, lines, seeds, libraries
+# By line: 304 the run: what happens, in which order · 624 the loop, and one step of it · 950 what is logged, and the
+# guard against learning nothing · 1075 data: images and captions · 1447 images: decoding, buckets, crops, batches ·
+# 1987 text: embeddings and new tokens · 2262 LoRA and optimizer · 2820 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3235 checkpoints and signals · 3441 pictures: validation, class images, comparison · 3665
+# probes: what was learned, what was forgotten · 3842 files that a run leaves · 4368 command line · 5030 base model:
+# loading, quantising, splitting · 5296 the machine · 5383 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
