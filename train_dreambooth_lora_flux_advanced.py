@@ -294,9 +294,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 304 the run: what happens, in which order · 608 the loop, and one step of it · 808 what is logged, and the
 # guard against learning nothing · 934 data: images and captions · 1258 images: decoding, buckets, crops, batches ·
 # 1720 text: embeddings and new tokens · 1950 LoRA and optimizer · 2406 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2698 checkpoints and signals · 2888 pictures: validation, class images, comparison · 3088
-# probes: what was learned, what was forgotten · 3266 files that a run leaves · 3680 command line · 4184 base model:
-# loading, quantising, splitting · 4443 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 2698 checkpoints and signals · 2889 pictures: validation, class images, comparison · 3089
+# probes: what was learned, what was forgotten · 3267 files that a run leaves · 3681 command line · 4185 base model:
+# loading, quantising, splitting · 4444 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2775,7 +2775,8 @@ def resume_settings(run: Run) -> dict:
     examples = (run.data.examples, run.data.class_examples)
     data = ["|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in kind) for kind in examples]
     decays = args.lr_scheduler not in ("constant", "constant_with_warmup")
-    identity = [base.identity(DENOISER), base.identity("vae"), str(sorted(run.scheduler.config.items(), key=str))]
+    schedule = sorted((k, str(v)) for k, v in run.scheduler.config.items() if not k.startswith("_"))
+    identity = [base.identity(DENOISER), base.identity("vae"), str(schedule)]
     short = {"targets": layers, "data": data[0], "class_images": data[1], "base": "|".join(identity)}
     return {
         **{name: vars(args)[name] for name in args.settings if name in vars(args) and name not in FREE_FLAGS.split()},

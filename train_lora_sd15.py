@@ -206,9 +206,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 216 the run: what happens, in which order · 520 the loop, and one step of it · 720 what is logged, and the
 # guard against learning nothing · 846 data: images and captions · 1170 images: decoding, buckets, crops, batches ·
 # 1632 text: embeddings and new tokens · 1862 LoRA and optimizer · 2318 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2610 checkpoints and signals · 2800 pictures: validation, class images, comparison · 3000
-# probes: what was learned, what was forgotten · 3178 files that a run leaves · 3592 command line · 4096 base model:
-# loading, quantising, splitting · 4355 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 2610 checkpoints and signals · 2801 pictures: validation, class images, comparison · 3001
+# probes: what was learned, what was forgotten · 3179 files that a run leaves · 3593 command line · 4097 base model:
+# loading, quantising, splitting · 4356 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2687,7 +2687,8 @@ def resume_settings(run: Run) -> dict:
     examples = (run.data.examples, run.data.class_examples)
     data = ["|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in kind) for kind in examples]
     decays = args.lr_scheduler not in ("constant", "constant_with_warmup")
-    identity = [base.identity(DENOISER), base.identity("vae"), str(sorted(run.scheduler.config.items(), key=str))]
+    schedule = sorted((k, str(v)) for k, v in run.scheduler.config.items() if not k.startswith("_"))
+    identity = [base.identity(DENOISER), base.identity("vae"), str(schedule)]
     short = {"targets": layers, "data": data[0], "class_images": data[1], "base": "|".join(identity)}
     return {
         **{name: vars(args)[name] for name in args.settings if name in vars(args) and name not in FREE_FLAGS.split()},

@@ -277,9 +277,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 287 the run: what happens, in which order · 591 the loop, and one step of it · 791 what is logged, and the
 # guard against learning nothing · 917 data: images and captions · 1241 images: decoding, buckets, crops, batches ·
 # 1703 text: embeddings and new tokens · 1933 LoRA and optimizer · 2389 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2681 checkpoints and signals · 2871 pictures: validation, class images, comparison · 3071
-# probes: what was learned, what was forgotten · 3249 files that a run leaves · 3663 command line · 4167 base model:
-# loading, quantising, splitting · 4426 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 2681 checkpoints and signals · 2872 pictures: validation, class images, comparison · 3072
+# probes: what was learned, what was forgotten · 3250 files that a run leaves · 3664 command line · 4168 base model:
+# loading, quantising, splitting · 4427 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2758,7 +2758,8 @@ def resume_settings(run: Run) -> dict:
     examples = (run.data.examples, run.data.class_examples)
     data = ["|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in kind) for kind in examples]
     decays = args.lr_scheduler not in ("constant", "constant_with_warmup")
-    identity = [base.identity(DENOISER), base.identity("vae"), str(sorted(run.scheduler.config.items(), key=str))]
+    schedule = sorted((k, str(v)) for k, v in run.scheduler.config.items() if not k.startswith("_"))
+    identity = [base.identity(DENOISER), base.identity("vae"), str(schedule)]
     short = {"targets": layers, "data": data[0], "class_images": data[1], "base": "|".join(identity)}
     return {
         **{name: vars(args)[name] for name in args.settings if name in vars(args) and name not in FREE_FLAGS.split()},

@@ -264,9 +264,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 274 the run: what happens, in which order · 578 the loop, and one step of it · 778 what is logged, and the
 # guard against learning nothing · 904 data: images and captions · 1228 images: decoding, buckets, crops, batches ·
 # 1690 text: embeddings and new tokens · 1920 LoRA and optimizer · 2376 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 2668 checkpoints and signals · 2858 pictures: validation, class images, comparison · 3058
-# probes: what was learned, what was forgotten · 3236 files that a run leaves · 3650 command line · 4154 base model:
-# loading, quantising, splitting · 4413 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 2668 checkpoints and signals · 2859 pictures: validation, class images, comparison · 3059
+# probes: what was learned, what was forgotten · 3237 files that a run leaves · 3651 command line · 4155 base model:
+# loading, quantising, splitting · 4414 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2745,7 +2745,8 @@ def resume_settings(run: Run) -> dict:
     examples = (run.data.examples, run.data.class_examples)
     data = ["|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in kind) for kind in examples]
     decays = args.lr_scheduler not in ("constant", "constant_with_warmup")
-    identity = [base.identity(DENOISER), base.identity("vae"), str(sorted(run.scheduler.config.items(), key=str))]
+    schedule = sorted((k, str(v)) for k, v in run.scheduler.config.items() if not k.startswith("_"))
+    identity = [base.identity(DENOISER), base.identity("vae"), str(schedule)]
     short = {"targets": layers, "data": data[0], "class_images": data[1], "base": "|".join(identity)}
     return {
         **{name: vars(args)[name] for name in args.settings if name in vars(args) and name not in FREE_FLAGS.split()},
