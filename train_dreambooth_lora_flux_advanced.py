@@ -294,9 +294,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 304 the run: what happens, in which order · 624 the loop, and one step of it · 950 what is logged, and the
 # guard against learning nothing · 1075 data: images and captions · 1447 images: decoding, buckets, crops, batches ·
 # 1987 text: embeddings and new tokens · 2262 LoRA and optimizer · 2820 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3235 checkpoints and signals · 3441 pictures: validation, class images, comparison · 3665
-# probes: what was learned, what was forgotten · 3842 files that a run leaves · 4368 command line · 5030 base model:
-# loading, quantising, splitting · 5296 the machine · 5383 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3235 checkpoints and signals · 3442 pictures: validation, class images, comparison · 3666
+# probes: what was learned, what was forgotten · 3843 files that a run leaves · 4369 command line · 5031 base model:
+# loading, quantising, splitting · 5297 the machine · 5384 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3316,7 +3316,8 @@ def resume_settings(run: Run) -> dict:
     data = ["|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in kind) for kind in examples]
     data[0] += "".join(f"{own.repeats}{own.trigger_word}{own.caption_dropout}{own.weight}" for own in args.sets)
     decays = args.lr_scheduler not in ("constant", "constant_with_warmup")
-    identity = [base.identity(DENOISER), base.identity("vae"), str(sorted(run.scheduler.config.items(), key=str))]
+    schedule = sorted((k, str(v)) for k, v in run.scheduler.config.items() if not k.startswith("_"))
+    identity = [base.identity(DENOISER), base.identity("vae"), str(schedule)]
     short = {"targets": layers, "data": data[0], "class_images": data[1], "base": "|".join(identity)}
     return {
         **{name: vars(args)[name] for name in args.settings if name in vars(args) and name not in FREE_FLAGS.split()},

@@ -230,9 +230,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 240 the run: what happens, in which order · 560 the loop, and one step of it · 886 what is logged, and the
 # guard against learning nothing · 1011 data: images and captions · 1383 images: decoding, buckets, crops, batches ·
 # 1923 text: embeddings and new tokens · 2198 LoRA and optimizer · 2756 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3171 checkpoints and signals · 3377 pictures: validation, class images, comparison · 3601
-# probes: what was learned, what was forgotten · 3778 files that a run leaves · 4304 command line · 4966 base model:
-# loading, quantising, splitting · 5232 the machine · 5319 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3171 checkpoints and signals · 3378 pictures: validation, class images, comparison · 3602
+# probes: what was learned, what was forgotten · 3779 files that a run leaves · 4305 command line · 4967 base model:
+# loading, quantising, splitting · 5233 the machine · 5320 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3252,7 +3252,8 @@ def resume_settings(run: Run) -> dict:
     data = ["|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in kind) for kind in examples]
     data[0] += "".join(f"{own.repeats}{own.trigger_word}{own.caption_dropout}{own.weight}" for own in args.sets)
     decays = args.lr_scheduler not in ("constant", "constant_with_warmup")
-    identity = [base.identity(DENOISER), base.identity("vae"), str(sorted(run.scheduler.config.items(), key=str))]
+    schedule = sorted((k, str(v)) for k, v in run.scheduler.config.items() if not k.startswith("_"))
+    identity = [base.identity(DENOISER), base.identity("vae"), str(schedule)]
     short = {"targets": layers, "data": data[0], "class_images": data[1], "base": "|".join(identity)}
     return {
         **{name: vars(args)[name] for name in args.settings if name in vars(args) and name not in FREE_FLAGS.split()},

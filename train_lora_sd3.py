@@ -289,9 +289,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 299 the run: what happens, in which order · 619 the loop, and one step of it · 945 what is logged, and the
 # guard against learning nothing · 1070 data: images and captions · 1442 images: decoding, buckets, crops, batches ·
 # 1982 text: embeddings and new tokens · 2257 LoRA and optimizer · 2815 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3230 checkpoints and signals · 3436 pictures: validation, class images, comparison · 3660
-# probes: what was learned, what was forgotten · 3837 files that a run leaves · 4363 command line · 5025 base model:
-# loading, quantising, splitting · 5291 the machine · 5378 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3230 checkpoints and signals · 3437 pictures: validation, class images, comparison · 3661
+# probes: what was learned, what was forgotten · 3838 files that a run leaves · 4364 command line · 5026 base model:
+# loading, quantising, splitting · 5292 the machine · 5379 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3311,7 +3311,8 @@ def resume_settings(run: Run) -> dict:
     data = ["|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in kind) for kind in examples]
     data[0] += "".join(f"{own.repeats}{own.trigger_word}{own.caption_dropout}{own.weight}" for own in args.sets)
     decays = args.lr_scheduler not in ("constant", "constant_with_warmup")
-    identity = [base.identity(DENOISER), base.identity("vae"), str(sorted(run.scheduler.config.items(), key=str))]
+    schedule = sorted((k, str(v)) for k, v in run.scheduler.config.items() if not k.startswith("_"))
+    identity = [base.identity(DENOISER), base.identity("vae"), str(schedule)]
     short = {"targets": layers, "data": data[0], "class_images": data[1], "base": "|".join(identity)}
     return {
         **{name: vars(args)[name] for name in args.settings if name in vars(args) and name not in FREE_FLAGS.split()},

@@ -288,9 +288,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 298 the run: what happens, in which order · 618 the loop, and one step of it · 944 what is logged, and the
 # guard against learning nothing · 1069 data: images and captions · 1441 images: decoding, buckets, crops, batches ·
 # 1981 text: embeddings and new tokens · 2256 LoRA and optimizer · 2814 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3229 checkpoints and signals · 3435 pictures: validation, class images, comparison · 3659
-# probes: what was learned, what was forgotten · 3836 files that a run leaves · 4362 command line · 5024 base model:
-# loading, quantising, splitting · 5290 the machine · 5377 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3229 checkpoints and signals · 3436 pictures: validation, class images, comparison · 3660
+# probes: what was learned, what was forgotten · 3837 files that a run leaves · 4363 command line · 5025 base model:
+# loading, quantising, splitting · 5291 the machine · 5378 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3310,7 +3310,8 @@ def resume_settings(run: Run) -> dict:
     data = ["|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in kind) for kind in examples]
     data[0] += "".join(f"{own.repeats}{own.trigger_word}{own.caption_dropout}{own.weight}" for own in args.sets)
     decays = args.lr_scheduler not in ("constant", "constant_with_warmup")
-    identity = [base.identity(DENOISER), base.identity("vae"), str(sorted(run.scheduler.config.items(), key=str))]
+    schedule = sorted((k, str(v)) for k, v in run.scheduler.config.items() if not k.startswith("_"))
+    identity = [base.identity(DENOISER), base.identity("vae"), str(schedule)]
     short = {"targets": layers, "data": data[0], "class_images": data[1], "base": "|".join(identity)}
     return {
         **{name: vars(args)[name] for name in args.settings if name in vars(args) and name not in FREE_FLAGS.split()},

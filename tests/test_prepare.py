@@ -162,7 +162,7 @@ def test_a_lora_trains_on_the_buckets_as_they_are(phone, tmp_path, capsys):
     assert run_here(family, tmp_path / "run", "-d", out, "--resolution", "64") == 2
     error = capsys.readouterr().err
     assert "--resolution 64: the pictures are prepared for 128" in error and error.count("\n") == 1
-    assert run_here(family, tmp_path / "run", "-d", out, "--aspect_ratio_buckets", "64,64") == 0
+    assert run_here(family, tmp_path / "run", "-d", out, "--aspect_ratio_buckets", "64,64", "--overwrite") == 0
     (out / "buckets.json").write_text("[]")
     assert run_here(family, tmp_path / "run", "-d", out) == 2
     assert "prepare the folder again" in capsys.readouterr().err

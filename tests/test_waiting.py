@@ -171,7 +171,7 @@ def test_the_last_lines_are_true_after_ctrl_c_at_the_end_and_of_a_finished_run(
     before = (output / "pytorch_lora_weights.safetensors").stat().st_mtime_ns
     assert run_here(family, output, *flags, "--resume_from_checkpoint", "latest") == 0
     again = capsys.readouterr().out
-    assert "all 4 steps are done" in again and lines_by_name(again) == shown
+    assert "this run is finished, at step 4" in again and lines_by_name(again) == shown
     assert (output / "pytorch_lora_weights.safetensors").stat().st_mtime_ns == before
     assert run_here(family, output, *flags, "--max_train_steps", 5, "--resume_from_checkpoint", "latest") == 0
     assert "median" in capsys.readouterr().out  # a longer run goes on
