@@ -474,7 +474,7 @@ def lacking(tensors: dict, place: str) -> dict:
         ({"lora_unet_joint_blocks_0_x.lora_down.weight": torch.zeros(1, 1)}, "was trained for SD3"),
         (lacking(pairs(3), "1.lora_B"), "is missing in it"),
         (lacking(pairs(3), "2.lora_A"), "is missing in it"),
-        (without(lacking(pairs(4), "0.lora_A"), "3.lora_B"), "is missing in it"),
+        (lacking(lacking(pairs(4), "0.lora_A"), "3.lora_B"), "is missing in it"),
     ],
 )
 def test_damaged_loras_are_named(content, words, tmp_path, capfd):
