@@ -11,6 +11,7 @@ nearest ideal one of the world, 1 at best; `smudged` the share of pixels beside 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.count < 1:
         parser.error("--count must be 1 or more")
 
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # toys are too small for threads
     from scripts.toys.parts.toy_scores import scores, table
 
     if args.pictures:

@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 import random
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # toys are too small for threads, which wait in a spin beside other work
 
 import numpy as np
 import torch
@@ -611,8 +613,20 @@ def rate_at(step: int, steps: int, begun: bool) -> float:
     """The share of the learning rate at a step: warm-up, then down to 1%, or for a base that was `begun` a half to 0."""
     warm = (step + 1) / 100
     if begun:
-        return 0.5 * min(warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        return 0.5 * min(1, warm, (steps - step) / (0.4 * steps))
     return min(1, warm, max(0.01, (steps - step) / (0.6 * steps)))
+
+
+def world_latents(vae, work: Path, seed: int, device: str) -> tuple[torch.Tensor, list[tuple[str, str, str]]]:
+    """12,000 pictures of the world as latents of unit variance, and their scenes; kept in `work` for all families."""
+    file = work / f"world_{seed}.pt"
+    if not file.exists():
+        pictures, scenes = world_pictures(12000, seed)
+        part = file.with_suffix(f".{os.getpid()}")
+        torch.save({"latents": latents_of(vae, pictures, device).cpu(), "scenes": scenes}, part)
+        part.rename(file)
+    world = torch.load(file, weights_only=True)
+    return world["latents"].to(device) * vae.config.scaling_factor, world["scenes"]
 
 
 def train_base(name: str, vae, work: Path, steps: int, device: str, begun: Path | None = None):
@@ -636,12 +650,7 @@ def train_base(name: str, vae, work: Path, steps: int, device: str, begun: Path 
     parameters = [p for module in modules for p in module.parameters()]
     print(f"{name}: {sum(p.numel() for p in parameters) / 1e6:.1f} million parameters to train", flush=True)
 
-    pictures, scenes = world_pictures(12000, seed=4 if begun else 2)
-    latents_file = work / f"latents_{'continued' if begun else 'begun'}.pt"
-    if not latents_file.exists():  # all families share them
-        torch.save(latents_of(vae.to(device), pictures, device), latents_file.with_suffix(f".{name}"))
-        latents_file.with_suffix(f".{name}").rename(latents_file)
-    latents = torch.load(latents_file).to(device) * vae.config.scaling_factor
+    latents, scenes = world_latents(vae.to(device), work, seed=4 if begun else 2, device=device)
     scheduler = make_scheduler(name)
     optimizer = torch.optim.AdamW(parameters, lr=family.learning_rate, weight_decay=1e-2, betas=(0.9, 0.98))
     ema = EMAModel(parameters, decay=0.998)
@@ -660,7 +669,7 @@ def train_base(name: str, vae, work: Path, steps: int, device: str, begun: Path 
         generator = torch.Generator().manual_seed(step)
         for group in optimizer.param_groups:
             group["lr"] = family.learning_rate * rate_at(step, steps, bool(begun))
-        rows = [rng.randrange(len(pictures)) for _ in range(64)]
+        rows = [rng.randrange(len(scenes)) for _ in range(64)]
         dropped = torch.tensor([rng.random() < 0.1 for _ in rows], device=device)
         captions = ["" if d else describe(*scenes[r], rng) for r, d in zip(rows, dropped.tolist(), strict=True)]
         lengths = T5_LENGTHS_CONTINUED if begun else T5_LENGTHS
