@@ -257,7 +257,7 @@ def redrawn(base: Path, count: int, seed: int, device: str) -> tuple[torch.Tenso
     pipeline.set_progress_bar_config(disable=True)
     settings = {"guidance_scale": 1.0, "num_inference_steps": 16, "strength": 0.75, "output_type": "latent"}
     if hasattr(pipeline, "transformer"):
-        settings |= {"max_sequence_length": 16, "num_inference_steps": 12}
+        settings |= {"max_sequence_length": 16, "num_inference_steps": 12, "height": SIZE, "width": SIZE}
     parts = []
     for i in range(0, count, 50):
         latents = pipeline(
@@ -280,9 +280,9 @@ def train_decoder(bases: list[Path], folder: Path, steps: int, device: str) -> N
 
     torch.manual_seed(0)
     vae = AutoencoderKL.from_pretrained(bases[0] / "vae", dtype=torch.float32).to(device)
-    plain, _ = world_pictures(2400, seed=3, scribbles=0.5)
+    plain, _ = world_pictures(2000, seed=3, scribbles=0.5)
     latents = latents_of(vae, plain, device)
-    made = [redrawn(base, 600, seed=100 + i, device=device) for i, base in enumerate(bases)]
+    made = [redrawn(base, 500, seed=100 + i, device=device) for i, base in enumerate(bases)]
     made_pictures, made_latents = (torch.cat(parts) for parts in zip(*made, strict=True))
     print(f"{len(plain)} pictures and {len(made_pictures)} redrawn ones", flush=True)
     optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1e-3, weight_decay=0)
@@ -732,7 +732,7 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     if args.family == "decoder":
         bases = [ROOT / "assets" / f"toy_{name}" for name in FAMILIES]
-        return train_decoder(bases, args.work_dir / "decoder", args.steps or 1000, device)
+        return train_decoder(bases, args.work_dir / "decoder", args.steps or 600, device)
     if not args.evaluate_only:
         from diffusers import AutoencoderKL
 
