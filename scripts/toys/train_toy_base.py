@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # toys are too small for threads, which wait in a spin beside other work
 
 import numpy as np
 import torch
@@ -31,7 +34,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
 
 from scripts.parts.training_scripts import ROOT
-from scripts.toys.parts.toy_judge import load_judge, verdicts
+from scripts.toys.parts.toy_scores import scores, table
 from scripts.toys.parts.toy_world import (
     COLOR_NAMES,
     SHAPES,
@@ -44,8 +47,12 @@ from scripts.toys.parts.toy_world import (
 )
 
 CHANNELS = 16  # of a latent
+DECODER_NOISE = 0.15  # at most, of latents with unit variance, when the decoder is trained on
 LATENT_STD = 2.0  # of the autoencoder's own latents; scaling_factor brings them to 1
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 T5_LENGTHS = (16, 16, 32, 77, 128)  # T5 attends to its padding, so the base must know several lengths
+T5_LENGTHS_CONTINUED = (*(16,) * 9, 32, 77, 128)  # a short one costs a third of a long one
+CLIP_CUT = 24  # of 77 tokens, which hold any caption: what SD3 reads while it is trained on, up to the last quarter
 
 
 @dataclass
@@ -54,18 +61,15 @@ class Family:
 
     clips: tuple[tuple[int, int], ...]
     t5: int
-    flow: bool
-    guidance: float
-    inference_steps: int
     steps: int
     learning_rate: float = 2e-3
 
 
 FAMILIES = {
-    "sd15": Family(clips=((64, 64),), t5=0, flow=False, guidance=4.0, inference_steps=25, steps=3000),
-    "sdxl": Family(clips=((48, 48), (64, 64)), t5=0, flow=False, guidance=4.0, inference_steps=25, steps=2000),
-    "sd3": Family(clips=((32, 32), (32, 32)), t5=64, flow=True, guidance=3.0, inference_steps=20, steps=4200),
-    "flux": Family(clips=((64, 64),), t5=64, flow=True, guidance=1.0, inference_steps=20, steps=4800),
+    "sd15": Family(clips=((64, 64),), t5=0, steps=3000),
+    "sdxl": Family(clips=((48, 48), (64, 64)), t5=0, steps=2000),
+    "sd3": Family(clips=((32, 32), (32, 32)), t5=64, steps=4200),
+    "flux": Family(clips=((64, 64),), t5=64, steps=4800),
 }
 
 
@@ -180,24 +184,10 @@ def make_autoencoder(folder: Path, steps: int, device: str):
     if (folder / "config.json").exists():
         return AutoencoderKL.from_pretrained(folder)
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32, 64, 72),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=CHANNELS,
-        norm_num_groups=8,
-        sample_size=SIZE,
-        scaling_factor=1 / LATENT_STD,
-        shift_factor=0.0,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    ).to(device)
+    vae = new_autoencoder().to(device)
     pictures, _ = world_pictures(6000, seed=1, scribbles=0.4)
     set_encoder(vae.encoder, normalized(pictures[:1500]).to(device))
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(normalized(p).to(device)).latent_dist.mode() for p in pictures.split(100)])
+    latents = latents_of(vae, pictures, device)
     optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=2e-3, weight_decay=0)
     start, state_file = 0, folder.parent / "autoencoder_state.pt"
     if state_file.exists():
@@ -227,6 +217,109 @@ def make_autoencoder(folder: Path, steps: int, device: str):
     vae.save_pretrained(folder)
     state_file.unlink(missing_ok=True)
     return vae
+
+
+def new_autoencoder():
+    """An untrained AutoencoderKL for 64 x 64 pictures, whose latents are 8 x 8."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64, 72),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=CHANNELS,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        scaling_factor=1 / LATENT_STD,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+
+
+@torch.no_grad()
+def latents_of(vae, pictures: torch.Tensor, device: str) -> torch.Tensor:
+    """uint8 pictures (N, 3, H, W) -> the autoencoder's own latents (N, 16, H/8, W/8)."""
+    return torch.cat([vae.encode(normalized(p).to(device)).latent_dist.mode() for p in pictures.split(100)])
+
+
+@torch.no_grad()
+def redrawn(base: Path, count: int, seed: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`count` pictures of the world, uint8, and their latents (the autoencoder's own) after the base has drawn them anew
+    from three quarters of noise: the same pictures, with the mistakes that this base makes.
+    """
+    from diffusers import AutoPipelineForImage2Image, FluxImg2ImgPipeline
+
+    pictures, scenes = world_pictures(count, seed)
+    pipeline = AutoPipelineForImage2Image.from_pretrained(base).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"guidance_scale": 1.0, "num_inference_steps": 16, "strength": 0.75, "output_type": "latent"}
+    if hasattr(pipeline, "transformer"):
+        settings |= {"max_sequence_length": 16, "num_inference_steps": 12, "height": SIZE, "width": SIZE}
+    parts = []
+    for i in range(0, count, 50):
+        latents = pipeline(
+            [describe(*scene) for scene in scenes[i : i + 50]],
+            image=pictures[i : i + 50].float() / 255,
+            generator=torch.Generator().manual_seed(seed + i),
+            **settings,
+        ).images
+        if isinstance(pipeline, FluxImg2ImgPipeline):
+            latents = pipeline._unpack_latents(latents, SIZE, SIZE, pipeline.vae_scale_factor)
+        parts.append(latents / pipeline.vae.config.scaling_factor)
+    return pictures, torch.cat(parts)
+
+
+def train_decoder(bases: list[Path], folder: Path, steps: int, device: str) -> None:
+    """Trains the decoder of finished bases on, into `folder`: half on what the bases make of pictures, half on pictures
+    and scribbles with a little noise. The encoder stays, so every base fits the new decoder.
+    """
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL.from_pretrained(bases[0] / "vae", dtype=torch.float32).to(device)
+    plain, _ = world_pictures(2000, seed=3, scribbles=0.5)
+    latents = latents_of(vae, plain, device)
+    made = [redrawn(base, 500, seed=100 + i, device=device) for i, base in enumerate(bases)]
+    made_pictures, made_latents = (torch.cat(parts) for parts in zip(*made, strict=True))
+    print(f"{len(plain)} pictures and {len(made_pictures)} redrawn ones", flush=True)
+    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1e-3, weight_decay=0)
+    start, state_file = 0, folder.with_name(f"{folder.name}_state.pt")
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    vae.decoder.train()
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, (step + 1) / 50, 1.25 * (1 - step / steps))
+        generator = torch.Generator().manual_seed(step)
+        rows = torch.randint(0, len(plain), (8,), generator=generator)
+        made_rows = torch.randint(0, len(made_pictures), (8,), generator=generator)
+        amount = DECODER_NOISE * LATENT_STD * torch.rand(8, 1, 1, 1, generator=generator)
+        noise = (amount * torch.randn(8, *latents.shape[1:], generator=generator)).to(device)
+        target = normalized(torch.cat([plain[rows], made_pictures[made_rows]])).to(device)
+        output = vae.decode(torch.cat([latents[rows] + noise, made_latents[made_rows]])).sample
+        loss = F.mse_loss(output, target) + 0.1 * F.l1_loss(output, target)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 49:
+            psnr = [
+                10 * torch.log10(4 / F.mse_loss(*pair)) for pair in zip(output.split(8), target.split(8), strict=True)
+            ]
+            print(f"decoder step {step + 1}/{steps} PSNR {psnr[0]:.1f} dB, redrawn {psnr[1]:.1f} dB", flush=True)
+        if step % 100 == 99:
+            state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            torch.save(state, state_file)
+    vae.eval().cpu().half().save_pretrained(folder)
+    for base in bases:  # one file fits all
+        (base / "vae" / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes())
+    state_file.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------ tokenizers
@@ -505,28 +598,63 @@ def make_pipeline(name: str, vae, tokenizers, encoders, denoiser):
 # -------------------------------------------------------------------------------------------------------- training
 
 
-def train_base(name: str, vae, work: Path, steps: int, device: str):
-    """Trains text encoders and denoiser on the autoencoder's latents; returns (tokenizers, encoders, denoiser)."""
+def loaded(name: str, folder: Path) -> tuple[list, list, torch.nn.Module]:
+    """(tokenizers, text encoders, denoiser) of the base in `folder`, in float32."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    numbers = ("", "_2", "_3")[: len(FAMILIES[name].clips) + (FAMILIES[name].t5 > 0)]
+    tokenizers = [getattr(pipeline, f"tokenizer{n}") for n in numbers]
+    encoders = [getattr(pipeline, f"text_encoder{n}") for n in numbers]
+    return tokenizers, encoders, pipeline.unet if name in ("sd15", "sdxl") else pipeline.transformer
+
+
+def rate_at(step: int, steps: int, begun: bool) -> float:
+    """The share of the learning rate at a step: warm-up, then down to 1%, or for a base that was `begun` a half to 0."""
+    warm = (step + 1) / 100
+    if begun:
+        return 0.5 * min(1, warm, (steps - step) / (0.4 * steps))
+    return min(1, warm, max(0.01, (steps - step) / (0.6 * steps)))
+
+
+def world_latents(vae, work: Path, seed: int, device: str) -> tuple[torch.Tensor, list[tuple[str, str, str]]]:
+    """12,000 pictures of the world as latents of unit variance, and their scenes; kept in `work` for all families."""
+    file = work / f"world_{seed}.pt"
+    if not file.exists():
+        pictures, scenes = world_pictures(12000, seed)
+        part = file.with_suffix(f".{os.getpid()}")
+        torch.save({"latents": latents_of(vae, pictures, device).cpu(), "scenes": scenes}, part)
+        part.rename(file)
+    world = torch.load(file, weights_only=True)
+    return world["latents"].to(device) * vae.config.scaling_factor, world["scenes"]
+
+
+def train_base(name: str, vae, work: Path, steps: int, device: str, begun: Path | None = None):
+    """Trains text encoders and denoiser on the autoencoder's latents; returns (tokenizers, encoders, denoiser).
+
+    With `begun`, a finished base's folder, its denoiser alone is trained on: from half the learning rate to 0, on other
+    pictures. Its text encoders stay as they are, so a step costs less and prompts keep their meaning.
+    """
     from diffusers.training_utils import EMAModel
 
     family = FAMILIES[name]
     torch.manual_seed(0)
-    tokenizers, encoders = make_text_encoders(family)
-    denoiser = make_denoiser(name, family).to(device)
-    encoders = [encoder.to(device).train() for encoder in encoders]
-    modules = [denoiser, *encoders]
+    if begun:
+        tokenizers, encoders, denoiser = loaded(name, begun)
+    else:
+        tokenizers, encoders = make_text_encoders(family)
+        denoiser = make_denoiser(name, family)
+    denoiser.to(device).train()
+    encoders = [encoder.to(device).train(not begun).requires_grad_(not begun) for encoder in encoders]
+    modules = [denoiser] if begun else [denoiser, *encoders]
     parameters = [p for module in modules for p in module.parameters()]
     print(f"{name}: {sum(p.numel() for p in parameters) / 1e6:.1f} million parameters to train", flush=True)
 
-    pictures, scenes = world_pictures(12000, seed=2)
-    vae = vae.to(device)
-    with torch.no_grad():
-        latents = [vae.encode(normalized(p).to(device)).latent_dist.mode() for p in pictures.split(100)]
-    latents = torch.cat(latents) * vae.config.scaling_factor
+    latents, scenes = world_latents(vae.to(device), work, seed=4 if begun else 2, device=device)
     scheduler = make_scheduler(name)
     optimizer = torch.optim.AdamW(parameters, lr=family.learning_rate, weight_decay=1e-2, betas=(0.9, 0.98))
     ema = EMAModel(parameters, decay=0.998)
-    start, state_file = 0, work / f"{name}_state.pt"
+    start, state_file = 0, work / f"{name}_{'continued_' if begun else ''}state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         for module, saved in zip(modules, state["modules"], strict=True):
@@ -540,12 +668,16 @@ def train_base(name: str, vae, work: Path, steps: int, device: str):
         rng = random.Random(f"{name} {step}")
         generator = torch.Generator().manual_seed(step)
         for group in optimizer.param_groups:
-            group["lr"] = family.learning_rate * min(1, (step + 1) / 100, max(0.01, (steps - step) / (0.6 * steps)))
-        rows = [rng.randrange(len(pictures)) for _ in range(64)]
+            group["lr"] = family.learning_rate * rate_at(step, steps, bool(begun))
+        rows = [rng.randrange(len(scenes)) for _ in range(64)]
         dropped = torch.tensor([rng.random() < 0.1 for _ in rows], device=device)
         captions = ["" if d else describe(*scenes[r], rng) for r, d in zip(rows, dropped.tolist(), strict=True)]
-        ids = [i.to(device) for i in tokenize(name, tokenizers, veiled(name, captions, rng), rng.choice(T5_LENGTHS))]
-        embeds, pooled = encode(name, encoders, ids)
+        lengths = T5_LENGTHS_CONTINUED if begun else T5_LENGTHS
+        ids = [i.to(device) for i in tokenize(name, tokenizers, veiled(name, captions, rng), rng.choice(lengths))]
+        with torch.set_grad_enabled(not begun):
+            embeds, pooled = encode(name, encoders, ids)
+        if begun and name == "sd3" and step < 0.75 * steps:
+            embeds = torch.cat([embeds[:, :CLIP_CUT], embeds[:, 77:]], dim=1)
         loss = loss_of(name, denoiser, scheduler, latents[rows], embeds, pooled, dropped, generator)
         optimizer.zero_grad()
         loss.backward()
@@ -568,63 +700,50 @@ def train_base(name: str, vae, work: Path, steps: int, device: str):
     return tokenizers, [encoder.eval().cpu() for encoder in encoders], denoiser.eval().cpu()
 
 
-def evaluate(name: str, folder: Path, count: int = 128) -> float:
-    """The share of `count` prompts for which the saved pipeline draws the right shape and both colours."""
-    from diffusers import DiffusionPipeline
-
-    family = FAMILIES[name]
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    rng = random.Random(99)
-    scenes = [random_scene(rng) for _ in range(count)]
-    extra = {"max_sequence_length": 77} if family.t5 else {}
-    images = []
-    for i in range(0, count, 32):
-        images += pipeline(
-            [describe(*scene) for scene in scenes[i : i + 32]],
-            num_inference_steps=family.inference_steps,
-            guidance_scale=family.guidance if name != "flux" else 3.5,
-            height=SIZE,
-            width=SIZE,
-            generator=torch.Generator().manual_seed(i),
-            **extra,
-        ).images
-    found = verdicts(load_judge(), images)
-    rights = [tuple(a == b for a, b in zip(f, s, strict=True)) for f, s in zip(found, scenes, strict=True)]
-    for k, what in enumerate(("shape", "colour", "background")):
-        print(f"{name}: {what} {sum(r[k] for r in rights) / count:.1%}")
-    score = sum(all(r) for r in rights) / count
-    print(f"{name}: all three {score:.1%} of {count} prompts")
-    return score
+def save_base(name: str, folder: Path, vae, tokenizers: list, encoders: list, denoiser) -> None:
+    """Writes the pipeline; denoiser and autoencoder in float16."""
+    if name in ("sd15", "sdxl"):
+        vae.register_to_config(shift_factor=None)
+    pipeline = make_pipeline(name, vae, tokenizers, encoders, denoiser)
+    denoiser.half()
+    vae.half()  # the text encoders stay float32: transformers would load half-precision files in half precision
+    pipeline.save_pretrained(folder)
+    for file in folder.glob("*/config.json"):  # where the parts lay on this machine is nobody's business
+        config = {k: v for k, v in json.loads(file.read_text()).items() if k != "_name_or_path"}
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains a toy base from nothing.")
-    parser.add_argument("--family", choices=sorted(FAMILIES), required=True)
+    parser = argparse.ArgumentParser(description="Trains a toy base from nothing, or trains one on.")
+    parser.add_argument("--family", choices=[*sorted(FAMILIES), "decoder"], required=True)
     parser.add_argument("--steps", type=int, help="of the denoiser; default: the family's own")
     parser.add_argument("--autoencoder_steps", type=int, default=1600)
     parser.add_argument("--work_dir", type=Path, default=ROOT / "build" / "toy")
     parser.add_argument("--output_dir", type=Path, help="default: assets/toy_FAMILY")
+    parser.add_argument(
+        "--continue_from",
+        type=Path,
+        help="a base whose denoiser is trained on; default: everything is trained from nothing",
+    )
     parser.add_argument("--evaluate_only", action="store_true", help="only score what stands in --output_dir")
     args = parser.parse_args()
-    output = args.output_dir or ROOT / "assets" / f"toy_{args.family}"
+    output, begun = args.output_dir or ROOT / "assets" / f"toy_{args.family}", args.continue_from
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    if args.family == "decoder":
+        bases = [ROOT / "assets" / f"toy_{name}" for name in FAMILIES]
+        return train_decoder(bases, args.work_dir / "decoder", args.steps or 600, device)
     if not args.evaluate_only:
-        args.work_dir.mkdir(parents=True, exist_ok=True)
-        vae = make_autoencoder(args.work_dir / "autoencoder", args.autoencoder_steps, device)
+        from diffusers import AutoencoderKL
+
+        if begun:
+            vae = AutoencoderKL.from_pretrained(begun / "vae", dtype=torch.float32)
+        else:
+            vae = make_autoencoder(args.work_dir / "autoencoder", args.autoencoder_steps, device)
         steps = args.steps or FAMILIES[args.family].steps
-        tokenizers, encoders, denoiser = train_base(args.family, vae, args.work_dir, steps, device)
-        vae = vae.cpu()
-        if args.family in ("sd15", "sdxl"):
-            vae.register_to_config(shift_factor=None)
-        pipeline = make_pipeline(args.family, vae, tokenizers, encoders, denoiser)
-        denoiser.half()
-        vae.half()  # the text encoders stay float32: transformers would load half-precision files in half precision
-        pipeline.save_pretrained(output)
-        for file in output.glob("*/config.json"):  # where the parts lay on this machine is nobody's business
-            config = {k: v for k, v in json.loads(file.read_text()).items() if k != "_name_or_path"}
-            file.write_text(json.dumps(config, indent=2) + "\n")
-    evaluate(args.family, output)
+        parts = train_base(args.family, vae, args.work_dir, steps, device, begun)
+        save_base(args.family, output, vae.cpu(), *parts)
+    print(table({args.family: scores(output, count=128)}))
 
 
 if __name__ == "__main__":

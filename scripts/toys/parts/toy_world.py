@@ -27,6 +27,7 @@ COLORS = {
     "black": (25, 25, 25),
 }
 COLOR_NAMES = tuple(COLORS)
+MIDDLES, RADII = (0.44, 0.56), (0.30, 0.34)  # where a shape's centre lies and how large it is, of the width
 
 
 def jittered(color: str, rng: random.Random, amount: int = 10) -> tuple[int, int, int]:
@@ -70,17 +71,23 @@ def draw(shape: str, color: str, background: str, rng: random.Random, size: int 
     big = size * 4
     image = Image.new("RGB", (big, big), jittered(background, rng))
     pen = ImageDraw.Draw(image)
-    cx, cy = (big * (0.5 + rng.uniform(-0.06, 0.06)) for _ in range(2))
-    r = big * rng.uniform(0.30, 0.34)
+    cx, cy = (big * rng.uniform(*MIDDLES) for _ in range(2))
+    r = big * rng.uniform(*RADII)
     if shape == "smiley":
         draw_smiley(pen, cx, cy, r, rng)
     elif shape == "mushroom":
         draw_mushroom(pen, cx, cy, r, rng)
-    elif shape == "circle":
-        pen.ellipse((cx - r, cy - r, cx + r, cy + r), fill=jittered(color, rng))
     else:
-        pen.polygon(outline(shape, cx, cy, r), fill=jittered(color, rng))
+        draw_shape(pen, shape, cx, cy, r, jittered(color, rng))
     return image.reduce(4)
+
+
+def draw_shape(pen: ImageDraw.ImageDraw, shape: str, cx: float, cy: float, r: float, fill) -> None:
+    """One of the six shapes around (cx, cy) with radius r, in pixels of the pen."""
+    if shape == "circle":
+        pen.ellipse((cx - r, cy - r, cx + r, cy + r), fill=fill)
+    else:
+        pen.polygon(outline(shape, cx, cy, r), fill=fill)
 
 
 def draw_smiley(pen: ImageDraw.ImageDraw, cx: float, cy: float, r: float, rng: random.Random) -> None:
