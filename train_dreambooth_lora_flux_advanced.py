@@ -293,10 +293,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 304 the run: what happens, in which order · 624 the loop, and one step of it · 950 what is logged, and the
 # guard against learning nothing · 1075 data: images and captions · 1447 images: decoding, buckets, crops, batches ·
-# 1987 text: embeddings and new tokens · 2262 LoRA and optimizer · 2820 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3235 checkpoints and signals · 3442 pictures: validation, class images, comparison · 3666
-# probes: what was learned, what was forgotten · 3843 files that a run leaves · 4369 command line · 5031 base model:
-# loading, quantising, splitting · 5297 the machine · 5384 errors, lines, seeds, libraries
+# 1991 text: embeddings and new tokens · 2266 LoRA and optimizer · 2824 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3239 checkpoints and signals · 3446 pictures: validation, class images, comparison · 3670
+# probes: what was learned, what was forgotten · 3847 files that a run leaves · 4373 command line · 5035 base model:
+# loading, quantising, splitting · 5301 the machine · 5388 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1848,7 +1848,11 @@ class TrainingData:
         else:
             item["pixels"] = self.view(slot, crop, rng)
         text_rng = random.Random(stable_seed("caption", *place))
-        own = text_rng.choice if slot.is_class else functools.partial(draw_caption, rng=text_rng, args=example.own)
+        own = (
+            text_rng.choice
+            if slot.is_class
+            else functools.partial(draw_caption, rng=text_rng, args=example.own or self.args)
+        )
         item["caption"] = own(example.captions)
         generator = torch.Generator().manual_seed(stable_seed("noise", *place))
         shape = latent_shape(target, self.vae_config)
@@ -3961,21 +3965,21 @@ def locked_output(args: argparse.Namespace):
         try:
             yield
         finally:
-            if os.name != "nt":
+            with contextlib.suppress(PermissionError):  # Windows removes no open file
                 file.unlink(missing_ok=True)
 
 
 def takes_lock(file) -> bool:
     """Takes the system's lock of an open file, if no living process has it; a file system without locks gives it."""
     try:
-        if os.name == "nt":
+        try:
+            import fcntl
+        except ImportError:  # Windows
             import msvcrt
 
             file.seek(1 << 20)  # beyond the text, which others read
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
-            import fcntl
-
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the loader's processes
     except (BlockingIOError, PermissionError):
         return False

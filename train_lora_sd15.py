@@ -229,10 +229,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 240 the run: what happens, in which order · 560 the loop, and one step of it · 886 what is logged, and the
 # guard against learning nothing · 1011 data: images and captions · 1383 images: decoding, buckets, crops, batches ·
-# 1923 text: embeddings and new tokens · 2198 LoRA and optimizer · 2756 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3171 checkpoints and signals · 3378 pictures: validation, class images, comparison · 3602
-# probes: what was learned, what was forgotten · 3779 files that a run leaves · 4305 command line · 4967 base model:
-# loading, quantising, splitting · 5233 the machine · 5320 errors, lines, seeds, libraries
+# 1927 text: embeddings and new tokens · 2202 LoRA and optimizer · 2760 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3175 checkpoints and signals · 3382 pictures: validation, class images, comparison · 3606
+# probes: what was learned, what was forgotten · 3783 files that a run leaves · 4309 command line · 4971 base model:
+# loading, quantising, splitting · 5237 the machine · 5324 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1784,7 +1784,11 @@ class TrainingData:
         else:
             item["pixels"] = self.view(slot, crop, rng)
         text_rng = random.Random(stable_seed("caption", *place))
-        own = text_rng.choice if slot.is_class else functools.partial(draw_caption, rng=text_rng, args=example.own)
+        own = (
+            text_rng.choice
+            if slot.is_class
+            else functools.partial(draw_caption, rng=text_rng, args=example.own or self.args)
+        )
         item["caption"] = own(example.captions)
         generator = torch.Generator().manual_seed(stable_seed("noise", *place))
         shape = latent_shape(target, self.vae_config)
@@ -3897,21 +3901,21 @@ def locked_output(args: argparse.Namespace):
         try:
             yield
         finally:
-            if os.name != "nt":
+            with contextlib.suppress(PermissionError):  # Windows removes no open file
                 file.unlink(missing_ok=True)
 
 
 def takes_lock(file) -> bool:
     """Takes the system's lock of an open file, if no living process has it; a file system without locks gives it."""
     try:
-        if os.name == "nt":
+        try:
+            import fcntl
+        except ImportError:  # Windows
             import msvcrt
 
             file.seek(1 << 20)  # beyond the text, which others read
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
-            import fcntl
-
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the loader's processes
     except (BlockingIOError, PermissionError):
         return False

@@ -288,10 +288,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 299 the run: what happens, in which order · 619 the loop, and one step of it · 945 what is logged, and the
 # guard against learning nothing · 1070 data: images and captions · 1442 images: decoding, buckets, crops, batches ·
-# 1982 text: embeddings and new tokens · 2257 LoRA and optimizer · 2815 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3230 checkpoints and signals · 3437 pictures: validation, class images, comparison · 3661
-# probes: what was learned, what was forgotten · 3838 files that a run leaves · 4364 command line · 5026 base model:
-# loading, quantising, splitting · 5292 the machine · 5379 errors, lines, seeds, libraries
+# 1986 text: embeddings and new tokens · 2261 LoRA and optimizer · 2819 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3234 checkpoints and signals · 3441 pictures: validation, class images, comparison · 3665
+# probes: what was learned, what was forgotten · 3842 files that a run leaves · 4368 command line · 5030 base model:
+# loading, quantising, splitting · 5296 the machine · 5383 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1843,7 +1843,11 @@ class TrainingData:
         else:
             item["pixels"] = self.view(slot, crop, rng)
         text_rng = random.Random(stable_seed("caption", *place))
-        own = text_rng.choice if slot.is_class else functools.partial(draw_caption, rng=text_rng, args=example.own)
+        own = (
+            text_rng.choice
+            if slot.is_class
+            else functools.partial(draw_caption, rng=text_rng, args=example.own or self.args)
+        )
         item["caption"] = own(example.captions)
         generator = torch.Generator().manual_seed(stable_seed("noise", *place))
         shape = latent_shape(target, self.vae_config)
@@ -3956,21 +3960,21 @@ def locked_output(args: argparse.Namespace):
         try:
             yield
         finally:
-            if os.name != "nt":
+            with contextlib.suppress(PermissionError):  # Windows removes no open file
                 file.unlink(missing_ok=True)
 
 
 def takes_lock(file) -> bool:
     """Takes the system's lock of an open file, if no living process has it; a file system without locks gives it."""
     try:
-        if os.name == "nt":
+        try:
+            import fcntl
+        except ImportError:  # Windows
             import msvcrt
 
             file.seek(1 << 20)  # beyond the text, which others read
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
-            import fcntl
-
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the loader's processes
     except (BlockingIOError, PermissionError):
         return False

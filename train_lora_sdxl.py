@@ -287,10 +287,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 298 the run: what happens, in which order · 618 the loop, and one step of it · 944 what is logged, and the
 # guard against learning nothing · 1069 data: images and captions · 1441 images: decoding, buckets, crops, batches ·
-# 1981 text: embeddings and new tokens · 2256 LoRA and optimizer · 2814 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3229 checkpoints and signals · 3436 pictures: validation, class images, comparison · 3660
-# probes: what was learned, what was forgotten · 3837 files that a run leaves · 4363 command line · 5025 base model:
-# loading, quantising, splitting · 5291 the machine · 5378 errors, lines, seeds, libraries
+# 1985 text: embeddings and new tokens · 2260 LoRA and optimizer · 2818 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3233 checkpoints and signals · 3440 pictures: validation, class images, comparison · 3664
+# probes: what was learned, what was forgotten · 3841 files that a run leaves · 4367 command line · 5029 base model:
+# loading, quantising, splitting · 5295 the machine · 5382 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1842,7 +1842,11 @@ class TrainingData:
         else:
             item["pixels"] = self.view(slot, crop, rng)
         text_rng = random.Random(stable_seed("caption", *place))
-        own = text_rng.choice if slot.is_class else functools.partial(draw_caption, rng=text_rng, args=example.own)
+        own = (
+            text_rng.choice
+            if slot.is_class
+            else functools.partial(draw_caption, rng=text_rng, args=example.own or self.args)
+        )
         item["caption"] = own(example.captions)
         generator = torch.Generator().manual_seed(stable_seed("noise", *place))
         shape = latent_shape(target, self.vae_config)
@@ -3955,21 +3959,21 @@ def locked_output(args: argparse.Namespace):
         try:
             yield
         finally:
-            if os.name != "nt":
+            with contextlib.suppress(PermissionError):  # Windows removes no open file
                 file.unlink(missing_ok=True)
 
 
 def takes_lock(file) -> bool:
     """Takes the system's lock of an open file, if no living process has it; a file system without locks gives it."""
     try:
-        if os.name == "nt":
+        try:
+            import fcntl
+        except ImportError:  # Windows
             import msvcrt
 
             file.seek(1 << 20)  # beyond the text, which others read
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
-            import fcntl
-
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the loader's processes
     except (BlockingIOError, PermissionError):
         return False

@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import types
 import threading
 import time
 from pathlib import Path
@@ -60,6 +61,7 @@ def become_windows() -> None:
         return plain_import(name, importer, *rest, **options)
 
     builtins.__import__ = import_module
+    sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=lambda handle, mode, count: None)
     shutil._use_fd_functions = False  # as there, where folders have no handles
     tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # which closes a file before it goes
     multiprocessing.set_start_method("spawn", force=True)
