@@ -84,7 +84,7 @@ KEYS = {
         "true_cfg_scale": ("amount", None, "FLUX.1: above 1, negative prompts work, at twice the time"),
         "max_sequence_length": ("count", None, "T5 tokens (SD3, FLUX.1); as in training"),
         "clip_skip": ("layers", None, "SD 1.x/2.x, SDXL: text layers skipped, as in training (null or 0: none)"),
-        "max_token_length": ("count", 75, "75, 150 or 225; SD 1.x/2.x, SDXL: tokens of a prompt that are read, as in training"),
+        "max_token_length": ("count", None, "75, 150 or 225; SD 1.x/2.x, SDXL: tokens of a prompt that are read, as in training"),
         "scheduler": ("text", None, "such as EulerDiscreteScheduler (null: the base's own)"),
         "prediction_type": (("epsilon", "v_prediction", "sample"), None, "as in training (null: the base's own)"),
         "rescale_betas_zero_snr": ("switch", None, "zero terminal SNR, as in training (null: the base's own)"),
@@ -1132,7 +1132,7 @@ def draw(
         if weights and not settings.fuse:
             set_scale(pipeline, weights, row.scale)
         for p, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
-            text = text_arguments(pipeline, prompt, negative, settings.clip_skip, settings.max_token_length)
+            text = text_arguments(pipeline, prompt, negative, settings.clip_skip, settings.max_token_length or 75)
             for begin in range(0, count, settings.batch_size):
                 numbers = range(begin, min(begin + settings.batch_size, count))
                 seeds = [image_seed(settings.seed, k) for k in numbers]

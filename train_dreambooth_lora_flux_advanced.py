@@ -295,8 +295,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 1075 data: images and captions · 1447 images: decoding, buckets, crops, batches ·
 # 1991 text: embeddings and new tokens · 2266 LoRA and optimizer · 2824 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 3239 checkpoints and signals · 3446 pictures: validation, class images, comparison · 3670
-# probes: what was learned, what was forgotten · 3847 files that a run leaves · 4373 command line · 5035 base model:
-# loading, quantising, splitting · 5301 the machine · 5388 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 3847 files that a run leaves · 4374 command line · 5036 base model:
+# loading, quantising, splitting · 5302 the machine · 5389 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -4041,7 +4041,8 @@ def clear_output(output: Path) -> None:
     for folder in (*checkpoints_in(output), *output.glob("samples/step-[0-9]*")):
         shutil.rmtree(folder, ignore_errors=True)
     for name in (*RESULTS.values(), "verdict.json", "metrics.jsonl", "crash.log"):
-        (output / name.format(name=output.resolve().name)).unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # on Windows: open in another program
+            (output / name.format(name=output.resolve().name)).unlink(missing_ok=True)
 
 
 def write_weights(run: Run, folder: Path, dtype) -> None:

@@ -231,8 +231,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 1011 data: images and captions · 1383 images: decoding, buckets, crops, batches ·
 # 1927 text: embeddings and new tokens · 2202 LoRA and optimizer · 2760 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 3175 checkpoints and signals · 3382 pictures: validation, class images, comparison · 3606
-# probes: what was learned, what was forgotten · 3783 files that a run leaves · 4309 command line · 4971 base model:
-# loading, quantising, splitting · 5237 the machine · 5324 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 3783 files that a run leaves · 4310 command line · 4972 base model:
+# loading, quantising, splitting · 5238 the machine · 5325 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3977,7 +3977,8 @@ def clear_output(output: Path) -> None:
     for folder in (*checkpoints_in(output), *output.glob("samples/step-[0-9]*")):
         shutil.rmtree(folder, ignore_errors=True)
     for name in (*RESULTS.values(), "verdict.json", "metrics.jsonl", "crash.log"):
-        (output / name.format(name=output.resolve().name)).unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # on Windows: open in another program
+            (output / name.format(name=output.resolve().name)).unlink(missing_ok=True)
 
 
 def write_weights(run: Run, folder: Path, dtype) -> None:

@@ -289,8 +289,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 1069 data: images and captions · 1441 images: decoding, buckets, crops, batches ·
 # 1985 text: embeddings and new tokens · 2260 LoRA and optimizer · 2818 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 3233 checkpoints and signals · 3440 pictures: validation, class images, comparison · 3664
-# probes: what was learned, what was forgotten · 3841 files that a run leaves · 4367 command line · 5029 base model:
-# loading, quantising, splitting · 5295 the machine · 5382 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 3841 files that a run leaves · 4368 command line · 5030 base model:
+# loading, quantising, splitting · 5296 the machine · 5383 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -4035,7 +4035,8 @@ def clear_output(output: Path) -> None:
     for folder in (*checkpoints_in(output), *output.glob("samples/step-[0-9]*")):
         shutil.rmtree(folder, ignore_errors=True)
     for name in (*RESULTS.values(), "verdict.json", "metrics.jsonl", "crash.log"):
-        (output / name.format(name=output.resolve().name)).unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # on Windows: open in another program
+            (output / name.format(name=output.resolve().name)).unlink(missing_ok=True)
 
 
 def write_weights(run: Run, folder: Path, dtype) -> None:

@@ -38,8 +38,6 @@ def windows(tmp_path_factory) -> tuple[Path, str]:
 
     pictures = ("--num_validation_images", 1, "--validation_inference_steps", 2, "--validation_prompt", "日本の猫")
     resumed = ("--resume_from_checkpoint", "latest", "--dataloader_num_workers", 1, "--report")
-    (folder / "stopped").mkdir()
-    (folder / "stopped" / "stopped.safetensors").write_bytes(b"which ComfyUI has loaded")
     plan = [
         (
             str(ROOT / "scripts/dataset/prepare_dataset.py"),

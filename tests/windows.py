@@ -21,9 +21,9 @@ import shutil
 import signal
 import sys
 import tempfile
-import types
 import threading
 import time
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,7 +125,9 @@ def break_after(steps: int, output: Path) -> None:
 def run(program: str, words: list[str], stop_at: int = 0, open: tuple[str, ...] | list[str] = ()) -> int:
     """Runs a program as the main one; returns its exit code."""
     HELD.clear()
-    HELD.update(os.path.realpath(file) for file in open)
+    for file in open:
+        Path(file).touch()  # one of an earlier run, which ComfyUI has loaded
+        HELD.add(os.path.realpath(file))
     if stop_at:
         output = Path(words[words.index("-o") + 1])
         threading.Thread(target=break_after, args=(stop_at, output), daemon=True).start()
