@@ -290,7 +290,7 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # 1985 text: embeddings and new tokens · 2260 LoRA and optimizer · 2818 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 3233 checkpoints and signals · 3440 pictures: validation, class images, comparison · 3664
 # probes: what was learned, what was forgotten · 3841 files that a run leaves · 4368 command line · 5030 base model:
-# loading, quantising, splitting · 5296 the machine · 5383 errors, lines, seeds, libraries
+# loading, quantising, splitting · 5298 the machine · 5385 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1294,9 +1294,9 @@ def dataset_examples(args: argparse.Namespace) -> list[Example]:
     captions = map(as_captions, table[column] if column else [None] * len(table))
     reader = functools.partial(read_cell, table, args.image_column)  # a spawned worker can take it along
     examples = [Example(f"row {i}", own, functools.partial(reader, i)) for i, own in enumerate(captions)]
-    if args.masked_loss not in (None, "alpha"):
+    if vars(args).get("masked_loss") not in (None, "alpha"):
         raise UserError(f"--masked_loss {args.masked_loss}: a data set's masks are its pictures' alpha channels: alpha")
-    for example in examples if args.masked_loss else ():
+    for example in examples if vars(args).get("masked_loss") else ():
         example.read_mask = example.read
     return examples
 
@@ -4201,7 +4201,7 @@ def lora_metadata(run: Run, alpha: float, rank: int) -> dict[str, str]:
     """What both files of a LoRA say of it: kohya's ss_ fields and SAI modelspec 1.0.0, which other tools show and sort by."""
     args, name = run.args, Path(run.args.output_dir).resolve().name
     base, size = Path(args.pretrained_model_name_or_path).name, (args.resolution * 2)[:2]
-    folder = Path(args.dataset_name or args.train_data_dir or args.instance_data_dir).name
+    folder = Path(args.dataset_config or args.dataset_name or args.train_data_dir or args.instance_data_dir).name
     trained = [e for e in run.data.examples if not e.held_out]
     tags = Counter(tag.strip() for e in trained for caption in e.captions for tag in caption.split(",") if tag.strip())
     settings = (word.partition("=") for word in KOHYA_SETTINGS.split())
@@ -5091,11 +5091,13 @@ class Components:
             else:
                 if variant and not any(variant in f.name for f in folder.iterdir()):
                     variant = None  # a part that comes in one precision only
-                options = {"variant": variant, "dtype": dtype or self.dtype, "output_loading_info": True}
                 with waiting(f"loading {name}"):
-                    part, found = kind.from_pretrained(folder, **options)
-                if missing := sorted(found["missing_keys"]):  # the libraries would draw them at random
-                    raise UserError(f"{len(missing)} weights are missing, such as {missing[0]}")
+                    part = kind.from_pretrained(folder, variant=variant, dtype=dtype or self.dtype)
+                files = [safe_open(file, framework="pt") for file in folder.glob("*.safetensors")]
+                stored = sum(math.prod(f.get_slice(key).get_shape()) for f in files for key in f.keys())  # noqa: SIM118
+                missing = sum(p.numel() for p in part.parameters()) - stored
+                if files and missing > 0:  # the libraries would draw them at random
+                    raise UserError(f"{missing:,} of its weights are missing")
         if "tokenizer" not in name and name != "scheduler":
             part = part.requires_grad_(False).eval().to(device or self.device)
         self.loaded[name] = part

@@ -250,7 +250,7 @@ def test_encoders_whose_blocks_come_in_one_by_one():
 def test_captions_are_computed_once(streamed, monkeypatch):
     """Alone, so that none depends on another; together where the weights have to come in for each pass."""
     prompts, asked = sl.Prompts.__new__(sl.Prompts), []
-    prompts.args, prompts.known = SimpleNamespace(shuffle_tags=False), {}
+    prompts.args, prompts.known = SimpleNamespace(captions_vary=False), {}
     prompts.altered, prompts.streamed, prompts.disk = set(), {"t5"} if streamed else set(), sl.DiskCache(None, "text")
 
     def compute(key, group):
@@ -410,6 +410,7 @@ def test_half_precision_part():
 
 
 ARGS = SimpleNamespace(adam_beta1=0.9, adam_beta2=0.99, adam_epsilon=1e-8, lr_warmup_steps=0, prodigy_beta3=None)
+ARGS.loraplus_lr_ratio, ARGS.optimizer_args = 1.0, {}
 ARGS.prodigy_decouple, ARGS.prodigy_use_bias_correction, ARGS.prodigy_safeguard_warmup = True, True, True
 
 

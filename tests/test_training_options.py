@@ -185,9 +185,7 @@ def test_a_kept_class_has_a_loss_of_its_own(family, trained, tmp_path):
 
 def test_the_class_takes_the_place_of_the_word():
     script = load_script("train_lora_sd15.py")
-    run = argparse.Namespace(
-        args=argparse.Namespace(preserve_class="dog", trigger_word="sks"), abstractions={"TOK": []}
-    )
+    run = argparse.Namespace(args=argparse.Namespace(preserve_class="dog", triggers=["sks"]), abstractions={"TOK": []})
     captions = {"a photo of sks dog": "a photo of dog", "sks, on a beach": "dog, on a beach", "a TOK dog": "a dog"}
     for caption, wanted in captions.items():
         assert script.class_caption(caption, run) == wanted

@@ -30,19 +30,19 @@ FAULTS = tuple(
     Fault(*fields)
     for fields in (
         # loss
-        ("l1 loss", "shared", "return (model_pred - target.float()) ** 2", "return (model_pred - target.float()).abs()", "loss", (UNIT,)),
-        ("half a Huber", "shared", "return 2 * c * (torch.sqrt(", "return c * (torch.sqrt(", "loss", (f"{UNIT} -k loss",)),
+        ("l1 loss", "shared", "loss = (model_pred - target.float()) ** 2", "loss = (model_pred - target.float()).abs()", "loss", (UNIT,)),
+        ("half a Huber", "shared", "loss = 2 * c * (torch.sqrt(", "loss = c * (torch.sqrt(", "loss", (f"{UNIT} -k loss",)),
         ("latents divided", "shared", ')) * config["scaling_factor"]', ')) / config["scaling_factor"]', "latents", (FORMULAS,)),
         ("latents unshifted", "shared", 'noise - (config.get("shift_factor")', 'noise + (config.get("shift_factor")', "latents", (FORMULAS,)),
         ("latents without spread", "shared", "mean + std * noise", "mean + 0 * noise", "latents", (FORMULAS,)),
         ("accumulated, not averaged", "shared", ".sum() / run.args.gradient_accumulation_steps", ".sum()", "loss", (FORMULAS,)),
-        ("weights ignored", "shared", ' * batch["weight"]).sum()', ").sum()", "loss", ("test_known_faults.py -k 'two_weighted and frozen'",)),
-        ("unweighted batch", "shared", "1 / len(group))", "1.0)", "weights", (UNIT,)),
+        ("weights ignored", "shared", ' * given["weight"]).sum()', ").sum()", "loss", ("test_known_faults.py -k 'two_weighted and frozen'",)),
+        ("unweighted batch", "shared", "weights[i] / len(group))", "weights[i])", "weights", (UNIT,)),
         ("prior weight per image", "shared", "self.prior_loss_weight / len(batch)", "self.prior_loss_weight", "weights", (UNIT,)),
         # plan, repeats
         ("held-out images trained on", "shared", "enumerate(examples) if not e.held_out}", "enumerate(examples)}", "plan", (FORMULAS,)),
-        ("repeats ignored", "shared", "for r in range(self.repeats)]", "for r in range(1)]", "repeats", (UNIT,)),
-        ("every epoch alike", "shared", '"order", epoch)', '"order", 0)', "plan", (UNIT,)),
+        ("repeats ignored", "shared", "for r in self.shown(i, part)]", "for r in range(1)]", "repeats", (UNIT,)),
+        ("every epoch alike", "shared", '"order", epoch,', '"order", 0,', "plan", (UNIT,)),
         ("every process alike", "shared", "[process * each : (process + 1) * each]", "[:each]", "plan", (UNIT,)),
         ("repeats drawn alike", "shared", "example.name, slot.repeat)", "example.name)", "noise", (FORMULAS,)),
         ("epochs drawn alike", "shared", "(self.args.seed, slot.epoch,", "(self.args.seed,", "noise", (FORMULAS,)),
@@ -51,7 +51,7 @@ FAULTS = tuple(
         ("dropout inverted", "shared", "rng.random() < args.caption_dropout", "rng.random() >= args.caption_dropout", "captions", (UNIT,)),
         ("first caption always", "shared", "caption = rng.choice(captions)", "caption = captions[0]", "captions", (UNIT,)),
         ("trigger word behind", "shared", 'return f"{trigger}, {caption}" if caption', 'return f"{caption}, {trigger}" if caption', "captions", (UNIT,)),
-        ("class images with captions dropped", "shared", "example.captions[0] if slot.is_class else draw_caption", "draw_caption", "captions", (FORMULAS,)),
+        ("class images with captions dropped", "shared", "text_rng.choice if slot.is_class else functools.partial(draw_caption", "functools.partial(draw_caption", "captions", (FORMULAS,)),
         # crops
         ("always cropped at the top", "shared", "(cover[1] - target[1]) * v)", "(cover[1] - target[1]) * 0)", "crops", (FORMULAS,)),
         ("never mirrored", "shared", "if crop.flip:\n        image", "if False:\n        image", "crops", (FORMULAS,)),
@@ -67,7 +67,7 @@ FAULTS = tuple(
         # caches
         ("one latent for both flips", "shared", "crop.left, crop.top, flip)", "crop.left, crop.top)", "caches", (FORMULAS,)),
         ("texts of another base", "shared", "prompt, *self.identity[key], self", "prompt, self", "caches", (FORMULAS,)),
-        ("last part of the key lost", "shared", '"|".join(map(str, place))', '"|".join(map(str, place[:-1]))', "caches", (UNIT,)),
+        ("last part of the key lost", "shared", 'self.folder / (hashlib.sha256("|".join(map(str, place))', 'self.folder / (hashlib.sha256("|".join(map(str, place[:-1]))', "caches", (UNIT,)),
         # token rows
         ("first token untrained", "shared", "inside = (place >= 0)", "inside = (place > 0)", "token rows", (UNIT,)),
         ("rows of size 1", "shared", "generator=generator) * table.std()", "generator=generator)", "token rows", (UNIT,)),
@@ -85,8 +85,8 @@ FAULTS = tuple(
         ("no warm-up", "shared", "num_warmup_steps=args.lr_warmup_steps", "num_warmup_steps=0", "schedule", (FORMULAS,)),
         ("schedule twice as long", "shared", "num_training_steps=part.last_step,", "num_training_steps=2 * part.last_step,", "schedule", (FORMULAS,)),
         # checkpoints
-        ("optimizer not resumed", "shared", 'part.optimizer.load_state_dict(saved["optimizer"])', "pass", "checkpoints", (RESUME,)),
-        ("schedule not resumed", "shared", 'part.schedule.load_state_dict(saved["schedule"])', "pass", "checkpoints", (COSINE,)),
+        ("optimizer not resumed", "shared", 'self.optimizer.load_state_dict(saved["optimizer"])', "pass", "checkpoints", (RESUME,)),
+        ("schedule not resumed", "shared", 'self.schedule.load_state_dict(saved["schedule"] | {"base_lrs": self.schedule.base_lrs})', "pass", "checkpoints", (COSINE,)),
         ("damage unseen", "shared", "if file_hash(folder / name) != digest", "if False", "checkpoints", (DAMAGED,)),
         ("oldest checkpoint first", "shared", "key=lambda p: int(numbers[p]), reverse=True", "key=lambda p: int(numbers[p])", "checkpoints", (f"{UNIT} -k checkpoints",)),
         # exports, metadata
@@ -94,15 +94,15 @@ FAULTS = tuple(
         ("start added twice", "shared", "torch.cat([value, -start], dim=1)", "torch.cat([value, start], dim=1)", "exports", (FORMULAS,)),
         ("one alpha of three", "shared", 'sum(p["alpha"] for p in there)', 'there[0]["alpha"]', "exports", (UNIT,)),
         ("rank as alpha in metadata", "shared", '{"lora_alpha": alpha, "r": rank', '{"lora_alpha": rank, "r": rank', "metadata", (FORMULAS,)),
-        ("alpha as ss_network_dim", "shared", '"ss_network_dim": str(rank)', '"ss_network_dim": str(alpha)', "metadata", (FORMULAS,)),
-        ("resolution turned", "shared", 'f"{width}x{height}"', 'f"{height}x{width}"', "metadata", (FORMULAS,)),
+        ("alpha as ss_network_dim", "shared", '"ss_network_dim": rank', '"ss_network_dim": alpha', "metadata", (FORMULAS,)),
+        ("resolution turned", "shared", '"{}x{}".format(*size),', '"{}x{}".format(*size[::-1]),', "metadata", (FORMULAS,)),
         # SD 1.5
         ("velocity not learned", "sd15", "timesteps) if velocity else noise", "timesteps) if False else noise", "loss", (f"{UNIT} -k loss",)),
         ("min-SNR for noise", "sd15", "/ (snr + 1) if velocity", "/ snr if velocity", "loss", (f"{UNIT} -k 'loss or snr'",)),
         ("one offset for all channels", "sd15", "torch.randn(shape[0], 1, 1", "torch.randn(1, 1, 1", "noise", (f"{FORMULAS} -k sd15",)),
         ("perturbation ignored", "sd15", "add_noise(latents, used, timesteps)", "add_noise(latents, noise, timesteps)", "noise", (f"{UNIT} -k loss",)),
         ("a layer too few skipped", "sd15", "hidden_states[-(args.clip_skip + 1)]", "hidden_states[-args.clip_skip]", "prompts", (f"{UNIT} -k encoded", f"{FORMULAS} -k sd15")),
-        ("late timesteps never drawn", "sd15", "torch.randint(0, steps, ()", "torch.randint(0, steps // 2, ()", "noise", (f"{FORMULAS} -k sd15",)),
+        ("late timesteps never drawn", "sd15", "torch.randint(low, high, ()", "torch.randint(low, high // 2, ()", "noise", (f"{FORMULAS} -k sd15",)),
         # SDXL
         ("time ids turned", "sdxl", 'batch["original_size"], batch["crop_top_left"], batch', 'batch["crop_top_left"], batch["original_size"], batch', "time ids", (f"{UNIT} -k loss", FORMULAS)),
         ("SDXL's last layer", "sdxl", "hidden_states[-2 - ", "hidden_states[-1 - ", "prompts", (f"{UNIT} -k encoded",)),
@@ -122,6 +122,6 @@ FAULTS = tuple(
         ("channels first in tokens", "flux", ".permute(0, 2, 4, 1, 3, 5)", ".permute(0, 2, 4, 3, 5, 1)", "tokens", (f"{UNIT} -k flux",)),
         ("tokens counted as pixels", "flux", "tokens = shape[1] * shape[2] // 4", "tokens = shape[1] * shape[2]", "noise", (f"{UNIT} -k 'flux and sigmas'",)),
         ("rows and columns turned", "flux", "rows, columns).float()", "columns, rows).float()", "tokens", (f"{UNIT} -k flux", FORMULAS)),
-        ("FLUX.1's flow turned", "flux", "noise - latents\n    weighting", "latents - noise\n    weighting", "loss", (f"{UNIT} -k 'flux and loss'",)),
+        ("FLUX.1's flow turned", "flux", "noise - latents  # dz_t", "latents - noise  # dz_t", "loss", (f"{UNIT} -k 'flux and loss'",)),
     )
 )  # fmt: skip

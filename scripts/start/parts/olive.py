@@ -260,12 +260,14 @@ def parameters(component: dict) -> dict:
 def step_words(chosen: dict, file: str) -> list[str]:
     """The steps of image_lora_preprocess as flags of prepare_dataset.py."""
     check_names(chosen["steps"], STEPS, f"{file}: steps")
-    words = []
+    buckets, words = chosen["steps"].get("aspect_ratio_bucketing") or {}, []
     for name, given in chosen["steps"].items():
         known = [theirs for theirs, _, _ in STEPS[name]]
         shared = {k: chosen[k] for k in ("device", "overwrite") if k in chosen and k in known}
         size = {SIZE_OF_STEP[name]: chosen.get("base_resolution", BASE_RESOLUTION)} if name in SIZE_OF_STEP else {}
         values = translated(STEPS[name], shared | size | (given or {}), f"{file}: {name}")
+        if buckets.get("custom_buckets") and buckets.get("resize_images", True):
+            values.pop("target_resolution", None)  # pictures are written at the buckets' sizes
         values = {
             key: SPELLINGS.get(key, lambda same: same)(value) for key, value in values.items() if value is not None
         }
