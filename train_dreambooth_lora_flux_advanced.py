@@ -293,10 +293,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 304 the run: what happens, in which order · 624 the loop, and one step of it · 950 what is logged, and the
 # guard against learning nothing · 1075 data: images and captions · 1447 images: decoding, buckets, crops, batches ·
-# 1991 text: embeddings and new tokens · 2266 LoRA and optimizer · 2824 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3239 checkpoints and signals · 3446 pictures: validation, class images, comparison · 3670
-# probes: what was learned, what was forgotten · 3847 files that a run leaves · 4374 command line · 5036 base model:
-# loading, quantising, splitting · 5304 the machine · 5391 errors, lines, seeds, libraries
+# 1987 text: embeddings and new tokens · 2262 LoRA and optimizer · 2820 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3235 checkpoints and signals · 3442 pictures: validation, class images, comparison · 3666
+# probes: what was learned, what was forgotten · 3843 files that a run leaves · 4370 command line · 5032 base model:
+# loading, quantising, splitting · 5300 the machine · 5387 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1847,13 +1847,9 @@ class TrainingData:
             item["moments"] = self.moments[key]
         else:
             item["pixels"] = self.view(slot, crop, rng)
-        text_rng = random.Random(stable_seed("caption", *place))
-        own = (
-            text_rng.choice
-            if slot.is_class
-            else functools.partial(draw_caption, rng=text_rng, args=example.own or self.args)
-        )
-        item["caption"] = own(example.captions)
+        text_rng, own = random.Random(stable_seed("caption", *place)), example.own or self.args
+        captions = example.captions
+        item["caption"] = text_rng.choice(captions) if slot.is_class else draw_caption(captions, text_rng, own)
         generator = torch.Generator().manual_seed(stable_seed("noise", *place))
         shape = latent_shape(target, self.vae_config)
         item["posterior_noise"] = torch.randn(shape, generator=generator)

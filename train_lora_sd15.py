@@ -229,10 +229,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 240 the run: what happens, in which order · 560 the loop, and one step of it · 886 what is logged, and the
 # guard against learning nothing · 1011 data: images and captions · 1383 images: decoding, buckets, crops, batches ·
-# 1927 text: embeddings and new tokens · 2202 LoRA and optimizer · 2760 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3175 checkpoints and signals · 3382 pictures: validation, class images, comparison · 3606
-# probes: what was learned, what was forgotten · 3783 files that a run leaves · 4310 command line · 4972 base model:
-# loading, quantising, splitting · 5240 the machine · 5327 errors, lines, seeds, libraries
+# 1923 text: embeddings and new tokens · 2198 LoRA and optimizer · 2756 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3171 checkpoints and signals · 3378 pictures: validation, class images, comparison · 3602
+# probes: what was learned, what was forgotten · 3779 files that a run leaves · 4306 command line · 4968 base model:
+# loading, quantising, splitting · 5236 the machine · 5323 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1783,13 +1783,9 @@ class TrainingData:
             item["moments"] = self.moments[key]
         else:
             item["pixels"] = self.view(slot, crop, rng)
-        text_rng = random.Random(stable_seed("caption", *place))
-        own = (
-            text_rng.choice
-            if slot.is_class
-            else functools.partial(draw_caption, rng=text_rng, args=example.own or self.args)
-        )
-        item["caption"] = own(example.captions)
+        text_rng, own = random.Random(stable_seed("caption", *place)), example.own or self.args
+        captions = example.captions
+        item["caption"] = text_rng.choice(captions) if slot.is_class else draw_caption(captions, text_rng, own)
         generator = torch.Generator().manual_seed(stable_seed("noise", *place))
         shape = latent_shape(target, self.vae_config)
         item["posterior_noise"] = torch.randn(shape, generator=generator)

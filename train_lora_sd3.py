@@ -288,10 +288,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 299 the run: what happens, in which order · 619 the loop, and one step of it · 945 what is logged, and the
 # guard against learning nothing · 1070 data: images and captions · 1442 images: decoding, buckets, crops, batches ·
-# 1986 text: embeddings and new tokens · 2261 LoRA and optimizer · 2819 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3234 checkpoints and signals · 3441 pictures: validation, class images, comparison · 3665
-# probes: what was learned, what was forgotten · 3842 files that a run leaves · 4369 command line · 5031 base model:
-# loading, quantising, splitting · 5299 the machine · 5386 errors, lines, seeds, libraries
+# 1982 text: embeddings and new tokens · 2257 LoRA and optimizer · 2815 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3230 checkpoints and signals · 3437 pictures: validation, class images, comparison · 3661
+# probes: what was learned, what was forgotten · 3838 files that a run leaves · 4365 command line · 5027 base model:
+# loading, quantising, splitting · 5295 the machine · 5382 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1842,13 +1842,9 @@ class TrainingData:
             item["moments"] = self.moments[key]
         else:
             item["pixels"] = self.view(slot, crop, rng)
-        text_rng = random.Random(stable_seed("caption", *place))
-        own = (
-            text_rng.choice
-            if slot.is_class
-            else functools.partial(draw_caption, rng=text_rng, args=example.own or self.args)
-        )
-        item["caption"] = own(example.captions)
+        text_rng, own = random.Random(stable_seed("caption", *place)), example.own or self.args
+        captions = example.captions
+        item["caption"] = text_rng.choice(captions) if slot.is_class else draw_caption(captions, text_rng, own)
         generator = torch.Generator().manual_seed(stable_seed("noise", *place))
         shape = latent_shape(target, self.vae_config)
         item["posterior_noise"] = torch.randn(shape, generator=generator)

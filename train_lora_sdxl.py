@@ -287,10 +287,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 298 the run: what happens, in which order · 618 the loop, and one step of it · 944 what is logged, and the
 # guard against learning nothing · 1069 data: images and captions · 1441 images: decoding, buckets, crops, batches ·
-# 1985 text: embeddings and new tokens · 2260 LoRA and optimizer · 2818 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3233 checkpoints and signals · 3440 pictures: validation, class images, comparison · 3664
-# probes: what was learned, what was forgotten · 3841 files that a run leaves · 4368 command line · 5030 base model:
-# loading, quantising, splitting · 5298 the machine · 5385 errors, lines, seeds, libraries
+# 1981 text: embeddings and new tokens · 2256 LoRA and optimizer · 2814 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3229 checkpoints and signals · 3436 pictures: validation, class images, comparison · 3660
+# probes: what was learned, what was forgotten · 3837 files that a run leaves · 4364 command line · 5026 base model:
+# loading, quantising, splitting · 5294 the machine · 5381 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1841,13 +1841,9 @@ class TrainingData:
             item["moments"] = self.moments[key]
         else:
             item["pixels"] = self.view(slot, crop, rng)
-        text_rng = random.Random(stable_seed("caption", *place))
-        own = (
-            text_rng.choice
-            if slot.is_class
-            else functools.partial(draw_caption, rng=text_rng, args=example.own or self.args)
-        )
-        item["caption"] = own(example.captions)
+        text_rng, own = random.Random(stable_seed("caption", *place)), example.own or self.args
+        captions = example.captions
+        item["caption"] = text_rng.choice(captions) if slot.is_class else draw_caption(captions, text_rng, own)
         generator = torch.Generator().manual_seed(stable_seed("noise", *place))
         shape = latent_shape(target, self.vae_config)
         item["posterior_noise"] = torch.randn(shape, generator=generator)

@@ -51,7 +51,7 @@ FAULTS = tuple(
         ("dropout inverted", "shared", "rng.random() < args.caption_dropout", "rng.random() >= args.caption_dropout", "captions", (UNIT,)),
         ("first caption always", "shared", "caption = rng.choice(captions)", "caption = captions[0]", "captions", (UNIT,)),
         ("trigger word behind", "shared", 'return f"{trigger}, {caption}" if caption', 'return f"{caption}, {trigger}" if caption', "captions", (UNIT,)),
-        ("class images with captions dropped", "shared", "text_rng.choice if slot.is_class else functools.partial(draw_caption", "functools.partial(draw_caption", "captions", (FORMULAS,)),
+        ("class images with captions dropped", "shared", "text_rng.choice(captions) if slot.is_class else draw_caption", "draw_caption", "captions", (FORMULAS,)),
         # crops
         ("always cropped at the top", "shared", "(cover[1] - target[1]) * v)", "(cover[1] - target[1]) * 0)", "crops", (FORMULAS,)),
         ("never mirrored", "shared", "if crop.flip:\n        image", "if False:\n        image", "crops", (FORMULAS,)),

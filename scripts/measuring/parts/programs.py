@@ -115,6 +115,7 @@ def free_memory() -> None:
 
 def run_project(family: str, args, clock: Clock, seen: Seen, only_gradients: bool = False) -> None:
     """Runs the training script itself, from its first line to the clock's last tick."""
+    import safetensors
     import torch
 
     script = script_of(family)
@@ -153,7 +154,9 @@ def run_project(family: str, args, clock: Clock, seen: Seen, only_gradients: boo
         patch.object(script, "batch_loss", noted_loss),
         patch.object(script, "backward", noted_backward),
         patch.object(script, "compute_loss", stamped_loss),
+        patch.object(script, "safe_open", safetensors.safe_open),  # the one that makes weights up
         fresh_process(),
+        script.locked_output(args),
     ):
         script.execute(args)
 
