@@ -95,16 +95,15 @@ class Clock:
 def watching(clock: Clock):
     """While inside, the clock ticks with each bar of STEPS steps, and has the phases stamped."""
     import torch
-    import tqdm.auto
+    import tqdm.std
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-    class Bar(tqdm.auto.tqdm):
-        def __init__(self, *args, **named) -> None:
-            super().__init__(*args, **named | {"disable": True})
+    plain = tqdm.std.tqdm.update
 
-        def update(self, n: int = 1) -> None:
-            if self.total == STEPS:
-                clock.tick()
+    def update(bar, n: int = 1):
+        if bar.total == STEPS:
+            clock.tick()
+        return plain(bar, n)
 
     backward = torch.autograd.backward
 
@@ -120,7 +119,7 @@ def watching(clock: Clock):
     ]
     phases = patch.object(torch.autograd, "backward", stamped) if clock.stamps is not None else contextlib.nullcontext()
     try:
-        with patch.object(tqdm.auto, "tqdm", Bar), phases:
+        with patch.object(tqdm.std.tqdm, "update", update), phases:
             yield
     finally:
         for hook in hooks:
