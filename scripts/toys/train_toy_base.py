@@ -1,6 +1,7 @@
 """Trains the toy bases in assets/ from nothing: data, autoencoder, tokenizers, text encoders, denoiser.
 
     python scripts/toys/train_toy_base.py --family sd15
+    python scripts/toys/train_toy_base.py --family sd15 --continue_from assets/toy_sd15 --steps 3000   # the denoiser alone
 
 One command per family does everything, on a CPU (under 45 minutes on two cores) or a GPU. It saves its state in
 --work_dir every few hundred steps and continues there when it is started again. The autoencoder is made once and
@@ -47,9 +48,7 @@ from scripts.toys.parts.toy_world import (
 )
 
 CHANNELS = 16  # of a latent
-DECODER_NOISE = 0.15  # at most, of latents with unit variance, when the decoder is trained on
 LATENT_STD = 2.0  # of the autoencoder's own latents; scaling_factor brings them to 1
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 T5_LENGTHS = (16, 16, 32, 77, 128)  # T5 attends to its padding, so the base must know several lengths
 T5_LENGTHS_CONTINUED = (*(16,) * 9, 32, 77, 128)  # a short one costs a third of a long one
 CLIP_CUT = 24  # of 77 tokens, which hold any caption: what SD3 reads while it is trained on, up to the last quarter
@@ -184,7 +183,20 @@ def make_autoencoder(folder: Path, steps: int, device: str):
     if (folder / "config.json").exists():
         return AutoencoderKL.from_pretrained(folder)
     torch.manual_seed(0)
-    vae = new_autoencoder().to(device)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64, 72),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=CHANNELS,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        scaling_factor=1 / LATENT_STD,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    ).to(device)
     pictures, _ = world_pictures(6000, seed=1, scribbles=0.4)
     set_encoder(vae.encoder, normalized(pictures[:1500]).to(device))
     latents = latents_of(vae, pictures, device)
@@ -219,107 +231,10 @@ def make_autoencoder(folder: Path, steps: int, device: str):
     return vae
 
 
-def new_autoencoder():
-    """An untrained AutoencoderKL for 64 x 64 pictures, whose latents are 8 x 8."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(16, 32, 64, 72),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=CHANNELS,
-        norm_num_groups=8,
-        sample_size=SIZE,
-        scaling_factor=1 / LATENT_STD,
-        shift_factor=0.0,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    )
-
-
 @torch.no_grad()
 def latents_of(vae, pictures: torch.Tensor, device: str) -> torch.Tensor:
     """uint8 pictures (N, 3, H, W) -> the autoencoder's own latents (N, 16, H/8, W/8)."""
     return torch.cat([vae.encode(normalized(p).to(device)).latent_dist.mode() for p in pictures.split(100)])
-
-
-@torch.no_grad()
-def redrawn(base: Path, count: int, seed: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` pictures of the world, uint8, and their latents (the autoencoder's own) after the base has drawn them anew
-    from three quarters of noise: the same pictures, with the mistakes that this base makes.
-    """
-    from diffusers import AutoPipelineForImage2Image, FluxImg2ImgPipeline
-
-    pictures, scenes = world_pictures(count, seed)
-    pipeline = AutoPipelineForImage2Image.from_pretrained(base).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    settings = {"guidance_scale": 1.0, "num_inference_steps": 16, "strength": 0.75, "output_type": "latent"}
-    if hasattr(pipeline, "transformer"):
-        settings |= {"max_sequence_length": 16, "num_inference_steps": 12, "height": SIZE, "width": SIZE}
-    parts = []
-    for i in range(0, count, 50):
-        latents = pipeline(
-            [describe(*scene) for scene in scenes[i : i + 50]],
-            image=pictures[i : i + 50].float() / 255,
-            generator=torch.Generator().manual_seed(seed + i),
-            **settings,
-        ).images
-        if isinstance(pipeline, FluxImg2ImgPipeline):
-            latents = pipeline._unpack_latents(latents, SIZE, SIZE, pipeline.vae_scale_factor)
-        parts.append(latents / pipeline.vae.config.scaling_factor)
-    return pictures, torch.cat(parts)
-
-
-def train_decoder(bases: list[Path], folder: Path, steps: int, device: str) -> None:
-    """Trains the decoder of finished bases on, into `folder`: half on what the bases make of pictures, half on pictures
-    and scribbles with a little noise. The encoder stays, so every base fits the new decoder.
-    """
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL.from_pretrained(bases[0] / "vae", dtype=torch.float32).to(device)
-    plain, _ = world_pictures(2000, seed=3, scribbles=0.5)
-    latents = latents_of(vae, plain, device)
-    made = [redrawn(base, 500, seed=100 + i, device=device) for i, base in enumerate(bases)]
-    made_pictures, made_latents = (torch.cat(parts) for parts in zip(*made, strict=True))
-    print(f"{len(plain)} pictures and {len(made_pictures)} redrawn ones", flush=True)
-    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1e-3, weight_decay=0)
-    start, state_file = 0, folder.with_name(f"{folder.name}_state.pt")
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    vae.decoder.train()
-    for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 50, 1.25 * (1 - step / steps))
-        generator = torch.Generator().manual_seed(step)
-        rows = torch.randint(0, len(plain), (8,), generator=generator)
-        made_rows = torch.randint(0, len(made_pictures), (8,), generator=generator)
-        amount = DECODER_NOISE * LATENT_STD * torch.rand(8, 1, 1, 1, generator=generator)
-        noise = (amount * torch.randn(8, *latents.shape[1:], generator=generator)).to(device)
-        target = normalized(torch.cat([plain[rows], made_pictures[made_rows]])).to(device)
-        output = vae.decode(torch.cat([latents[rows] + noise, made_latents[made_rows]])).sample
-        loss = F.mse_loss(output, target) + 0.1 * F.l1_loss(output, target)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 49:
-            psnr = [
-                10 * torch.log10(4 / F.mse_loss(*pair)) for pair in zip(output.split(8), target.split(8), strict=True)
-            ]
-            print(f"decoder step {step + 1}/{steps} PSNR {psnr[0]:.1f} dB, redrawn {psnr[1]:.1f} dB", flush=True)
-        if step % 100 == 99:
-            state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, state_file)
-    vae.eval().cpu().half().save_pretrained(folder)
-    for base in bases:  # one file fits all
-        (base / "vae" / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes())
-    state_file.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------ tokenizers
@@ -715,7 +630,7 @@ def save_base(name: str, folder: Path, vae, tokenizers: list, encoders: list, de
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains a toy base from nothing, or trains one on.")
-    parser.add_argument("--family", choices=[*sorted(FAMILIES), "decoder"], required=True)
+    parser.add_argument("--family", choices=sorted(FAMILIES), required=True)
     parser.add_argument("--steps", type=int, help="of the denoiser; default: the family's own")
     parser.add_argument("--autoencoder_steps", type=int, default=1600)
     parser.add_argument("--work_dir", type=Path, default=ROOT / "build" / "toy")
@@ -729,13 +644,13 @@ def main() -> None:
     args = parser.parse_args()
     output, begun = args.output_dir or ROOT / "assets" / f"toy_{args.family}", args.continue_from
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    if args.family == "decoder":
-        bases = [ROOT / "assets" / f"toy_{name}" for name in FAMILIES]
-        return train_decoder(bases, args.work_dir / "decoder", args.steps or 600, device)
+    for folder in filter(None, (begun, output if args.evaluate_only else None)):
+        if not (folder / "model_index.json").exists():
+            parser.error(f"{folder}: not a base's folder, it has no model_index.json")
     if not args.evaluate_only:
         from diffusers import AutoencoderKL
 
+        args.work_dir.mkdir(parents=True, exist_ok=True)
         if begun:
             vae = AutoencoderKL.from_pretrained(begun / "vae", dtype=torch.float32)
         else:
@@ -743,6 +658,8 @@ def main() -> None:
         steps = args.steps or FAMILIES[args.family].steps
         parts = train_base(args.family, vae, args.work_dir, steps, device, begun)
         save_base(args.family, output, vae.cpu(), *parts)
+        if begun:  # what was made may be trained on in its turn
+            (args.work_dir / f"{args.family}_continued_state.pt").unlink()
     print(table({args.family: scores(output, count=128)}))
 
 
