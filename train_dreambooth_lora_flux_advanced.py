@@ -294,9 +294,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 304 the run: what happens, in which order · 624 the loop, and one step of it · 950 what is logged, and the
 # guard against learning nothing · 1075 data: images and captions · 1447 images: decoding, buckets, crops, batches ·
 # 1987 text: embeddings and new tokens · 2262 LoRA and optimizer · 2820 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3235 checkpoints and signals · 3442 pictures: validation, class images, comparison · 3666
-# probes: what was learned, what was forgotten · 3843 files that a run leaves · 4370 command line · 5032 base model:
-# loading, quantising, splitting · 5300 the machine · 5387 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3235 checkpoints and signals · 3442 pictures: validation, class images, comparison · 3667
+# probes: what was learned, what was forgotten · 3844 files that a run leaves · 4371 command line · 5034 base model:
+# loading, quantising, splitting · 5302 the machine · 5389 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3646,6 +3646,7 @@ def comparison_sheet(run: Run):
     sheet = Image.new("RGB", (width, height), "white")
     pen, y = ImageDraw.Draw(sheet), margin
     for heading, rows in blocks:
+        heading = heading[:300]
         while pen.textlength(heading, font=font) > width - 2 * margin:
             heading = heading[:-2] + "…"
         pen.text((margin, y), heading, fill="black", font=font)
@@ -5009,10 +5010,11 @@ def config_words(parser: argparse.ArgumentParser, values: dict, where: str) -> l
 
 def read_config(file: str, flag: str = "--config", kind: type = dict):
     """The content of a YAML or JSON file, a dict or a list. Errors: UserError that names the flag if it is anything else."""
+    text = read_text(file, flag)
     import yaml
 
     try:
-        values = yaml.safe_load(read_text(file, flag))  # JSON is YAML too
+        values = yaml.safe_load(text)  # JSON is YAML too
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none; lists in lists in lists
         raise UserError(f"{flag} {file}: not YAML or JSON: {brief(error)}") from None
     if not isinstance(values, kind):

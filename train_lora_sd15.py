@@ -230,9 +230,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 240 the run: what happens, in which order · 560 the loop, and one step of it · 886 what is logged, and the
 # guard against learning nothing · 1011 data: images and captions · 1383 images: decoding, buckets, crops, batches ·
 # 1923 text: embeddings and new tokens · 2198 LoRA and optimizer · 2756 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3171 checkpoints and signals · 3378 pictures: validation, class images, comparison · 3602
-# probes: what was learned, what was forgotten · 3779 files that a run leaves · 4306 command line · 4968 base model:
-# loading, quantising, splitting · 5236 the machine · 5323 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3171 checkpoints and signals · 3378 pictures: validation, class images, comparison · 3603
+# probes: what was learned, what was forgotten · 3780 files that a run leaves · 4307 command line · 4970 base model:
+# loading, quantising, splitting · 5238 the machine · 5325 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3582,6 +3582,7 @@ def comparison_sheet(run: Run):
     sheet = Image.new("RGB", (width, height), "white")
     pen, y = ImageDraw.Draw(sheet), margin
     for heading, rows in blocks:
+        heading = heading[:300]
         while pen.textlength(heading, font=font) > width - 2 * margin:
             heading = heading[:-2] + "…"
         pen.text((margin, y), heading, fill="black", font=font)
@@ -4945,10 +4946,11 @@ def config_words(parser: argparse.ArgumentParser, values: dict, where: str) -> l
 
 def read_config(file: str, flag: str = "--config", kind: type = dict):
     """The content of a YAML or JSON file, a dict or a list. Errors: UserError that names the flag if it is anything else."""
+    text = read_text(file, flag)
     import yaml
 
     try:
-        values = yaml.safe_load(read_text(file, flag))  # JSON is YAML too
+        values = yaml.safe_load(text)  # JSON is YAML too
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none; lists in lists in lists
         raise UserError(f"{flag} {file}: not YAML or JSON: {brief(error)}") from None
     if not isinstance(values, kind):

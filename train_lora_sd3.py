@@ -289,9 +289,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 299 the run: what happens, in which order · 619 the loop, and one step of it · 945 what is logged, and the
 # guard against learning nothing · 1070 data: images and captions · 1442 images: decoding, buckets, crops, batches ·
 # 1982 text: embeddings and new tokens · 2257 LoRA and optimizer · 2815 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3230 checkpoints and signals · 3437 pictures: validation, class images, comparison · 3661
-# probes: what was learned, what was forgotten · 3838 files that a run leaves · 4365 command line · 5027 base model:
-# loading, quantising, splitting · 5295 the machine · 5382 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3230 checkpoints and signals · 3437 pictures: validation, class images, comparison · 3662
+# probes: what was learned, what was forgotten · 3839 files that a run leaves · 4366 command line · 5029 base model:
+# loading, quantising, splitting · 5297 the machine · 5384 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3641,6 +3641,7 @@ def comparison_sheet(run: Run):
     sheet = Image.new("RGB", (width, height), "white")
     pen, y = ImageDraw.Draw(sheet), margin
     for heading, rows in blocks:
+        heading = heading[:300]
         while pen.textlength(heading, font=font) > width - 2 * margin:
             heading = heading[:-2] + "…"
         pen.text((margin, y), heading, fill="black", font=font)
@@ -5004,10 +5005,11 @@ def config_words(parser: argparse.ArgumentParser, values: dict, where: str) -> l
 
 def read_config(file: str, flag: str = "--config", kind: type = dict):
     """The content of a YAML or JSON file, a dict or a list. Errors: UserError that names the flag if it is anything else."""
+    text = read_text(file, flag)
     import yaml
 
     try:
-        values = yaml.safe_load(read_text(file, flag))  # JSON is YAML too
+        values = yaml.safe_load(text)  # JSON is YAML too
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none; lists in lists in lists
         raise UserError(f"{flag} {file}: not YAML or JSON: {brief(error)}") from None
     if not isinstance(values, kind):

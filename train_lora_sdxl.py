@@ -288,9 +288,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 298 the run: what happens, in which order · 618 the loop, and one step of it · 944 what is logged, and the
 # guard against learning nothing · 1069 data: images and captions · 1441 images: decoding, buckets, crops, batches ·
 # 1981 text: embeddings and new tokens · 2256 LoRA and optimizer · 2814 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3229 checkpoints and signals · 3436 pictures: validation, class images, comparison · 3660
-# probes: what was learned, what was forgotten · 3837 files that a run leaves · 4364 command line · 5026 base model:
-# loading, quantising, splitting · 5294 the machine · 5381 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3229 checkpoints and signals · 3436 pictures: validation, class images, comparison · 3661
+# probes: what was learned, what was forgotten · 3838 files that a run leaves · 4365 command line · 5028 base model:
+# loading, quantising, splitting · 5296 the machine · 5383 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3640,6 +3640,7 @@ def comparison_sheet(run: Run):
     sheet = Image.new("RGB", (width, height), "white")
     pen, y = ImageDraw.Draw(sheet), margin
     for heading, rows in blocks:
+        heading = heading[:300]
         while pen.textlength(heading, font=font) > width - 2 * margin:
             heading = heading[:-2] + "…"
         pen.text((margin, y), heading, fill="black", font=font)
@@ -5003,10 +5004,11 @@ def config_words(parser: argparse.ArgumentParser, values: dict, where: str) -> l
 
 def read_config(file: str, flag: str = "--config", kind: type = dict):
     """The content of a YAML or JSON file, a dict or a list. Errors: UserError that names the flag if it is anything else."""
+    text = read_text(file, flag)
     import yaml
 
     try:
-        values = yaml.safe_load(read_text(file, flag))  # JSON is YAML too
+        values = yaml.safe_load(text)  # JSON is YAML too
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none; lists in lists in lists
         raise UserError(f"{flag} {file}: not YAML or JSON: {brief(error)}") from None
     if not isinstance(values, kind):

@@ -59,7 +59,7 @@ def run_and_list_imports(name: str, flags: list[str], folder: Path):
         (["-d", ".", "--instance_data_dir", "."], "exclude each other"),
         (["--instance_data_dir", "."], "--instance_data_dir needs --instance_prompt"),
         ([], "no data"),
-        (["-d", ".", "--optimizer", "sgd"], "invalid choice: 'sgd'"),
+        (["-d", ".", "--optimizer", "sgd"], "sgd is none of adamw, "),
         (["-d", ".", "--aspect_ratio_buckets", "512"], 'is no "height,width"'),
     ],
 )

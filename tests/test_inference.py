@@ -652,7 +652,8 @@ def test_shipped_configuration_is_valid(monkeypatch, tmp_path):
 
 
 def test_family_is_found_out(family, tmp_path):
-    detect = load_script("scripts/bases/detect_family.py").detect
+    from scripts.parts.base_family import detect
+
     assert detect(family.base) == family.name
     names = {
         "flux": "double_blocks.0.x",

@@ -85,7 +85,7 @@ def test_a_run_says_what_to_do_with_it(family, tmp_path, capsys):
     )
     first = load_script(family.script).parse_args(quick_flags(family, output, *flags))
     apart = {n for n in vars(first) if getattr(first, n) != getattr(again, n)} - {"config", "settings", "output_dir"}
-    assert apart <= {"class_data_dir"}
+    assert apart <= {"class_data_dir", "ordered"}  # where they come from: the command line, or a file
 
 
 @pytest.mark.unit
