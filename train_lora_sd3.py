@@ -286,12 +286,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 299 the run: what happens, in which order · 619 the loop, and one step of it · 945 what is logged, and the
-# guard against learning nothing · 1070 data: images and captions · 1442 images: decoding, buckets, crops, batches ·
-# 1982 text: embeddings and new tokens · 2257 LoRA and optimizer · 2815 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3230 checkpoints and signals · 3437 pictures: validation, class images, comparison · 3662
-# probes: what was learned, what was forgotten · 3839 files that a run leaves · 4366 command line · 5029 base model:
-# loading, quantising, splitting · 5297 the machine · 5384 errors, lines, seeds, libraries
+# By line: 299 the run: what happens, in which order · 619 the loop, and one step of it · 944 what is logged, and the
+# guard against learning nothing · 1069 data: images and captions · 1441 images: decoding, buckets, crops, batches ·
+# 1981 text: embeddings and new tokens · 2256 LoRA and optimizer · 2814 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3229 checkpoints and signals · 3437 pictures: validation, class images, comparison · 3662
+# probes: what was learned, what was forgotten · 3839 files that a run leaves · 4366 command line · 5031 base model:
+# loading, quantising, splitting · 5299 the machine · 5386 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -666,7 +666,6 @@ def train(run: Run, first_step: int) -> None:
 
 def backward(run: Run, batch: dict, step: int, micro: int):
     """Loss of one batch, its gradients added to the parts' buffers; returns the loss, a tensor."""
-
     captions = [insert_tokens(c, run.abstractions) for c in batch["captions"]]
     torch.manual_seed(stable_seed(run.args.seed, "dropout", step, micro, run.accelerator.process_index))
     with run.autocast():
@@ -679,7 +678,7 @@ def backward(run: Run, batch: dict, step: int, micro: int):
 
     def work(given: dict):
         loss = descend(batch_loss(run, given, {name: given[name] for name in embeds}), given)
-        if run.args.preserve_class:
+        if run.args.preserve_class and run.parts[-1].optimizer:  # the denoiser's part, while it is trained
             descend(run.args.preserve_weight * preservation_loss(run, given), given)
         for part in run.parts:
             part.collect()
@@ -3283,7 +3282,8 @@ def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
     before, now = manifest["settings"], json.loads(json.dumps(resume_settings(run)))
     changed = {n: f"{n} {before[n]}, now {now[n]}" for n in now if n in before and before[n] != now[n]}
     if hindered := [what for name, what in changed.items() if name in RESUME_FLAGS.split()]:
-        raise UserError(f"{folder.name} was trained with other settings: {', '.join(hindered)}")
+        ways = "another --output_dir, or --overwrite, begins anew"
+        raise UserError(f"{folder.name} was trained with other settings: {', '.join(hindered)}; {ways}")
     if changed and not run.args.resume_anyway:
         ways = "set them as they were, or let --resume_anyway go on as they are now"
         raise UserError(f"{folder.name} was trained with other settings ({', '.join(changed.values())}): {ways}")
@@ -4392,6 +4392,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.validation_split = max(own.validation_split for own in args.sets or [args])
     args.triggers = list(dict.fromkeys(own.trigger_word for own in args.sets or [args] if own.trigger_word))
     check_args(args, given, parser)
+    if args.overwrite and "resume_from_checkpoint" not in ordered:  # which a recipe has
+        args.resume_from_checkpoint = None
     args.settings, args.defaults, args.ordered = settings, defaults, ordered  # settings: before anything was filled in
     return args
 

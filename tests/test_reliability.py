@@ -916,3 +916,14 @@ def test_new_tokens_keep_the_size_of_their_table(script, optimizer):
     with script.averaged(list(parts.values())):
         grown = {n: p.split(p.weights.detach())["t5"].std() / first["t5"].std() for n, p in parts.items()}
     assert abs(grown["embeddings"].log()) < 0.6 * abs(grown["denoiser"].log())
+
+
+@pytest.mark.families("sdxl")
+def test_overwrite_begins_anew_where_a_recipe_resumes(family, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("resume_from_checkpoint: latest\n")
+    recipe = ("-d", SAMPLE, "--config", tmp_path / "recipe.yaml", "--checkpointing_steps", 1)
+    assert run_here(family, tmp_path / "x", *recipe, "--rank", 2) == 0
+    assert run_here(family, tmp_path / "x", *recipe, "--rank", 3) == 2
+    assert "rank 2, now 3" in (said := capsys.readouterr().err) and "--overwrite, begins anew" in said
+    assert run_here(family, tmp_path / "x", *recipe, "--rank", 3, "--overwrite") == 0
+    assert "going on from" not in capsys.readouterr().out
