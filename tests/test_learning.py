@@ -59,7 +59,7 @@ def test_lora_learns_and_leaves_the_rest_alone(family, studio, tmp_path):
     assert studio.world_score(after) >= studio.world_score(before) - 0.1
 
 
-@pytest.mark.families("sdxl")
+@pytest.mark.families("sd15")
 @pytest.mark.parametrize(
     "base", [(), ("--quantize_base", "nf4"), ("--quantize_base", "fp8")], ids=["bf16", "nf4", "fp8"]
 )
@@ -165,7 +165,7 @@ def test_a_class_is_kept_without_class_images(family, studio, tmp_path):
     assert concept > 0.8 and scores[1] >= 0.8 * scores[0], (concept, scores)
 
 
-@pytest.mark.families("sdxl")
+@pytest.mark.families("sd15")
 def test_a_mask_keeps_a_flaw_out(family, studio, tmp_path):
     """All pictures share a black bar at their lower edge; masks of the smiley keep it out of what is learned."""
     data, masks = tmp_path / "data", tmp_path / "masks"
