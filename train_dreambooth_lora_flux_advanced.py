@@ -293,10 +293,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 304 the run: what happens, in which order · 624 the loop, and one step of it · 949 what is logged, and the
 # guard against learning nothing · 1074 data: images and captions · 1446 images: decoding, buckets, crops, batches ·
-# 1986 text: embeddings and new tokens · 2261 LoRA and optimizer · 2819 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3234 checkpoints and signals · 3442 pictures: validation, class images, comparison · 3667
-# probes: what was learned, what was forgotten · 3844 files that a run leaves · 4371 command line · 5036 base model:
-# loading, quantising, splitting · 5304 the machine · 5391 errors, lines, seeds, libraries
+# 1988 text: embeddings and new tokens · 2263 LoRA and optimizer · 2821 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3236 checkpoints and signals · 3444 pictures: validation, class images, comparison · 3669
+# probes: what was learned, what was forgotten · 3846 files that a run leaves · 4373 command line · 5038 base model:
+# loading, quantising, splitting · 5306 the machine · 5393 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1725,6 +1725,8 @@ class BatchPlan:
         out = []
         for kind in (False, True):
             slots = [s for s in batch if s.is_class == kind]
+            if not slots:
+                continue
             each = -(-(self.size if self.fixed_shapes else len(slots)) // self.processes)
             spare = [slots[k % len(slots)] for k in range(each * self.processes - len(slots))]
             filler = [Slot(s.index, s.bucket, s.epoch, s.repeat, 0.0, kind) for s in spare]

@@ -229,10 +229,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 240 the run: what happens, in which order · 560 the loop, and one step of it · 885 what is logged, and the
 # guard against learning nothing · 1010 data: images and captions · 1382 images: decoding, buckets, crops, batches ·
-# 1922 text: embeddings and new tokens · 2197 LoRA and optimizer · 2755 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3170 checkpoints and signals · 3378 pictures: validation, class images, comparison · 3603
-# probes: what was learned, what was forgotten · 3780 files that a run leaves · 4307 command line · 4972 base model:
-# loading, quantising, splitting · 5240 the machine · 5327 errors, lines, seeds, libraries
+# 1924 text: embeddings and new tokens · 2199 LoRA and optimizer · 2757 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3172 checkpoints and signals · 3380 pictures: validation, class images, comparison · 3605
+# probes: what was learned, what was forgotten · 3782 files that a run leaves · 4309 command line · 4974 base model:
+# loading, quantising, splitting · 5242 the machine · 5329 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1661,6 +1661,8 @@ class BatchPlan:
         out = []
         for kind in (False, True):
             slots = [s for s in batch if s.is_class == kind]
+            if not slots:
+                continue
             each = -(-(self.size if self.fixed_shapes else len(slots)) // self.processes)
             spare = [slots[k % len(slots)] for k in range(each * self.processes - len(slots))]
             filler = [Slot(s.index, s.bucket, s.epoch, s.repeat, 0.0, kind) for s in spare]

@@ -288,10 +288,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 299 the run: what happens, in which order · 619 the loop, and one step of it · 944 what is logged, and the
 # guard against learning nothing · 1069 data: images and captions · 1441 images: decoding, buckets, crops, batches ·
-# 1981 text: embeddings and new tokens · 2256 LoRA and optimizer · 2814 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3229 checkpoints and signals · 3437 pictures: validation, class images, comparison · 3662
-# probes: what was learned, what was forgotten · 3839 files that a run leaves · 4366 command line · 5031 base model:
-# loading, quantising, splitting · 5299 the machine · 5386 errors, lines, seeds, libraries
+# 1983 text: embeddings and new tokens · 2258 LoRA and optimizer · 2816 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3231 checkpoints and signals · 3439 pictures: validation, class images, comparison · 3664
+# probes: what was learned, what was forgotten · 3841 files that a run leaves · 4368 command line · 5033 base model:
+# loading, quantising, splitting · 5301 the machine · 5388 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1720,6 +1720,8 @@ class BatchPlan:
         out = []
         for kind in (False, True):
             slots = [s for s in batch if s.is_class == kind]
+            if not slots:
+                continue
             each = -(-(self.size if self.fixed_shapes else len(slots)) // self.processes)
             spare = [slots[k % len(slots)] for k in range(each * self.processes - len(slots))]
             filler = [Slot(s.index, s.bucket, s.epoch, s.repeat, 0.0, kind) for s in spare]

@@ -287,10 +287,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 298 the run: what happens, in which order · 618 the loop, and one step of it · 943 what is logged, and the
 # guard against learning nothing · 1068 data: images and captions · 1440 images: decoding, buckets, crops, batches ·
-# 1980 text: embeddings and new tokens · 2255 LoRA and optimizer · 2813 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3228 checkpoints and signals · 3436 pictures: validation, class images, comparison · 3661
-# probes: what was learned, what was forgotten · 3838 files that a run leaves · 4365 command line · 5030 base model:
-# loading, quantising, splitting · 5298 the machine · 5385 errors, lines, seeds, libraries
+# 1982 text: embeddings and new tokens · 2257 LoRA and optimizer · 2815 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3230 checkpoints and signals · 3438 pictures: validation, class images, comparison · 3663
+# probes: what was learned, what was forgotten · 3840 files that a run leaves · 4367 command line · 5032 base model:
+# loading, quantising, splitting · 5300 the machine · 5387 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1719,6 +1719,8 @@ class BatchPlan:
         out = []
         for kind in (False, True):
             slots = [s for s in batch if s.is_class == kind]
+            if not slots:
+                continue
             each = -(-(self.size if self.fixed_shapes else len(slots)) // self.processes)
             spare = [slots[k % len(slots)] for k in range(each * self.processes - len(slots))]
             filler = [Slot(s.index, s.bucket, s.epoch, s.repeat, 0.0, kind) for s in spare]

@@ -12,6 +12,7 @@ The rest (paths, drives, os.name) stays what the system has.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import io
 import json
 import multiprocessing
@@ -33,7 +34,10 @@ HELD: set[str] = set()  # files that another program has open
 def held_by_someone(path: str) -> bool:
     """Whether this or another program has the file, or a file of the folder, open or mapped."""
     path = os.path.realpath(path)
-    files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    files = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # another thread has just closed it
+            files.append(os.path.realpath(f"/proc/self/fd/{number}"))
     with io.FileIO("/proc/self/maps") as maps:
         files += [line.split(maxsplit=5)[5] for line in maps.readall().decode().splitlines() if line.count("/")]
     return any(file == path or file.startswith(path + os.sep) for file in (*files, *HELD))
