@@ -20,7 +20,6 @@ COSINES = {  # of gradients to those in bf16, of the same batch and the same wei
     "sd15:64:2:gradient_checkpointing": 0.999,
     "sd15:64:2:cuda_graphs": 0.999,
     "sd15:64:2:blocks_to_swap=1": 0.999,
-    "sd15:64:2:quantize_base=nf4": 0.95,
     "flux:64:1:gradient_checkpointing": 0.999,
     "flux:64:1:compile": 0.999,
     "flux:64:1:blocks_to_swap=2": 0.999,
@@ -60,7 +59,7 @@ def test_gradients_are_those_of_bf16(bench, case):
 def test_a_call_measures_keeps_and_goes_on(tmp_path, capsys):
     """Ours and the plain loop, phases, the file of figures, and a second call, which has only the rest to do."""
     file, page = tmp_path / "gpu.json", tmp_path / "gpu.md"
-    flags = ["--tiny", "--steps", "1", "--warm_up", "3", "--repeats", "1", "--minutes", "60", "--json", str(file)]
+    flags = ["--tiny", "--steps", "1", "--minutes", "60", "--json", str(file)]
     assert measure_gpu.main([*flags, "--phases", "--cases", "flux:64:1:quantize_base=int8"]) == 0
     (row,) = json.loads(file.read_text())["rows"]
     assert row["ours"]["ms"] > 0 and row["plain"]["ms"] > 0
@@ -132,7 +131,7 @@ def test_the_page_has_what_was_counted():
 
 @pytest.mark.parametrize("family", list(SCRIPTS))
 def test_presets_fit_their_cards(family):
-    """By the page's table, whose rows are of these very settings, and in which the smallest card's figures are as now."""
+    """By the page's table, whose rows are of these very settings, and in which a smallest card's figures are as now."""
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     script = programs.script_of(family)
     for number, file in enumerate(presets := estimate_memory.presets(family)):
@@ -141,6 +140,6 @@ def test_presets_fit_their_cards(family):
         assert row.startswith(f"| {estimate_memory.described(file, args)} |"), "run estimate_memory.py --table again"
         total = float(row.split("|")[-2].strip(" *"))
         assert total + estimate_memory.SLACK <= estimate_memory.card_gib(file), f"{file.stem} takes {total} GiB"
-        if number == 0:
+        if number == 0 and family in ("sd15", "flux"):  # the others' formula is tested above
             assert abs(estimate_memory.estimate(family, args, script).total - total) < 0.1
     assert len(presets) == 5

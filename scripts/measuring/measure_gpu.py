@@ -464,13 +464,15 @@ def main(argv: list[str] | None = None) -> int:
         help="measure nothing: print --json's table, or put it into PAGE",
     )
     add("--minutes", type=float, default=9.0, help="start no case that wouldn't be done by then (9)")
-    add("--steps", type=int, default=10, help="timed in each run (10)")
-    add("--warm_up", type=int, default=5, help="steps before them (5)")
-    add("--repeats", type=int, default=2, help="runs of each program, taking turns (2)")
+    add("--steps", type=int, help="timed in each run (10; --tiny: 2)")
+    add("--warm_up", type=int, help="steps before them (5; --tiny: 3)")
+    add("--repeats", type=int, help="runs of each program, taking turns (2; --tiny: 1)")
     add("--profile", type=Path, metavar="DIR", help="write torch's trace of three more steps of each program here")
     add("--phases", action="store_true", help="also time data, forward, backward, clipping and optimizer apart")
     add("--tiny", action="store_true", help="the toy bases' sizes and few steps, to try all of it on a CPU")
     args = parser.parse_args(argv)
+    for name, value in zip(("steps", "warm_up", "repeats"), (2, 3, 1) if args.tiny else (10, 5, 2), strict=True):
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     if args.list:
         print("\n".join(TINY_CASES if args.tiny else CASES))
         return 0
