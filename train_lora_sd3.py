@@ -291,7 +291,7 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # 1983 text: embeddings and new tokens · 2258 LoRA and optimizer · 2816 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 3231 checkpoints and signals · 3439 pictures: validation, class images, comparison · 3664
 # probes: what was learned, what was forgotten · 3841 files that a run leaves · 4368 command line · 5033 base model:
-# loading, quantising, splitting · 5301 the machine · 5388 errors, lines, seeds, libraries
+# loading, quantising, splitting · 5310 the machine · 5397 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -5089,6 +5089,8 @@ class Components:
             kind = library_class(*self.index[name])
             if "tokenizer" in name:
                 part = kind.from_pretrained(folder)
+                if "CLIP" in kind.__name__ and part.model_max_length > 1000:
+                    raise ValueError("its configuration has no model_max_length")
             elif name == "scheduler":
                 part = self.adjusted(kind.from_pretrained(folder))
             else:
@@ -5174,7 +5176,14 @@ def read_json(file: Path) -> dict:
         found = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("it holds no JSON object")
-        return found
+        return Configuration(found)
+
+
+class Configuration(dict):
+    """A part's settings, of which one that is missing means that they are damaged, or another part's."""
+
+    def __missing__(self, name: str):
+        raise UserError(f"--pretrained_model_name_or_path: a configuration of this base has no {name}")
 
 
 def resolve_base(args: argparse.Namespace) -> Path:
