@@ -294,9 +294,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 304 the run: what happens, in which order · 624 the loop, and one step of it · 949 what is logged, and the
 # guard against learning nothing · 1074 data: images and captions · 1446 images: decoding, buckets, crops, batches ·
 # 1988 text: embeddings and new tokens · 2263 LoRA and optimizer · 2821 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3236 checkpoints and signals · 3444 pictures: validation, class images, comparison · 3669
-# probes: what was learned, what was forgotten · 3846 files that a run leaves · 4373 command line · 5038 base model:
-# loading, quantising, splitting · 5315 the machine · 5402 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3236 checkpoints and signals · 3444 pictures: validation, class images, comparison · 3668
+# probes: what was learned, what was forgotten · 3845 files that a run leaves · 4372 command line · 5037 base model:
+# loading, quantising, splitting · 5314 the machine · 5401 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3558,14 +3558,13 @@ def sample_seed(seed: int, prompt: int, image: int) -> int:
 def evaluating(run: Run):
     """Trained modules in evaluation mode, the VAE on the device, and text embeddings of this moment; all put back after."""
     modules = {m: m.training for m in (run.denoiser, *run.lora_modules.values())}
-    stance = torch.compiler.set_stance("force_eager")  # other shapes than in training would be compiled anew
     vae = run.components.vae()
     run.prompts.forget()
     for module in modules:
         module.eval()
     vae.to(run.accelerator.device)
     try:
-        with stance:
+        with torch.compiler.set_stance("force_eager"):  # other shapes than in training would be compiled anew
             yield
     finally:
         for module, training in modules.items():

@@ -230,9 +230,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 240 the run: what happens, in which order · 560 the loop, and one step of it · 885 what is logged, and the
 # guard against learning nothing · 1010 data: images and captions · 1382 images: decoding, buckets, crops, batches ·
 # 1924 text: embeddings and new tokens · 2199 LoRA and optimizer · 2757 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3172 checkpoints and signals · 3380 pictures: validation, class images, comparison · 3605
-# probes: what was learned, what was forgotten · 3782 files that a run leaves · 4309 command line · 4974 base model:
-# loading, quantising, splitting · 5251 the machine · 5338 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3172 checkpoints and signals · 3380 pictures: validation, class images, comparison · 3604
+# probes: what was learned, what was forgotten · 3781 files that a run leaves · 4308 command line · 4973 base model:
+# loading, quantising, splitting · 5250 the machine · 5337 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3494,14 +3494,13 @@ def sample_seed(seed: int, prompt: int, image: int) -> int:
 def evaluating(run: Run):
     """Trained modules in evaluation mode, the VAE on the device, and text embeddings of this moment; all put back after."""
     modules = {m: m.training for m in (run.denoiser, *run.lora_modules.values())}
-    stance = torch.compiler.set_stance("force_eager")  # other shapes than in training would be compiled anew
     vae = run.components.vae()
     run.prompts.forget()
     for module in modules:
         module.eval()
     vae.to(run.accelerator.device)
     try:
-        with stance:
+        with torch.compiler.set_stance("force_eager"):  # other shapes than in training would be compiled anew
             yield
     finally:
         for module, training in modules.items():

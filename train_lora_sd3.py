@@ -289,9 +289,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 299 the run: what happens, in which order · 619 the loop, and one step of it · 944 what is logged, and the
 # guard against learning nothing · 1069 data: images and captions · 1441 images: decoding, buckets, crops, batches ·
 # 1983 text: embeddings and new tokens · 2258 LoRA and optimizer · 2816 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3231 checkpoints and signals · 3439 pictures: validation, class images, comparison · 3664
-# probes: what was learned, what was forgotten · 3841 files that a run leaves · 4368 command line · 5033 base model:
-# loading, quantising, splitting · 5310 the machine · 5397 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3231 checkpoints and signals · 3439 pictures: validation, class images, comparison · 3663
+# probes: what was learned, what was forgotten · 3840 files that a run leaves · 4367 command line · 5032 base model:
+# loading, quantising, splitting · 5309 the machine · 5396 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3553,14 +3553,13 @@ def sample_seed(seed: int, prompt: int, image: int) -> int:
 def evaluating(run: Run):
     """Trained modules in evaluation mode, the VAE on the device, and text embeddings of this moment; all put back after."""
     modules = {m: m.training for m in (run.denoiser, *run.lora_modules.values())}
-    stance = torch.compiler.set_stance("force_eager")  # other shapes than in training would be compiled anew
     vae = run.components.vae()
     run.prompts.forget()
     for module in modules:
         module.eval()
     vae.to(run.accelerator.device)
     try:
-        with stance:
+        with torch.compiler.set_stance("force_eager"):  # other shapes than in training would be compiled anew
             yield
     finally:
         for module, training in modules.items():

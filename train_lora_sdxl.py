@@ -288,9 +288,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 298 the run: what happens, in which order · 618 the loop, and one step of it · 943 what is logged, and the
 # guard against learning nothing · 1068 data: images and captions · 1440 images: decoding, buckets, crops, batches ·
 # 1982 text: embeddings and new tokens · 2257 LoRA and optimizer · 2815 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3230 checkpoints and signals · 3438 pictures: validation, class images, comparison · 3663
-# probes: what was learned, what was forgotten · 3840 files that a run leaves · 4367 command line · 5032 base model:
-# loading, quantising, splitting · 5309 the machine · 5396 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3230 checkpoints and signals · 3438 pictures: validation, class images, comparison · 3662
+# probes: what was learned, what was forgotten · 3839 files that a run leaves · 4366 command line · 5031 base model:
+# loading, quantising, splitting · 5308 the machine · 5395 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3552,14 +3552,13 @@ def sample_seed(seed: int, prompt: int, image: int) -> int:
 def evaluating(run: Run):
     """Trained modules in evaluation mode, the VAE on the device, and text embeddings of this moment; all put back after."""
     modules = {m: m.training for m in (run.denoiser, *run.lora_modules.values())}
-    stance = torch.compiler.set_stance("force_eager")  # other shapes than in training would be compiled anew
     vae = run.components.vae()
     run.prompts.forget()
     for module in modules:
         module.eval()
     vae.to(run.accelerator.device)
     try:
-        with stance:
+        with torch.compiler.set_stance("force_eager"):  # other shapes than in training would be compiled anew
             yield
     finally:
         for module, training in modules.items():
