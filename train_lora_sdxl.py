@@ -285,12 +285,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 298 the run: what happens, in which order · 618 the loop, and one step of it · 943 what is logged, and the
-# guard against learning nothing · 1068 data: images and captions · 1440 images: decoding, buckets, crops, batches ·
-# 1982 text: embeddings and new tokens · 2257 LoRA and optimizer · 2815 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3230 checkpoints and signals · 3438 pictures: validation, class images, comparison · 3662
-# probes: what was learned, what was forgotten · 3839 files that a run leaves · 4366 command line · 5031 base model:
-# loading, quantising, splitting · 5308 the machine · 5395 errors, lines, seeds, libraries
+# By line: 298 the run: what happens, in which order · 621 the loop, and one step of it · 946 what is logged, and the
+# guard against learning nothing · 1071 data: images and captions · 1444 images: decoding, buckets, crops, batches ·
+# 1983 text: embeddings and new tokens · 2255 LoRA and optimizer · 2811 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3226 checkpoints and signals · 3434 pictures: validation, class images, comparison · 3658
+# probes: what was learned, what was forgotten · 3835 files that a run leaves · 4363 command line · 5028 base model:
+# loading, quantising, splitting · 5305 the machine · 5392 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -525,16 +525,19 @@ def load_data(run: Run) -> None:
     args, components, processes = run.args, run.components, run.accelerator.num_processes
     sets = args.sets or [args]
     buckets = list(dict.fromkeys(size for own in sets for size in bucket_sizes(own)))
-    loaded = {own.is_class: [] for own in sets} | {False: []}
     for own in sets:
-        loaded[own.is_class] += load_examples(own, buckets, several=len(sets) > 1)
-    if not loaded[False]:
+        own.seed = args.seed  # settled since the sets were read
+    learned, classes = (
+        [e for own in sets if own.is_class == kind for e in load_examples(own, buckets, several=len(sets) > 1)]
+        for kind in (False, True)
+    )
+    if not learned:
         raise UserError(
             f"--dataset_config {args.dataset_config}: every set is one of the class: what is to be learned?"
         )
-    store = prepare_examples(loaded[False], buckets, args)
-    examples, classes = store.examples, loaded.get(True, [])
-    for own in sets:
+    store = prepare_examples(learned, buckets, args)
+    examples = store.examples
+    for own in (own for own in sets if not own.is_class):
         hold_out([e for e in examples if e.own is own], own)
     print_buckets(examples, buckets)
     run.prompts = Prompts(args, components)
@@ -1093,8 +1096,9 @@ def load_examples(args: argparse.Namespace, buckets: list[tuple] = (), several: 
     several: there are other sets, so that names begin with the folder's.
     """
     examples, source = source_examples(args), args.dataset_name or args.train_data_dir or args.instance_data_dir
+    places = [buckets.index(size) for size in bucket_sizes(args)] if buckets else None
     for example in examples:
-        example.own, example.places = args, [buckets.index(size) for size in bucket_sizes(args)] if buckets else None
+        example.own, example.places = args, places
         example.name = f"{Path(source).name}/{example.name}" if several else example.name
     if args.max_train_samples is not None and args.max_train_samples < len(examples):
         rng = random.Random(stable_seed(args.seed, "max_train_samples"))
@@ -1746,7 +1750,7 @@ def draw_crop(cover: tuple[int, int], target: tuple[int, int], rng: random.Rando
 
 
 def cropped(cover, target: tuple[int, int], crop: Crop, rng: random.Random, args: argparse.Namespace):
-    """The bucket's view of a covering image, with the augmentations that are on. RGB image of size `target`."""
+    """The bucket's view of a covering image, with the augmentations that are on; a mask's has no colours to change."""
     width, height = target
     turned = args.random_rotation and rng.random() < args.random_rotation_prob
     if turned:
@@ -1760,7 +1764,7 @@ def cropped(cover, target: tuple[int, int], crop: Crop, rng: random.Random, args
         image = cover.crop((crop.left, crop.top, crop.left + width, crop.top + height))
     if crop.flip:
         image = ImageOps.mirror(image)
-    if args.color_jitter is not None:
+    if args.color_jitter is not None and image.mode == "RGB":
         brightness, contrast, saturation, hue = args.color_jitter
         for kind, strength in (("Brightness", brightness), ("Contrast", contrast), ("Color", saturation)):
             factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
@@ -1814,8 +1818,7 @@ class TrainingData:
         if slot.is_class:
             return torch.ones(1, height, width)
         around, crop = self.masks.window(slot.index, slot.bucket, crop)
-        still = argparse.Namespace(**vars(self.args) | {"color_jitter": None})
-        small = cropped(around, target, crop, rng, still).resize((width, height), Image.Resampling.BOX)
+        small = cropped(around, target, crop, rng, self.args).resize((width, height), Image.Resampling.BOX)
         shares = torch.from_numpy(np.array(small))[None].float() / 255
         low = self.examples[slot.index].own.unmasked_weight
         weights = (low + (1 - low) * shares).clamp_(min=1e-3)  # a crop beside the mask: all of it counts
@@ -1940,10 +1943,8 @@ class DiskCache:
         if self.folder is None or not (file := self.file(place)).is_file():
             return None
         try:
-            with safe_open(file, framework="pt") as stored:
-                names, digest = stored.keys(), (stored.metadata() or {}).get("sha256")
-                tensors = {name: stored.get_tensor(name) for name in names}
-            if digest == tensors_hash(tensors, place):
+            tensors, metadata = read_safetensors(file)
+            if metadata.get("sha256") == tensors_hash(tensors, place):
                 return tensors
         except Exception:  # safetensors has no public base class for damage
             pass
@@ -2067,11 +2068,8 @@ class Prompts:
             if key in live:
                 encoded[key] = self.compute(key, prompts)
             else:
-                rows, device = self.kept(key, prompts), self.components.device
-                encoded[key] = {
-                    k: torch.cat([row[k].to(device, non_blocking=device.type == "cuda") for row in rows])
-                    for k in rows[0]
-                }
+                rows = [to_device(row, self.components.device) for row in self.kept(key, prompts)]
+                encoded[key] = {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
         return join_embeds(encoded, self.args, self.components.config(DENOISER))
 
     def for_pipeline(self, prompt: str, negative: str = "") -> dict:
@@ -2420,8 +2418,6 @@ def read_initial_lora(run: Run) -> dict[str, dict]:
 
 def read_safetensors(file: Path) -> tuple[dict, dict]:
     """Tensors and metadata of a file."""
-    from safetensors import safe_open
-
     with safe_open(file, "pt") as opened:
         return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
 
@@ -3941,7 +3937,7 @@ def locked_output(args: argparse.Namespace):
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"--{flag} {folder} can't be written to: {why}") from None
-    if int(os.environ.get("RANK", "0")) > 0:
+    if QUIET:
         yield
         return
     import platform
@@ -4073,9 +4069,8 @@ def write_diffusers_file(run: Run, file: Path, states: dict, alpha: float, rank:
         metadata |= {"lora_alpha": alpha, "r": rank, "init_lora_weights": True}
         metadata |= {key: sorted(value) for key, value in metadata.items() if isinstance(value, set)}
     library_class("diffusers", PIPELINE_CLASS).save_lora_weights(file.parent, weight_name=file.name, **arguments)
-    with safe_open(file, "pt") as written:  # the pipeline takes no other metadata than its own
-        about = about | {"modelspec.implementation": "diffusers"} | written.metadata()
-    save_file(load_file(file), file, metadata=about)
+    tensors, own = read_safetensors(file)  # the pipeline takes no other metadata than its own
+    save_file(tensors, file, metadata=about | {"modelspec.implementation": "diffusers"} | own)
 
 
 def to_diffusers_keys(state: dict) -> dict:
@@ -4319,9 +4314,11 @@ def summarise(args: argparse.Namespace, processes: int = 1, stopped: int = 0) ->
         prompt = prompt or with_trigger(caption, (*args.triggers, None)[0])
     say(f"{'draw':12}{command('run_lora_infer', 'infer_lora.py', [], place, '--prompt', brief(prompt) or 'a picture')}")
     if stopped:
-        words = "--config", output / "config.yaml", "--resume_from_checkpoint", "latest"
+        resume = "--resume_from_checkpoint", "latest"
+        words = "--config", output / "config.yaml", *resume
         again = command("run_lora_train", Path(__file__).name, [FAMILY], *words)
-        say(f"{'go on':12}{again if processes == 1 else f'the same command with {chr(32).join(words[2:])}'}")
+        again = again if processes == 1 else f"the same command with {' '.join(resume)}"
+        say(f"{'go on':12}{again}")
 
 
 def command(wrapper: str, program: str, first: list[str], *words: object) -> str:
@@ -5500,13 +5497,13 @@ def import_libraries(models: bool = True) -> None:
 
     models: also what models need, and not only pictures and tensors.
     """
-    global torch, F, load_file, safe_open, save_file, SafetensorError
+    global torch, F, safe_open, save_file, SafetensorError
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import_image_libraries()
     import torch
     import torch.nn.functional as F
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     if models:
         import_logging_quietly()

@@ -471,3 +471,29 @@ def test_what_is_wrong_with_sets_is_said(tmp_path, capsys):
     (tmp_path / "sets.yaml").write_text(f"- {{train_data_dir: {folder}}}")
     assert load_script("train_lora_sd15.py").main([*words, "-d", str(folder)]) == 2
     assert "exclude each other" in capsys.readouterr().err
+
+
+@pytest.mark.families("sdxl")
+def test_sets_hold_out_by_the_runs_seed_and_class_sets_hold_out_none(family, script, tmp_path, capsys):
+    dogs, others = (
+        pictures(tmp_path / "dogs", [f"dog {k}" for k in range(6)]),
+        pictures(tmp_path / "others", ["an owl"]),
+    )
+    sets = f"- {{train_data_dir: {dogs}}}\n- {{train_data_dir: {others}, class_prompt: an animal}}\n"
+    (tmp_path / "sets.yaml").write_text(sets)
+    held, hold_out = {}, script.hold_out
+    flags = ("--dataset_config", tmp_path / "sets.yaml", "--validation_split", 0.5, "--max_train_steps", 1)
+    for seed in (1, 2):
+
+        def noted(examples, own, seed=seed):
+            hold_out(examples, own)
+            held[seed] = own.seed, [e.name for e in examples if e.held_out]
+
+        script.hold_out = noted
+        try:
+            assert run_here(family, tmp_path / str(seed), *flags, "--seed", seed) == 0
+        finally:
+            script.hold_out = hold_out
+    assert [held[seed][0] for seed in (1, 2)] == [1, 2] and len(held[1][1]) == 3
+    script.settle_seed(args := argparse.Namespace(seed=None), (tmp_path, {"seed": 7}))
+    assert args.seed == 7
