@@ -229,10 +229,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 240 the run: what happens, in which order · 563 the loop, and one step of it · 888 what is logged, and the
 # guard against learning nothing · 1013 data: images and captions · 1386 images: decoding, buckets, crops, batches ·
-# 1925 text: embeddings and new tokens · 2197 LoRA and optimizer · 2753 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3168 checkpoints and signals · 3376 pictures: validation, class images, comparison · 3600
-# probes: what was learned, what was forgotten · 3777 files that a run leaves · 4305 command line · 4970 base model:
-# loading, quantising, splitting · 5247 the machine · 5334 errors, lines, seeds, libraries
+# 1925 text: embeddings and new tokens · 2197 LoRA and optimizer · 2762 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3177 checkpoints and signals · 3385 pictures: validation, class images, comparison · 3605
+# probes: what was learned, what was forgotten · 3780 files that a run leaves · 4308 command line · 4973 base model:
+# loading, quantising, splitting · 5250 the machine · 5337 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2329,7 +2329,7 @@ def read_initial_lora(run: Run) -> dict[str, dict]:
     start: dict[str, dict] = {}
     for key, value in weights.items():
         part, _, name = key.partition(".")
-        for ours, theirs in DIFFUSERS_SPELLING if part == DENOISER else DIFFUSERS_SPELLING[:0]:
+        for ours, theirs in DIFFUSERS_SPELLING if part == DENOISER else ():
             name = name.replace(theirs, ours)
         start.setdefault(part, {})[name] = value
     if DENOISER not in start:
@@ -2678,24 +2678,33 @@ def waitless_prodigy(base: type) -> type:
 
 
 @contextlib.contextmanager
-def averaged(parts: list[Part]):
-    """While inside, parameters are what should be saved and shown: moving averages, where there are any."""
+def restored(parts: list[Part]):
+    """What is done to parameters inside is undone afterwards, exactly, where a swap back would round."""
     kept = [part.weights.detach().clone() for part in parts]
-    free = [p.optimizer for p in parts if type(p.optimizer).__name__.endswith("ScheduleFree")]
-    for part in parts:
-        if part.ema is not None:
-            part.ema.copy_to([part.weights])
-    for optimizer in free:
-        optimizer.eval()
-    for part in parts:
-        part.publish()
     try:
         yield
     finally:
-        for optimizer in free:
-            optimizer.train()
         for part, weights in zip(parts, kept, strict=True):
-            part.assign(weights)  # exactly, where a swap back would round
+            part.assign(weights)
+
+
+@contextlib.contextmanager
+def averaged(parts: list[Part]):
+    """While inside, parameters are what should be saved and shown: moving averages, where there are any."""
+    free = [p.optimizer for p in parts if type(p.optimizer).__name__.endswith("ScheduleFree")]
+    with restored(parts):
+        for part in parts:
+            if part.ema is not None:
+                part.ema.copy_to([part.weights])
+        for optimizer in free:
+            optimizer.eval()
+        for part in parts:
+            part.publish()
+        try:
+            yield
+        finally:
+            for optimizer in free:
+                optimizer.train()
 
 
 class StepGuard:
@@ -3408,16 +3417,12 @@ def draw_samples(run: Run, step: int) -> list[Path]:
 @contextlib.contextmanager
 def weakened(parts: list[Part], scale: float):
     """While inside, the LoRA's update counts `scale` times."""
-    kept = [part.weights.detach().clone() for part in parts] if scale != 1 else []
-    for part in parts if kept else ():
-        for name, view in part.split(part.weights.data).items():
-            view.mul_(scale if ".lora_B." in name else 1.0)
-        part.publish()
-    try:
+    with restored(parts):
+        for part in parts:
+            for name, view in part.split(part.weights.data).items():
+                view.mul_(scale if ".lora_B." in name else 1.0)
+            part.publish()
         yield
-    finally:
-        for part, weights in zip(parts, kept, strict=False):
-            part.assign(weights)
 
 
 def save_sample(run: Run, step: int, number: str, prompt: str, seed: int, image) -> Path:
@@ -3763,15 +3768,13 @@ def read_metrics(output: str) -> list[dict]:
 @contextlib.contextmanager
 def base_alone(run: Run):
     """While inside, all that is trained is as it was at the start, when it changes nothing that the base draws."""
-    kept = [part.weights.detach().clone() for part in run.parts]
-    for part in run.parts:
-        part.assign(part.initial)
-    try:
-        yield
-    finally:
-        for part, weights in zip(run.parts, kept, strict=True):
-            part.assign(weights)
-        run.prompts.forget()
+    with restored(run.parts):
+        for part in run.parts:
+            part.assign(part.initial)
+        try:
+            yield
+        finally:
+            run.prompts.forget()
 
 
 # ---- files that a run leaves -----------------------------------------------------------------------------------------
@@ -4353,10 +4356,10 @@ def set_entries(args: argparse.Namespace) -> list[tuple[str, dict]]:
             raise UserError(f"--kohya_folders: no folder such as 10_sks dog in {args.train_data_dir}")
         keys = "train_data_dir", "repeats", "default_caption"
         return [(str(f), dict(zip(keys, (str(f), int(n), text), strict=True))) for f, n, text in named]
+    if not args.dataset_config:
+        return []
     out = []
-    for number, entry in enumerate(
-        read_config(args.dataset_config, "--dataset_config", list) if args.dataset_config else [], 1
-    ):
+    for number, entry in enumerate(read_config(args.dataset_config, "--dataset_config", list), 1):
         where = f"--dataset_config {args.dataset_config}, set {number}"
         wrong = [key for key in entry if key not in SET_KEYS.split()] if isinstance(entry, dict) else [entry]
         if wrong:
