@@ -128,9 +128,7 @@ def add_family_args(add) -> None:
     add("--enable_t5_ti", action="store_true", help="new tokens for T5 too")
 
 
-def draw_noise(
-    generator, shape: tuple[int, int, int], scheduler, args: argparse.Namespace, quantile: float | None = None
-) -> dict:
+def draw_noise(generator, shape: tuple, scheduler, args: argparse.Namespace, quantile: float | None = None) -> dict:
     """What the loss needs at random for one sample: noise (C, H, W), sigma and timestep; `quantile` fixes the last two.
 
     Where the base's schedule shifts with the size, as dev's does, sigma is shifted as the pipeline does when it draws.
@@ -177,12 +175,9 @@ def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: 
     Differentiable in the text encoder.
     """
     length = args.max_sequence_length if key == "t5" else tokenizer.model_max_length
-    ids = tokenizer(
-        prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    ).input_ids.to(text_encoder.device)
-    if key == "t5":
-        return {"hidden": text_encoder(ids)[0]}
-    return {"pooled": text_encoder(ids).pooler_output}
+    padded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    output = text_encoder(padded.input_ids.to(text_encoder.device))
+    return {"hidden": output[0]} if key == "t5" else {"pooled": output.pooler_output}
 
 
 def join_embeds(encoded: dict[str, dict], args: argparse.Namespace, config: dict) -> dict:
@@ -199,9 +194,8 @@ def check_base(components: Components) -> None:
     """Refuses other families' bases and what would have no effect on this one, and says what its pictures need."""
     args, config = components.args, components.config(DENOISER) if components.has(DENOISER) else {}
     if config.get("_class_name") != "FluxTransformer2DModel":
-        raise UserError(
-            f"--pretrained_model_name_or_path is a {components.index.get('_class_name')}, not {FAMILY_TITLE}"
-        )
+        kind = components.index.get("_class_name")
+        raise UserError(f"--pretrained_model_name_or_path is a {kind}, not {FAMILY_TITLE}")
     if config["guidance_embeds"]:
         return
     if args.guidance_scale != 3.5:
@@ -234,6 +228,20 @@ def position_ids(height: int, width: int, device):
     return torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns).float()
 
 
+def lighten(denoiser) -> None:
+    """Has attention turn its queries and keys as complex numbers: half the operations and float32 copies of diffusers' way."""
+    from diffusers.models import embeddings, transformers
+
+    def turned(x, angles, sequence_dim: int):
+        if torch.compiler.is_compiling() or x.is_mps:
+            return embeddings.apply_rotary_emb(x, angles, sequence_dim=sequence_dim)
+        cos, sin = (table[:, None, ::2] for table in angles)  # (S, D), each number twice -> (S, 1, D/2)
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, S, heads, D/2)
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+
+    transformers.transformer_flux.apply_rotary_emb = turned
+
+
 def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
     """Beginnings of names of layers whose output nothing reads, so that no gradient reaches them; `part` as in TEXT_ENCODERS."""
     return ()
@@ -249,25 +257,17 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     """The transformer's modules under the names of the original checkpoint, where q, k, v (and the MLP) are one layer:
     single_transformer_blocks.N.{attn.to_q,attn.to_k,attn.to_v,proj_mlp} -> single_blocks.N.linear1, and so on.
     """
+    double = """attn.to_out.0=img_attn.proj attn.to_add_out=txt_attn.proj ff.net.0.proj=img_mlp.0 ff.net.2=img_mlp.2
+        ff_context.net.0.proj=txt_mlp.0 ff_context.net.2=txt_mlp.2 norm1.linear=img_mod.lin norm1_context.linear=txt_mod.lin"""
     single = {
-        "transformer_blocks": {
-            "attn.to_out.0": "img_attn.proj",
-            "attn.to_add_out": "txt_attn.proj",
-            "ff.net.0.proj": "img_mlp.0",
-            "ff.net.2": "img_mlp.2",
-            "ff_context.net.0.proj": "txt_mlp.0",
-            "ff_context.net.2": "txt_mlp.2",
-            "norm1.linear": "img_mod.lin",
-            "norm1_context.linear": "txt_mod.lin",
-        },
+        "transformer_blocks": dict(pair.split("=") for pair in double.split()),
         "single_transformer_blocks": {"proj_out": "linear2", "norm.linear": "modulation.lin"},
     }
+    image = ("attn.to_q", "attn.to_k", "attn.to_v")
+    text = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
     fused = {
-        "transformer_blocks": {
-            "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-            "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-        },
-        "single_transformer_blocks": {"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")},
+        "transformer_blocks": {"img_attn.qkv": image, "txt_attn.qkv": text},
+        "single_transformer_blocks": {"linear1": (*image, "proj_mlp")},
     }
     groups = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
     embedders = {"timestep_embedder": "time_in", "text_embedder": "vector_in", "guidance_embedder": "guidance_in"}
@@ -276,7 +276,7 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     outer |= {"x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear"}
     outer |= {"norm_out.linear": "final_layer.adaLN_modulation.1"}
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    out, waiting = {}, {}
+    out, partial = {}, {}
     for name, tensors in modules.items():
         if name in outer:
             out[outer[name]] = halves_swapped(tensors) if name == "norm_out.linear" else tensors  # shift first there
@@ -287,13 +287,13 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
             out[f"{block}.{single[group][rest]}"] = tensors
             continue
         target, parts = next(pair for pair in fused[group].items() if rest in pair[1])
-        waiting.setdefault(f"{block}.{target}", [None] * len(parts))[parts.index(rest)] = tensors
-    return out | {n: fuse_projections(parts, ([width] * 3 + [4 * width])[: len(parts)]) for n, parts in waiting.items()}
+        partial.setdefault(f"{block}.{target}", [None] * len(parts))[parts.index(rest)] = tensors
+    return out | {n: fuse_projections(parts, ([width] * 3 + [4 * width])[: len(parts)]) for n, parts in partial.items()}
 
 
 # By line: 304 the run: what happens, in which order · 627 the loop, and one step of it · 952 what is logged, and the
 # guard against learning nothing · 1077 data: images and captions · 1450 images: decoding, buckets, crops, batches ·
-# 1989 text: embeddings and new tokens · 2261 LoRA and optimizer · 2826 the step's layers: LoRA products, frozen
+# 1989 text: embeddings and new tokens · 2261 LoRA and optimizer · 2828 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 3241 checkpoints and signals · 3449 pictures: validation, class images, comparison · 3669
 # probes: what was learned, what was forgotten · 3844 files that a run leaves · 4372 command line · 5037 base model:
 # loading, quantising, splitting · 5314 the machine · 5401 errors, lines, seeds, libraries
@@ -2301,6 +2301,8 @@ def add_trained_parts(run: Run) -> None:
     for module in run.lora_modules.values():
         if not (args.compile and module is run.denoiser):  # the compiler fuses too, and would take each LoraGroup anew
             fuse_lora(module)
+    if not args.compile:
+        lighten(run.denoiser)
     run.graphs = Graphs(run.parts) if args.cuda_graphs else None
     for part in run.parts:
         millions = part.weights.numel() / 1e6
@@ -2877,7 +2879,7 @@ def fuse_lora(module) -> None:
     """Gives a module's plain LoRA layers (linear, 1 x 1 convolution; no dropout, no DoRA) the forward of LoraGroup.
 
     Those of one attention with the same input become one group. To be called when the part's buffers are there; peft
-    computes all other layers. A UNet's gated gelu keeps its input alone.
+    computes all other layers.
     """
     from peft.tuners.lora import Conv2d, Linear
 
@@ -2890,8 +2892,6 @@ def fuse_lora(module) -> None:
         return type(layer.lora_dropout["default"]) is torch.nn.Identity and not layer.lora_bias["default"]
 
     for parent in module.modules():
-        if type(parent).__name__ == "GEGLU":
-            parent.forward = functools.partial(lambda layer, x: GatedGelu.apply(layer.proj(x)), parent)
         layers = {name: layer for name, layer in parent.named_children() if plain(layer)}
         crossed = getattr(parent, "is_cross_attention", False)
         for names in SHARED_INPUT:

@@ -137,9 +137,7 @@ def add_family_args(add) -> None:
     # fmt: on
 
 
-def draw_noise(
-    generator, shape: tuple[int, int, int], scheduler, args: argparse.Namespace, quantile: float | None = None
-) -> dict:
+def draw_noise(generator, shape: tuple, scheduler, args: argparse.Namespace, quantile: float | None = None) -> dict:
     """What the loss needs at random for one sample: noise (C, H, W), sigma and timestep; `quantile` fixes the last two."""
     noise = torch.randn(shape, generator=generator)
     steps = scheduler.config.num_train_timesteps
@@ -219,6 +217,10 @@ def unpack_output(latents, size: tuple[int, int]):
     return latents
 
 
+def lighten(denoiser) -> None:
+    """Nothing: its layers keep little for the backward pass as they are."""
+
+
 def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
     """Beginnings of names of layers whose output nothing reads, so that no gradient reaches them; `part` as in TEXT_ENCODERS."""
     if part != DENOISER:
@@ -286,12 +288,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 299 the run: what happens, in which order · 622 the loop, and one step of it · 947 what is logged, and the
-# guard against learning nothing · 1072 data: images and captions · 1445 images: decoding, buckets, crops, batches ·
-# 1984 text: embeddings and new tokens · 2256 LoRA and optimizer · 2821 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3236 checkpoints and signals · 3444 pictures: validation, class images, comparison · 3664
-# probes: what was learned, what was forgotten · 3839 files that a run leaves · 4367 command line · 5032 base model:
-# loading, quantising, splitting · 5309 the machine · 5396 errors, lines, seeds, libraries
+# By line: 301 the run: what happens, in which order · 624 the loop, and one step of it · 949 what is logged, and the
+# guard against learning nothing · 1074 data: images and captions · 1447 images: decoding, buckets, crops, batches ·
+# 1986 text: embeddings and new tokens · 2258 LoRA and optimizer · 2825 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3238 checkpoints and signals · 3446 pictures: validation, class images, comparison · 3666
+# probes: what was learned, what was forgotten · 3841 files that a run leaves · 4369 command line · 5034 base model:
+# loading, quantising, splitting · 5311 the machine · 5398 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2296,6 +2298,8 @@ def add_trained_parts(run: Run) -> None:
     for module in run.lora_modules.values():
         if not (args.compile and module is run.denoiser):  # the compiler fuses too, and would take each LoraGroup anew
             fuse_lora(module)
+    if not args.compile:
+        lighten(run.denoiser)
     run.graphs = Graphs(run.parts) if args.cuda_graphs else None
     for part in run.parts:
         millions = part.weights.numel() / 1e6
@@ -2872,7 +2876,7 @@ def fuse_lora(module) -> None:
     """Gives a module's plain LoRA layers (linear, 1 x 1 convolution; no dropout, no DoRA) the forward of LoraGroup.
 
     Those of one attention with the same input become one group. To be called when the part's buffers are there; peft
-    computes all other layers. A UNet's gated gelu keeps its input alone.
+    computes all other layers.
     """
     from peft.tuners.lora import Conv2d, Linear
 
@@ -2885,8 +2889,6 @@ def fuse_lora(module) -> None:
         return type(layer.lora_dropout["default"]) is torch.nn.Identity and not layer.lora_bias["default"]
 
     for parent in module.modules():
-        if type(parent).__name__ == "GEGLU":
-            parent.forward = functools.partial(lambda layer, x: GatedGelu.apply(layer.proj(x)), parent)
         layers = {name: layer for name, layer in parent.named_children() if plain(layer)}
         crossed = getattr(parent, "is_cross_attention", False)
         for names in SHARED_INPUT:

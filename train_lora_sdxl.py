@@ -110,18 +110,8 @@ FAMILY_RULES: tuple[tuple, ...] = ()  # as RULES
 
 def add_family_args(add) -> None:
     """Flags that only this family has."""
-    add(
-        "--clip_skip",
-        type=count,
-        help="use the text encoders' outputs so many layers before the usual one (default: 0 before)",
-    )
-    add(
-        "--max_token_length",
-        type=int,
-        choices=[75, 150, 225],
-        default=75,
-        help="tokens of a caption that are read (75)",
-    )
+    add("--clip_skip", type=count, help="use the text encoders' outputs so many layers before the usual (default: 0)")
+    add("--max_token_length", type=int, choices=[75, 150, 225], default=75, help="tokens read of a caption (75)")
     add("--snr_gamma", type=amount, help="min-SNR weighting, 5 is usual (default: off)")
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="(default: the scheduler's)")
     add("--rescale_betas_zero_snr", action="store_true", help="noise that ends without signal (default: the base's)")
@@ -129,9 +119,7 @@ def add_family_args(add) -> None:
     add("--input_perturbation", type=amount, default=0.0, help="extra noise on the input, 0.1 is usual (0: off)")
 
 
-def draw_noise(
-    generator, shape: tuple[int, int, int], scheduler, args: argparse.Namespace, quantile: float | None = None
-) -> dict:
+def draw_noise(generator, shape: tuple, scheduler, args: argparse.Namespace, quantile: float | None = None) -> dict:
     """What the loss needs at random for one sample: noise (C, H, W) and a timestep; `quantile` fixes the timestep."""
     draws = {"noise": torch.randn(shape, generator=generator)}
     low, high = args.min_timestep, min(args.max_timestep, scheduler.config.num_train_timesteps)
@@ -228,6 +216,13 @@ def unpack_output(latents, size: tuple[int, int]):
     return latents
 
 
+def lighten(denoiser) -> None:
+    """Has the gated gelus keep nothing but their input for the backward pass."""
+    for layer in denoiser.modules():
+        if type(layer).__name__ == "GEGLU":
+            layer.forward = functools.partial(lambda layer, x: GatedGelu.apply(layer.proj(x)), layer)
+
+
 def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
     """Beginnings of names of layers whose output nothing reads, so that no gradient reaches them; `part` as in TEXT_ENCODERS."""
     if part != "clip_l":
@@ -285,12 +280,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 298 the run: what happens, in which order · 621 the loop, and one step of it · 946 what is logged, and the
-# guard against learning nothing · 1071 data: images and captions · 1444 images: decoding, buckets, crops, batches ·
-# 1983 text: embeddings and new tokens · 2255 LoRA and optimizer · 2820 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3235 checkpoints and signals · 3443 pictures: validation, class images, comparison · 3663
-# probes: what was learned, what was forgotten · 3838 files that a run leaves · 4366 command line · 5031 base model:
-# loading, quantising, splitting · 5308 the machine · 5395 errors, lines, seeds, libraries
+# By line: 293 the run: what happens, in which order · 616 the loop, and one step of it · 941 what is logged, and the
+# guard against learning nothing · 1066 data: images and captions · 1439 images: decoding, buckets, crops, batches ·
+# 1978 text: embeddings and new tokens · 2250 LoRA and optimizer · 2817 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3230 checkpoints and signals · 3438 pictures: validation, class images, comparison · 3658
+# probes: what was learned, what was forgotten · 3833 files that a run leaves · 4361 command line · 5026 base model:
+# loading, quantising, splitting · 5303 the machine · 5390 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2295,6 +2290,8 @@ def add_trained_parts(run: Run) -> None:
     for module in run.lora_modules.values():
         if not (args.compile and module is run.denoiser):  # the compiler fuses too, and would take each LoraGroup anew
             fuse_lora(module)
+    if not args.compile:
+        lighten(run.denoiser)
     run.graphs = Graphs(run.parts) if args.cuda_graphs else None
     for part in run.parts:
         millions = part.weights.numel() / 1e6
@@ -2871,7 +2868,7 @@ def fuse_lora(module) -> None:
     """Gives a module's plain LoRA layers (linear, 1 x 1 convolution; no dropout, no DoRA) the forward of LoraGroup.
 
     Those of one attention with the same input become one group. To be called when the part's buffers are there; peft
-    computes all other layers. A UNet's gated gelu keeps its input alone.
+    computes all other layers.
     """
     from peft.tuners.lora import Conv2d, Linear
 
@@ -2884,8 +2881,6 @@ def fuse_lora(module) -> None:
         return type(layer.lora_dropout["default"]) is torch.nn.Identity and not layer.lora_bias["default"]
 
     for parent in module.modules():
-        if type(parent).__name__ == "GEGLU":
-            parent.forward = functools.partial(lambda layer, x: GatedGelu.apply(layer.proj(x)), parent)
         layers = {name: layer for name, layer in parent.named_children() if plain(layer)}
         crossed = getattr(parent, "is_cross_attention", False)
         for names in SHARED_INPUT:

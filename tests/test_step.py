@@ -723,3 +723,23 @@ def test_operations_of_a_layer(dtype):
         part.collect()
         part.publish()
     assert len(count.names) == (3 if dtype != torch.float32 else 0)
+
+
+def test_queries_and_keys_are_turned_as_the_library_does():
+    from diffusers.models import embeddings, transformers
+
+    load_script("train_dreambooth_lora_flux_advanced.py").lighten(None)
+    angles = embeddings.FluxPosEmbed(10000, [4, 6, 6])(torch.arange(15.0).view(5, 3))
+    states, gradient = torch.randn(2, 5, 3, 16), torch.randn(2, 5, 3, 16)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = []
+        for turn in (embeddings.apply_rotary_emb, transformers.transformer_flux.apply_rotary_emb):
+            x, count = states.to(dtype, copy=True).requires_grad_(), Count()
+            count.names = []
+            with count:
+                result = turn(x, angles, sequence_dim=1)
+                result.backward(gradient.to(dtype))
+            found.append((result, x.grad, len(count.names)))
+        assert found[1][0].dtype == dtype and found[1][2] < 0.7 * found[0][2]
+        for theirs, ours in zip(found[0][:2], found[1][:2], strict=True):
+            torch.testing.assert_close(ours, theirs)
