@@ -726,20 +726,24 @@ def test_operations_of_a_layer(dtype):
 
 
 def test_queries_and_keys_are_turned_as_the_library_does():
+    """In half precision a gradient is nearer to the exact one than the library's, which is rounded on two ways and added."""
     from diffusers.models import embeddings, transformers
 
     load_script("train_dreambooth_lora_flux_advanced.py").lighten(None)
     angles = embeddings.FluxPosEmbed(10000, [4, 6, 6])(torch.arange(15.0).view(5, 3))
-    states, gradient = torch.randn(2, 5, 3, 16), torch.randn(2, 5, 3, 16)
+    states, gradient = torch.randn(2, 5, 3, 16).bfloat16(), torch.randn(2, 5, 3, 16).bfloat16()
+    found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        found = []
         for turn in (embeddings.apply_rotary_emb, transformers.transformer_flux.apply_rotary_emb):
             x, count = states.to(dtype, copy=True).requires_grad_(), Count()
             count.names = []
             with count:
                 result = turn(x, angles, sequence_dim=1)
                 result.backward(gradient.to(dtype))
-            found.append((result, x.grad, len(count.names)))
-        assert found[1][0].dtype == dtype and found[1][2] < 0.7 * found[0][2]
-        for theirs, ours in zip(found[0][:2], found[1][:2], strict=True):
-            torch.testing.assert_close(ours, theirs)
+            found.setdefault(dtype, []).append((result, x.grad, len(count.names)))
+        theirs, ours = found[dtype]
+        assert ours[2] < 0.7 * theirs[2]
+        torch.testing.assert_close(ours[0], theirs[0])
+    (exact, same), (theirs, ours) = found.values()
+    torch.testing.assert_close(same[1], exact[1])
+    assert (ours[1] - exact[1]).norm() < (theirs[1] - exact[1]).norm()
