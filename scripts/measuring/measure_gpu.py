@@ -7,8 +7,8 @@
     python scripts/measuring/measure_gpu.py --json gpu.json --table docs/gpu.md      measures nothing, writes the table
     python scripts/measuring/measure_gpu.py --tiny                                   all of it on toy sizes, also on a CPU
 
-A case is family:size:batch[:flag[=value],...] with the training script's own flags; a beginning of listed cases stands for all
-of them. Weights are random: what a step costs depends on sizes alone, and nothing is downloaded. In each case the programs
+A case is family:size:batch[:flag[=value],...] with the training script's own flags, or channels_last and cudnn_attention, which
+are tried here alone; a beginning of listed cases stands for all of them. Weights are random: what a step costs depends on sizes alone, and nothing is downloaded. In each case the programs
 take turns (ours, plain, example, example, plain, ours), each from its first line until so many steps are timed, with one wait
 for the GPU before and one after them. What is compared with what, and what the columns mean: docs/gpu.md.
 
@@ -37,12 +37,13 @@ from scripts.parts.training_scripts import SCRIPTS
 FLUX = "flux:1024:1:gradient_checkpointing"
 CASES = [
     *("sd15:512:1", "sd15:512:1:compile", "sd15:512:1:cuda_graphs"),
-    *("sd15:512:4", "sd15:512:4:compile", "sd15:512:4:cuda_graphs"),
+    *("sd15:512:4", "sd15:512:4:compile", "sd15:512:4:cuda_graphs", "sd15:512:4:channels_last"),
     *("sdxl:1024:1", "sdxl:1024:1:gradient_checkpointing", "sdxl:1024:1:optimizer=adamw8bit"),
     *("sdxl:1024:1:optimizer=prodigy", "sdxl:1024:1:compile", "sdxl:1024:1:cuda_graphs"),
+    *("sdxl:1024:1:channels_last", "sdxl:1024:1:cudnn_attention"),
     *("sd3:1024:1", "sd3:1024:1:gradient_checkpointing"),
     *(FLUX, f"{FLUX},quantize_base=fp8", f"{FLUX},quantize_base=nf4", f"{FLUX},quantize_base=int8"),
-    *(f"{FLUX},compile", "flux:512:1:gradient_checkpointing", "flux:1024:1"),
+    *(f"{FLUX},compile", f"{FLUX},cudnn_attention", "flux:512:1:gradient_checkpointing", "flux:1024:1"),
 ]
 TINY_CASES = [
     "sd15:64:2:optimizer=prodigy",
@@ -68,6 +69,7 @@ EXPECTED = {  # milliseconds on an H100, thought out from the counts before anyt
 }
 # Flags that change nothing but rounding
 SAME_RESULT = ("compile", "cuda_graphs", "gradient_checkpointing", "blocks_to_swap", "quantize_base")
+SAME_RESULT += ("channels_last", "cudnn_attention")
 PACKAGES = {"optimizer=prodigy": "prodigyopt", "optimizer=schedulefree": "schedulefree"}
 PACKAGES |= dict.fromkeys(("optimizer=adamw8bit", "quantize_base=nf4"), "bitsandbytes")
 # Flags that diffusers' examples know too
@@ -204,7 +206,7 @@ class Bench:
         words = self.words(case, work, kind, bases["example" if kind == "example" else "ours"])
         said = io.StringIO()
         try:
-            with self.surroundings(said), watching(clock):
+            with self.surroundings(said), watching(clock), programs.tried(family, flags):
                 if kind == "example":
                     programs.run_example(self.args.examples / programs.EXAMPLES[family], words, flags, "__main__")
                 settings = programs.arguments(family, words, flags)
@@ -232,7 +234,9 @@ class Bench:
         try:
             with tempfile.TemporaryDirectory() as work, self.surroundings(io.StringIO()):
                 words = self.words(case, Path(work), "ours", self.make_inputs(case, Path(work))["ours"])
-                programs.run_project(family, programs.arguments(family, words, flags), clock, seen, only_gradients=True)
+                with programs.tried(family, flags):
+                    settings = programs.arguments(family, words, flags)
+                    programs.run_project(family, settings, clock, seen, only_gradients=True)
         except programs.Enough:
             return seen.gradients
         finally:

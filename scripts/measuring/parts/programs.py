@@ -65,9 +65,37 @@ def begin_lora(module) -> None:
             parameter.data.copy_(value * (0.1 if "lora_B" in name else 1.0))
 
 
+TRIALS = ("channels_last", "cudnn_attention")  # what a case can try that is no flag of the scripts
+
+
 def case_words(flags: list[str]) -> list[str]:
     """["rank=8", "compile"] -> the words of a command line."""
-    return [word for flag in flags for word in f"--{flag}".split("=", 1)]
+    return [word for flag in flags if flag not in TRIALS for word in f"--{flag}".split("=", 1)]
+
+
+@contextlib.contextmanager
+def tried(family: str, flags: list[str]):
+    """While inside, what a case tries (TRIALS) is so: a UNet's pictures with their channels last, cuDNN's attention alone."""
+    import torch
+
+    script = script_of(family)
+    lighten, others = (
+        script.lighten,
+        (torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_mem_efficient_sdp),
+    )
+
+    def channels_last(denoiser) -> None:
+        lighten(denoiser)
+        denoiser.to(memory_format=torch.channels_last)
+
+    for switch in others:
+        switch("cudnn_attention" not in flags)
+    try:
+        with patch.object(script, "lighten", channels_last if "channels_last" in flags else lighten):
+            yield
+    finally:
+        for switch in others:
+            switch(True)
 
 
 def common_words(output: Path, base: Path, pictures: Path, size: int, batch: int) -> list[str]:
