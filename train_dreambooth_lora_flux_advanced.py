@@ -25,7 +25,7 @@ Pivotal tuning: new tokens for CLIP in the first half, the LoRA all along:
 
 What features cost and bring (a step at 1024 px, batch 1, bf16, rank 4, cached latents: 47 GiB, 161 TFLOP; docs/step.md):
 
-    --gradient_checkpointing   25 GiB, 236 TFLOP           --optimizer adamw8bit   2 bytes of state a weight, not 8
+    --gradient_checkpointing   25 GiB, 212 TFLOP           --optimizer adamw8bit   2 bytes of state a weight, not 8
     --quantize_base fp8        base 11 GiB, not 22         --with_prior_preservation   twice the pictures a step
     --quantize_base nf4        base 6 GiB                  --use_ema               4 bytes a trained weight
 
@@ -83,6 +83,7 @@ PIPELINE_OPTIONS: dict[str, object] = {}
 TRAINING_SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # 1000 sigmas and timesteps, before a shift that depends on size
 DENOISER = "transformer"  # the denoiser's name in the pipeline
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+LAST_PRODUCTS = ("ff.net.2", "ff_context.net.2", "proj_out")  # of a block: only gated and added
 TEXT_ENCODERS = {"clip_l": ("tokenizer", "text_encoder"), "t5": ("tokenizer_2", "text_encoder_2")}  # in the pipeline
 DROPPED_PARTS: dict[str, tuple[str, ...]] = {}  # flag: parts of the base that the run then does without
 TEXT_LORA_ENCODERS = ("clip_l",)  # those that --train_text_encoder gives a LoRA
@@ -153,8 +154,7 @@ def compute_loss(batch: dict, latents, embeds: dict, denoiser, scheduler, args: 
     noise, sigmas = batch["noise"], batch["sigmas"].view(-1, 1, 1, 1)
     # z_t = (1 - t) x_0 + t eps, https://arxiv.org/abs/2403.03206 eq. 13
     noisy_latents = (1 - sigmas) * latents + sigmas * noise
-    count, _, height, width = latents.shape
-    guided = denoiser.config.guidance_embeds
+    (count, _, height, width), guided = latents.shape, denoiser.config.guidance_embeds
     model_pred = denoiser(
         hidden_states=pack(noisy_latents).to(denoiser.dtype),
         timestep=batch["timesteps"] / scheduler.config.num_train_timesteps,
@@ -294,9 +294,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 304 the run: what happens, in which order · 627 the loop, and one step of it · 952 what is logged, and the
 # guard against learning nothing · 1077 data: images and captions · 1450 images: decoding, buckets, crops, batches ·
 # 1989 text: embeddings and new tokens · 2261 LoRA and optimizer · 2828 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3241 checkpoints and signals · 3449 pictures: validation, class images, comparison · 3669
-# probes: what was learned, what was forgotten · 3844 files that a run leaves · 4372 command line · 5037 base model:
-# loading, quantising, splitting · 5314 the machine · 5401 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3283 checkpoints and signals · 3491 pictures: validation, class images, comparison · 3711
+# probes: what was learned, what was forgotten · 3886 files that a run leaves · 4414 command line · 5079 base model:
+# loading, quantising, splitting · 5356 the machine · 5443 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2290,7 +2290,7 @@ def add_trained_parts(run: Run) -> None:
         add_part("denoiser", values, rate, args.adam_weight_decay, args.train_transformer_frac)
         say(f"LoRA of rank {args.rank}, alpha {args.lora_alpha:g} on {len(targets)} layers of the {DENOISER}")
     if args.gradient_checkpointing:
-        enable_checkpointing(run.denoiser, args.lora_dropout > 0)
+        enable_checkpointing(run.denoiser, args.lora_dropout > 0, whole=args.compile or args.use_dora)
     if run.components.sharded:
         shard_base(run.denoiser, run.accelerator.device)
         say(f"FSDP2: the {DENOISER} is split over {run.accelerator.num_processes} processes")
@@ -2966,9 +2966,7 @@ def define_layers() -> None:
         def forward(self, x):
             """(..., K) -> (..., N)."""
             x = x.to(self.dtype)
-            if torch.compiler.is_compiling():
-                return F.linear(x, self.weight, self.bias)
-            return FrozenProduct.apply(x.reshape(-1, self.in_features), self).view(*x.shape[:-1], -1)
+            return F.linear(x, self.weight, self.bias) if torch.compiler.is_compiling() else frozen(self, x)
 
     class FrozenProduct(torch.autograd.Function):
         """x (M, K) -> x W^T + b, (M, N), of a FrozenLinear."""
@@ -2991,10 +2989,12 @@ def define_layers() -> None:
         @staticmethod
         def forward(ctx, x, group, *trained):
             hidden = torch.mm(x, group.down.t())  # (M, R), R the sum of the layers' ranks
-            eighth = to_fp8(x) if direct(group.bases[0]) else None
+            wanted = group.bases[0] not in left_out
+            eighth = to_fp8(x) if wanted and direct(group.bases[0]) else None
             results = tuple(product(base, x, eighth) for base in group.bases)
             for result, part, up in zip(results, hidden.split(group.ranks, dim=1), group.ups, strict=True):
-                result.addmm_(part, up.t(), alpha=group.scale)
+                if wanted:
+                    result.addmm_(part, up.t(), alpha=group.scale)
             ctx.group = group
             ctx.save_for_backward(x, hidden)
             return results
@@ -3060,11 +3060,18 @@ def ones(columns: int, device):
     return torch.ones(1, columns, device=device)
 
 
+def frozen(layer, x):
+    """x (..., K) -> (..., N), of a linear layer that isn't trained."""
+    return FrozenProduct.apply(x.reshape(-1, layer.in_features), layer).view(*x.shape[:-1], -1)
+
+
 def product(layer, x, eighth=None):
     """x (M, K) -> x W^T + b, (M, N), of a linear layer or a 1 x 1 convolution, frozen in 8 or 4 bits or not.
 
     eighth: to_fp8(x), where several layers share it.
     """
+    if layer in left_out:
+        return x.new_empty(len(x), layer.out_features)
     if direct(layer):
         rows, scale = eighth or to_fp8(x)
         return torch._scaled_mm(rows, layer.kept.t(), scale, layer.scale.t(), bias=layer.bias, out_dtype=x.dtype)
@@ -3232,10 +3239,45 @@ def place(model, name: str, tensor, quantize: str, dtype, device, home) -> None:
         layer._buffers[leaf] = tensor.to(home, dtype if tensor.is_floating_point() else None, copy=True)
 
 
-def enable_checkpointing(denoiser, dropout: bool) -> None:
-    """Turns gradient checkpointing on; without dropout there is no random state to be kept at each block."""
+left_out: set = set()  # layers whose results nobody will read, while a block is computed again
+
+
+def enable_checkpointing(denoiser, dropout: bool, whole: bool = False) -> None:
+    """Turns gradient checkpointing on; without dropout there is no random state to be kept at each block.
+
+    A block's LAST_PRODUCTS are not computed again: each is multiplied by a gate and added, and the backward pass needs the gate
+    alone, as long as nothing trained moves the gate. whole: compute all of a block again.
+    """
     run = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=dropout)
-    denoiser.enable_gradient_checkpointing(run)
+    gates_move = any("norm" in name for name, p in denoiser.named_parameters() if p.requires_grad)
+    ends = {block: last_layers(block) for block in repeated(denoiser) if not (whole or gates_move)}
+
+    def frugal(block, *given):
+        moved = any(torch.is_tensor(value) and value.dim() == 2 and value.requires_grad for value in given)
+        layers = () if moved else ends.get(block, ())
+        return run(block, *given, context_fn=lambda: (contextlib.nullcontext(), leaving_out(layers)))
+
+    denoiser.enable_gradient_checkpointing(frugal if any(ends.values()) else run)
+
+
+def last_layers(block) -> list:
+    """The linear layers of a block that are in LAST_PRODUCTS, those under a LoRA too."""
+    layers = dict(block.named_modules())
+    found = [layers.get(f"{name}.base_layer", layers.get(name)) for name in LAST_PRODUCTS]
+    for layer in found:
+        if type(layer) is torch.nn.Linear:
+            layer.forward = functools.partial(frozen, layer)
+    return [layer for layer in found if layer is not None]
+
+
+@contextlib.contextmanager
+def leaving_out(layers):
+    """While inside, these layers give tensors of the right shape with nothing in them."""
+    left_out.update(layers)
+    try:
+        yield
+    finally:
+        left_out.difference_update(layers)
 
 
 # ---- checkpoints and signals -----------------------------------------------------------------------------------------

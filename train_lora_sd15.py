@@ -82,6 +82,7 @@ PIPELINE_OPTIONS = {"safety_checker": None, "feature_extractor": None, "requires
 TRAINING_SCHEDULER = "DDPMScheduler"  # noise or velocity of a DDPM with the base's betas
 DENOISER = "unet"  # the denoiser's name in the pipeline
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")
+LAST_PRODUCTS: tuple[str, ...] = ()  # of a block: only gated and added
 TEXT_ENCODERS = {"clip_l": ("tokenizer", "text_encoder")}  # key in embedding files: names in the pipeline
 DROPPED_PARTS: dict[str, tuple[str, ...]] = {}  # flag: parts of the base that the run then does without
 TEXT_LORA_ENCODERS = ("clip_l",)  # those that --train_text_encoder gives a LoRA
@@ -222,12 +223,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line: 235 the run: what happens, in which order · 558 the loop, and one step of it · 883 what is logged, and the
-# guard against learning nothing · 1008 data: images and captions · 1381 images: decoding, buckets, crops, batches ·
-# 1920 text: embeddings and new tokens · 2192 LoRA and optimizer · 2759 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3172 checkpoints and signals · 3380 pictures: validation, class images, comparison · 3600
-# probes: what was learned, what was forgotten · 3775 files that a run leaves · 4303 command line · 4968 base model:
-# loading, quantising, splitting · 5245 the machine · 5332 errors, lines, seeds, libraries
+# By line: 236 the run: what happens, in which order · 559 the loop, and one step of it · 884 what is logged, and the
+# guard against learning nothing · 1009 data: images and captions · 1382 images: decoding, buckets, crops, batches ·
+# 1921 text: embeddings and new tokens · 2193 LoRA and optimizer · 2760 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3215 checkpoints and signals · 3423 pictures: validation, class images, comparison · 3643
+# probes: what was learned, what was forgotten · 3818 files that a run leaves · 4346 command line · 5011 base model:
+# loading, quantising, splitting · 5288 the machine · 5375 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2221,7 +2222,7 @@ def add_trained_parts(run: Run) -> None:
         add_part("denoiser", values, rate, args.adam_weight_decay, args.train_transformer_frac)
         say(f"LoRA of rank {args.rank}, alpha {args.lora_alpha:g} on {len(targets)} layers of the {DENOISER}")
     if args.gradient_checkpointing:
-        enable_checkpointing(run.denoiser, args.lora_dropout > 0)
+        enable_checkpointing(run.denoiser, args.lora_dropout > 0, whole=args.compile or args.use_dora)
     if run.components.sharded:
         shard_base(run.denoiser, run.accelerator.device)
         say(f"FSDP2: the {DENOISER} is split over {run.accelerator.num_processes} processes")
@@ -2897,9 +2898,7 @@ def define_layers() -> None:
         def forward(self, x):
             """(..., K) -> (..., N)."""
             x = x.to(self.dtype)
-            if torch.compiler.is_compiling():
-                return F.linear(x, self.weight, self.bias)
-            return FrozenProduct.apply(x.reshape(-1, self.in_features), self).view(*x.shape[:-1], -1)
+            return F.linear(x, self.weight, self.bias) if torch.compiler.is_compiling() else frozen(self, x)
 
     class FrozenProduct(torch.autograd.Function):
         """x (M, K) -> x W^T + b, (M, N), of a FrozenLinear."""
@@ -2922,10 +2921,12 @@ def define_layers() -> None:
         @staticmethod
         def forward(ctx, x, group, *trained):
             hidden = torch.mm(x, group.down.t())  # (M, R), R the sum of the layers' ranks
-            eighth = to_fp8(x) if direct(group.bases[0]) else None
+            wanted = group.bases[0] not in left_out
+            eighth = to_fp8(x) if wanted and direct(group.bases[0]) else None
             results = tuple(product(base, x, eighth) for base in group.bases)
             for result, part, up in zip(results, hidden.split(group.ranks, dim=1), group.ups, strict=True):
-                result.addmm_(part, up.t(), alpha=group.scale)
+                if wanted:
+                    result.addmm_(part, up.t(), alpha=group.scale)
             ctx.group = group
             ctx.save_for_backward(x, hidden)
             return results
@@ -2991,11 +2992,18 @@ def ones(columns: int, device):
     return torch.ones(1, columns, device=device)
 
 
+def frozen(layer, x):
+    """x (..., K) -> (..., N), of a linear layer that isn't trained."""
+    return FrozenProduct.apply(x.reshape(-1, layer.in_features), layer).view(*x.shape[:-1], -1)
+
+
 def product(layer, x, eighth=None):
     """x (M, K) -> x W^T + b, (M, N), of a linear layer or a 1 x 1 convolution, frozen in 8 or 4 bits or not.
 
     eighth: to_fp8(x), where several layers share it.
     """
+    if layer in left_out:
+        return x.new_empty(len(x), layer.out_features)
     if direct(layer):
         rows, scale = eighth or to_fp8(x)
         return torch._scaled_mm(rows, layer.kept.t(), scale, layer.scale.t(), bias=layer.bias, out_dtype=x.dtype)
@@ -3163,10 +3171,45 @@ def place(model, name: str, tensor, quantize: str, dtype, device, home) -> None:
         layer._buffers[leaf] = tensor.to(home, dtype if tensor.is_floating_point() else None, copy=True)
 
 
-def enable_checkpointing(denoiser, dropout: bool) -> None:
-    """Turns gradient checkpointing on; without dropout there is no random state to be kept at each block."""
+left_out: set = set()  # layers whose results nobody will read, while a block is computed again
+
+
+def enable_checkpointing(denoiser, dropout: bool, whole: bool = False) -> None:
+    """Turns gradient checkpointing on; without dropout there is no random state to be kept at each block.
+
+    A block's LAST_PRODUCTS are not computed again: each is multiplied by a gate and added, and the backward pass needs the gate
+    alone, as long as nothing trained moves the gate. whole: compute all of a block again.
+    """
     run = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=dropout)
-    denoiser.enable_gradient_checkpointing(run)
+    gates_move = any("norm" in name for name, p in denoiser.named_parameters() if p.requires_grad)
+    ends = {block: last_layers(block) for block in repeated(denoiser) if not (whole or gates_move)}
+
+    def frugal(block, *given):
+        moved = any(torch.is_tensor(value) and value.dim() == 2 and value.requires_grad for value in given)
+        layers = () if moved else ends.get(block, ())
+        return run(block, *given, context_fn=lambda: (contextlib.nullcontext(), leaving_out(layers)))
+
+    denoiser.enable_gradient_checkpointing(frugal if any(ends.values()) else run)
+
+
+def last_layers(block) -> list:
+    """The linear layers of a block that are in LAST_PRODUCTS, those under a LoRA too."""
+    layers = dict(block.named_modules())
+    found = [layers.get(f"{name}.base_layer", layers.get(name)) for name in LAST_PRODUCTS]
+    for layer in found:
+        if type(layer) is torch.nn.Linear:
+            layer.forward = functools.partial(frozen, layer)
+    return [layer for layer in found if layer is not None]
+
+
+@contextlib.contextmanager
+def leaving_out(layers):
+    """While inside, these layers give tensors of the right shape with nothing in them."""
+    left_out.update(layers)
+    try:
+        yield
+    finally:
+        left_out.difference_update(layers)
 
 
 # ---- checkpoints and signals -----------------------------------------------------------------------------------------

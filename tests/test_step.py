@@ -225,6 +225,30 @@ def test_swapped_blocks_are_fetched_once_a_pass(tmp_path):
     assert numbers == [2, 3, 1, 0]
 
 
+@pytest.mark.parametrize("kind", [None, "fp8", "nf4"])
+@pytest.mark.parametrize("trained", ["attention", "gates", "pooled"])
+def test_checkpointing_leaves_the_last_products_out(tmp_path, monkeypatch, kind, trained):
+    """The same gradients with fewer products; with all of them where gates are trained, or made of what is."""
+    monkeypatch.setattr(sl, "LAST_PRODUCTS", load_script("train_dreambooth_lora_flux_advanced.py").LAST_PRODUCTS)
+    targets = (*FLUX_TARGETS, *["norm1.linear"] * (trained == "gates"))
+    given, found, products = flux_pair(kind, tmp_path)[2], [], []
+    for ways in ({}, {"whole": True}, {"whole": False}):  # of computing again: not at all, all, what is needed
+        model, part = with_lora(flux_pair(kind, tmp_path)[0].train(), targets=targets)
+        if ways:
+            sl.enable_checkpointing(model, dropout=False, **ways)
+        pooled, count = given["pooled_projections"].clone().requires_grad_(trained == "pooled"), Count()
+        count.names = []
+        with count:
+            model(**given | {"pooled_projections": pooled}).sample.square().mean().backward()
+        found.append((part.gradients.clone(), pooled.grad))
+        products.append(sum(name in ("mm", "addmm", "addmm_") for name in count.names))
+    for gradients in found[1:]:
+        torch.testing.assert_close(gradients, found[0], rtol=1e-5, atol=1e-8)
+    assert found[0][0].any() and (found[0][1] is not None) == (trained == "pooled")
+    # 2 double and 2 single blocks: 6 last products, of which 2 (ff.net.2) add a LoRA's
+    assert products[1] - products[2] == (6 + 2 if trained == "attention" else 0) and not sl.left_out
+
+
 def test_more_blocks_than_there_are(tmp_path):
     with pytest.raises(sl.UserError, match="--blocks_to_swap 9: the unet has 4 blocks"):
         sl.swap_blocks(tiny_flux(2), 9, torch.device("cpu"))
