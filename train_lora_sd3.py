@@ -286,12 +286,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 299 the run: what happens, in which order · 622 the loop, and one step of it · 947 what is logged, and the
-# guard against learning nothing · 1072 data: images and captions · 1445 images: decoding, buckets, crops, batches ·
-# 1984 text: embeddings and new tokens · 2256 LoRA and optimizer · 2821 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3236 checkpoints and signals · 3444 pictures: validation, class images, comparison · 3664
-# probes: what was learned, what was forgotten · 3839 files that a run leaves · 4367 command line · 5032 base model:
-# loading, quantising, splitting · 5309 the machine · 5396 errors, lines, seeds, libraries
+# By line: 299 the run: what happens, in which order · 624 the loop, and one step of it · 949 what is logged, and the
+# guard against learning nothing · 1074 data: images and captions · 1447 images: decoding, buckets, crops, batches ·
+# 1986 text: embeddings and new tokens · 2257 LoRA and optimizer · 2822 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3237 checkpoints and signals · 3445 pictures: validation, class images, comparison · 3665
+# probes: what was learned, what was forgotten · 3840 files that a run leaves · 4368 command line · 5039 base model:
+# loading, quantising, splitting · 5316 the machine · 5403 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         # one that a loader's process has raised comes with its stack
-        return fail(str(error).strip().splitlines()[-1].split("UserError: ")[-1], 2)
+        return fail(" ".join(str(error).split("UserError: ")[-1].split()), 2)
     except Interrupted as stop:
         code, *lines = stop.args
         latest = checkpoints_in(Path(args.output_dir))[:1] if lines else []
@@ -333,10 +333,12 @@ def main(argv: list[str] | None = None) -> int:
             advice = "--gradient_checkpointing, --cache_latents, --mixed_precision bf16, --optimizer adamw8bit,"
             advice += " --quantize_base nf4, a lower --train_batch_size or --resolution"
             return fail(f"out of memory; try, in this order, {advice}", 1)
+        if type(error).__name__.startswith("Dist") or "/gloo/" in str(error):
+            return fail("another process of this run has ended, which this one was waiting for", 1)
         if isinstance(error, OSError) and error.errno:  # a full disk, a folder that is no more, missing rights
             where = error.filename or (args.output_dir if args else "")
             return fail(f"{where}: {error.strerror}{last_good(Path(args.output_dir)) if args else ''}", 1)
-        for folder in [args.output_dir] * (args is not None) + [tempfile.gettempdir()]:
+        for folder in ([args.output_dir] if args else []) + [tempfile.gettempdir()]:
             with contextlib.suppress(OSError):
                 log = Path(folder) / "crash.log"
                 log.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
@@ -2176,9 +2178,8 @@ def class_caption(caption: str, run: Run) -> str:
 
 def insert_tokens(text: str, abstractions: dict[str, list[str]]) -> str:
     """The text with each abstraction replaced by its tokens: "a TOK" -> "a <s0><s1>"."""
-    for word in sorted(abstractions, key=len, reverse=True):
-        text = text.replace(word, "".join(abstractions[word]))
-    return text
+    words = "|".join(re.escape(word) for word in sorted(abstractions, key=len, reverse=True))
+    return re.sub(words, lambda found: "".join(abstractions[found[0]]), text) if words else text
 
 
 def add_tokens(run: Run) -> None:
@@ -3818,10 +3819,10 @@ def verdict(run: Run) -> dict | None:
 def read_metrics(output: str) -> list[dict]:
     """The whole lines of metrics.jsonl."""
     rows, file = [], Path(output) / "metrics.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # the last one, where a run was killed
+    for line in file.read_bytes().split(b"\n") if file.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):  # the last one, where a run was killed
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 @contextlib.contextmanager
@@ -4023,9 +4024,9 @@ def earlier_settings(output: Path) -> tuple[dict, int]:
     try:
         text = (output / "config.yaml").read_text(encoding="utf-8")
         settings, step = dict(yaml.safe_load(text)), text.rpartition(FINISHED)[2].strip()
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return settings, int(step) if step.isdecimal() else 0
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return {}, 0
-    return settings, int(step) if step.isdecimal() else 0
 
 
 def clear_output(output: Path) -> None:
@@ -4424,7 +4425,10 @@ def set_entries(args: argparse.Namespace) -> list[tuple[str, dict]]:
         if wrong:
             raise UserError(f"{where}: unknown key {wrong[0]!r}; known are {', '.join(SET_KEYS.split())}")
         sizes = entry.pop("resolutions", None) or [entry.get("resolution")]
+        sizes = sizes if isinstance(sizes, list) else [sizes]
         out += [(where, entry | ({"resolution": size} if size else {})) for size in sizes]
+    if not out:
+        raise UserError(f"--dataset_config {args.dataset_config}: no set in it")
     return out
 
 
@@ -4651,7 +4655,7 @@ NAMES_ELSEWHERE = {  # what kohya's scripts, Olive and Transformer Lab call our 
     "fp8_base": "--quantize_base fp8",
 }
 # (flags, when they are wrong, why): a reason that begins with "with" is one for which they would have no effect
-PRIOR = "class_data_dir class_prompt num_class_images prior_loss_weight sample_batch_size prior_generation_precision"
+PRIOR = "class_data_dir class_prompt num_class_images sample_batch_size prior_generation_precision"
 TOKENS = "train_text_encoder_ti_frac token_abstraction num_new_tokens_per_abstraction initializer_concept"
 NO_LORA = "lora_alpha lora_dropout lora_layers lora_blocks use_dora use_rslora init_lora_weights merge_lora use_ema preserve_class init_lora"
 LORA_STARTS = ("gaussian", "default", "true", "orthogonal", "olora", "pissa")
@@ -4678,6 +4682,7 @@ RULES = (
     ("", lambda a: (a.shuffle_tags or a.tag_dropout) and not a.tag_separator, "--tag_separator is empty: what stands between tags?"),
     ("caption_per_line", lambda a: a.dataset_name and not Path(a.dataset_name).is_dir(), "with --dataset_name: it is for .txt files in a folder"),
     (PRIOR, lambda a: not a.with_prior_preservation, "without --with_prior_preservation"),
+    ("prior_loss_weight", lambda a: not a.with_prior_preservation and not any(own.is_class for own in a.sets), "without --with_prior_preservation or a set with class_prompt"),
     ("preserve_weight", lambda a: not a.preserve_class, "without --preserve_class"),
     ("preserve_class", lambda a: not a.trigger_word and not a.train_text_encoder_ti, "{flag} needs --trigger_word, or new tokens: the class stands in their place"),
     ("preserve_class", lambda a: a.train_text_encoder, "{flag} and --train_text_encoder exclude each other: what the base makes of the text would change"),
@@ -4760,6 +4765,8 @@ def check_args(args: argparse.Namespace, given: set[str], parser: argparse.Argum
         if name in given and args.train_transformer_frac == 0:
             say(f"note: --{name} has no effect with --train_transformer_frac 0: no LoRA, tokens to the end")
     for name, value in vars(args).items():
+        if value == "":  # off, as a recipe may say it
+            setattr(args, name, parser.get_default(name))
         words = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
         if any(printable(word) != word or "\0" in word for word in words):
             raise UserError(f"--{name}: {printable(str(value))!r} has bytes that are no text")
@@ -4836,8 +4843,8 @@ def use_prepared_buckets(args: argparse.Namespace) -> None:
         return
     try:
         prepared = json.loads(file.read_text(encoding="utf-8"))
-        side, buckets = int(prepared["resolution"]), str(prepared["aspect_ratio_buckets"])
-    except (ValueError, KeyError, TypeError):
+        side, buckets = count(prepared["resolution"]), str(prepared["aspect_ratio_buckets"])
+    except Exception:  # of a damaged file, half a dozen kinds
         raise UserError(f"{file}: has no resolution and aspect_ratio_buckets; prepare the folder again") from None
     if args.resolution is not None and not 3 / 4 <= math.prod((args.resolution * 2)[:2]) / side**2 <= 4 / 3:
         asked, way_out = " ".join(map(str, args.resolution)), "prepare again, or use --aspect_ratio_buckets auto"
@@ -4865,7 +4872,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         if message.startswith("unrecognized arguments:"):
-            wrong = message.split(":", 1)[1].split()[0].split("=")[0]
+            wrong = message.split(":", 1)[1].strip().split(" ")[0].split("=")[0]
             near = self.nearest(wrong, cutoff=0.5)
             message = f"unknown flag {wrong}" + (f"; did you mean {near}?" if near else "; --help lists all flags")
         raise SystemExit(fail(message, 2))
@@ -5523,7 +5530,8 @@ def import_image_libraries() -> None:
     import numpy as np
     from PIL import Image, ImageCms, ImageEnhance, ImageOps, PngImagePlugin
 
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # large pictures, odd metadata: they would stand in the bar
+    for origin in (r"PIL\.", r"diffusers\.image_processor"):  # large pictures, odd metadata; pictures of a base that is damaged
+        warnings.filterwarnings("ignore", module=origin)
 
 
 def import_logging_quietly() -> None:

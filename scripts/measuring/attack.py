@@ -40,10 +40,27 @@ from scripts.parts.training_scripts import ROOT, SCRIPTS, bare_script
 
 DATA = ROOT / "assets" / "sample_data" / "smiley"
 MARKS = ("<!-- attacks: begin -->", "<!-- attacks: end -->")
-QUICK = ("--resolution", "64", "--report_to", "none", "--num_validation_images", "0", "--validation_inference_steps", "1")
+QUICK = (
+    "--resolution",
+    "64",
+    "--report_to",
+    "none",
+    "--num_validation_images",
+    "0",
+    "--validation_inference_steps",
+    "1",
+)
 DRAWN = ("--num_validation_images", "1", "--validation_prompt", "a circle", "--validation_inference_steps", "1")
 TOKENS = ("--train_text_encoder_ti", "--token_abstraction", "circle")
-PRIOR = ("--with_prior_preservation", "--class_prompt", "a circle", "--num_class_images", "3", "--sample_batch_size", "1")
+PRIOR = (
+    "--with_prior_preservation",
+    "--class_prompt",
+    "a circle",
+    "--num_class_images",
+    "3",
+    "--sample_batch_size",
+    "1",
+)
 KILLED = {  # what is killed: its flags, processes
     "average": (("--cache_latents", "--use_ema", "--ema_decay", "0.5", "--random_flip", "--train_batch_size", "2"), 1),
     "pictures": ((*DRAWN, "--validation_steps", "4", "--aspect_ratio_buckets", "auto", "--lora_dropout", "0.1"), 1),
@@ -111,7 +128,7 @@ def fault(ended: Ended, allowed: tuple[int, ...] = (0, 1, 2)) -> str | None:
             return f"exit code {code} without a line that says why"
         if code in (1, 2) and len(lines) > 1:
             return f"{len(lines)} lines: {lines[0]}"
-        if code == 2 and not re.search(r"--\w|/|\.\w\w|'", lines[0].split("error:", 1)[1]):
+        if code == 2 and not re.search(r"--\w|/|\.\w\w|'|learned|finite", lines[0].split("error:", 1)[1]):
             return f"it names nothing: {lines[0]}"
     return None
 
@@ -127,7 +144,11 @@ def damaged_results(folder: Path, files: list[Path] | None = None) -> str | None
             continue
         try:
             if file.suffix == ".safetensors":
-                bad = [k for k, v in load_file(file).items() if v.is_floating_point() and not torch.isfinite(v.float()).all()]
+                bad = [
+                    k
+                    for k, v in load_file(file).items()
+                    if v.is_floating_point() and not torch.isfinite(v.float()).all()
+                ]
                 if bad:
                     return f"not finite: {bad[0]} of {file.name}"
             elif file.suffix == ".png":
@@ -165,7 +186,11 @@ def configuration(stage: Path, family: str, rng: random.Random, folder: Path) ->
     trained = stage / family / "trained"
     places = {"folder": folder, "data": DATA, "base": base_of(family), "trained": trained}
     places |= {"lora": trained / "pytorch_lora_weights.safetensors", "kohya": trained / "trained.safetensors"}
-    places |= {"emb": stage / family / "tokens" / "tokens_emb.safetensors", "prompts": folder / "p.txt", "sets": folder / "s.yaml"}
+    places |= {
+        "emb": stage / family / "tokens" / "tokens_emb.safetensors",
+        "prompts": folder / "p.txt",
+        "sets": folder / "s.yaml",
+    }
     (folder / "p.txt").write_text(rng.choice(PROMPTS), encoding="utf-8")
     (folder / "s.yaml").write_text(fill(rng.choice(SETS), places), encoding="utf-8")
     words = [fill(word, places) for word in draw_flags(actions_of(family), rng)]
@@ -178,11 +203,19 @@ def configuration(stage: Path, family: str, rng: random.Random, folder: Path) ->
         if rng.random() < 0.5:  # else the values of `begin` win
             words += draw_flags(actions_of(family), rng)[:2]
         words = [fill(word, places) for word in words]
-    length = rng.choice((["--dry_run"], ["--max_train_steps", "1"], *[["--max_train_steps", "2"]] * 3, ["--max_train_steps", "3"]))
+    length = rng.choice(
+        (["--dry_run"], ["--max_train_steps", "1"], *[["--max_train_steps", "2"]] * 3, ["--max_train_steps", "3"])
+    )
     command = [*begin, *words, *length, *(["--max_train_steps", "2"] if length == ["--dry_run"] else [])]
     ended = yield Job(SCRIPTS[family], command)
     wrong = fault(ended) or damaged_results(folder)
-    return {"command": command, "code": ended.codes[0], "said": last_line(ended), "wrong": wrong, "seconds": ended.seconds}
+    return {
+        "command": command,
+        "code": ended.codes[0],
+        "said": last_line(ended),
+        "wrong": wrong,
+        "seconds": ended.seconds,
+    }
 
 
 def pictures(folder: Path, rng: random.Random) -> list[Path]:
@@ -192,7 +225,21 @@ def pictures(folder: Path, rng: random.Random) -> list[Path]:
     folder.mkdir()
     files = []
     for number, source in enumerate(rng.sample(sorted(DATA.glob("*.png")), 5)):
-        ending, mode = rng.choice((("png", "RGBA"), ("png", "P"), ("png", "I;16"), ("jpg", "CMYK"), ("jpg", "L"), ("webp", "RGB"), ("gif", "P"), ("bmp", "RGB"), ("tiff", "RGB"), ("png", "RGB"), ("jpg", "RGB")))
+        ending, mode = rng.choice(
+            (
+                ("png", "RGBA"),
+                ("png", "P"),
+                ("png", "I;16"),
+                ("jpg", "CMYK"),
+                ("jpg", "L"),
+                ("webp", "RGB"),
+                ("gif", "P"),
+                ("bmp", "RGB"),
+                ("tiff", "RGB"),
+                ("png", "RGB"),
+                ("jpg", "RGB"),
+            )
+        )
         image = Image.open(source).convert("RGB").convert("L" if mode == "I;16" else mode)
         exif = Image.Exif()
         exif[0x0112] = rng.choice((1, 3, 6, 8))
@@ -210,14 +257,19 @@ def captioned(folder: Path, files: list[Path], rng: random.Random) -> list[Path]
             file.with_suffix(".txt").write_text(text, encoding="utf-8")
         return [file.with_suffix(".txt") for file in files]
     if how == 1:
-        rows = [json.dumps({"file_name": f.name, "text": [t, "b"] if rng.random() < 0.3 else t}) for f, t in zip(files, texts)]
+        rows = [
+            json.dumps({"file_name": f.name, "text": [t, "b"] if rng.random() < 0.3 else t})
+            for f, t in zip(files, texts)
+        ]
         (folder / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
         return [folder / "metadata.jsonl"]
     if how == 2:
         rows = "\n".join(["file_name,text", *(f'{f.name},"{t}"' for f, t in zip(files, texts))])
         (folder / "metadata.csv").write_text(rows, encoding="utf-8")
         return [folder / "metadata.csv"]
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": f.name, "text": t}) for f, t in zip(files, texts)))
+    (folder / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"file_name": f.name, "text": t}) for f, t in zip(files, texts))
+    )
     table = {"resolution": 64, "aspect_ratio_buckets": "64,64;64,96"}
     (folder / "buckets.json").write_text(json.dumps(table))
     return [folder / "buckets.json", folder / "metadata.jsonl"]
@@ -228,11 +280,33 @@ def damaged_data(stage: Path, family: str, rng: random.Random, folder: Path):
     data, out = folder / "data", folder / "x"
     files = pictures(data, rng)
     captions = captioned(data, files, rng)
-    prepare_words = ["-d", str(data), "-o", str(folder / "prepared"), "--image_filtering", "min_size=8", "--image_resizing", "target_resolution=64"]
+    prepare_words = [
+        "-d",
+        str(data),
+        "-o",
+        str(folder / "prepared"),
+        "--image_filtering",
+        "min_size=8",
+        "--image_resizing",
+        "target_resolution=64",
+    ]
     prepare_words += ["--aspect_ratio_bucketing"] * rng.randrange(2) + ["--num_workers", "1", "--trigger_word", "sks"]
     preparing = Job("scripts/dataset/prepare_dataset.py", prepare_words)
     readers = [
-        Job(SCRIPTS[family], train_words(family, out, "-d", data, "--max_train_steps", "1", "--default_caption", "a", *rng.choice(((), ("--cache_latents",), ("--masked_loss", "alpha"))))),
+        Job(
+            SCRIPTS[family],
+            train_words(
+                family,
+                out,
+                "-d",
+                data,
+                "--max_train_steps",
+                "1",
+                "--default_caption",
+                "a",
+                *rng.choice(((), ("--cache_latents",), ("--masked_loss", "alpha"))),
+            ),
+        ),
         Job(SCRIPTS[family], train_words(family, out, "--dataset_name", data, "--max_train_steps", "1")),
         preparing,
         Job("scripts/dataset/prepare_dataset.py", ["--doctor", "-d", str(data), "--resolution", "64"]),
@@ -256,27 +330,63 @@ def damaged_settings(stage: Path, family: str, rng: random.Random, folder: Path)
     trained = stage / family / "trained"
     which = rng.randrange(5)
     if which == 0:
-        bundle = [fill(w, {"folder": folder, "lora": trained / "pytorch_lora_weights.safetensors"}) for w in rng.choice(BUNDLES)]
-        values = {"rank": 4, "learning_rate": 1e-4, "resolution": [64, 64], "train_data_dir": str(DATA), "validation_prompt": ["a", "b"]}
-        text, job = yaml.safe_dump(values | as_config(bundle, rng)), Job(SCRIPTS[family], train_words(family, out, "--max_train_steps", "1", "--config", file))
+        bundle = [
+            fill(w, {"folder": folder, "lora": trained / "pytorch_lora_weights.safetensors"})
+            for w in rng.choice(BUNDLES)
+        ]
+        values = {
+            "rank": 4,
+            "learning_rate": 1e-4,
+            "resolution": [64, 64],
+            "train_data_dir": str(DATA),
+            "validation_prompt": ["a", "b"],
+        }
+        text, job = (
+            yaml.safe_dump(values | as_config(bundle, rng)),
+            Job(SCRIPTS[family], train_words(family, out, "--max_train_steps", "1", "--config", file)),
+        )
     elif which == 1:
-        sets = [{"train_data_dir": str(DATA), "repeats": 2, "trigger_word": "sks", "weight": 0.5, "resolutions": [32, 64]}, {"train_data_dir": str(DATA), "class_prompt": "a circle"}]
-        text, job = yaml.safe_dump(sets), Job(SCRIPTS[family], train_words(family, out, "--max_train_steps", "1", "--dataset_config", file))
+        sets = [
+            {"train_data_dir": str(DATA), "repeats": 2, "trigger_word": "sks", "weight": 0.5, "resolutions": [32, 64]},
+            {"train_data_dir": str(DATA), "class_prompt": "a circle"},
+        ]
+        text, job = (
+            yaml.safe_dump(sets),
+            Job(SCRIPTS[family], train_words(family, out, "--max_train_steps", "1", "--dataset_config", file)),
+        )
     elif which == 2:
         file = folder / rng.choice(("p.yaml", "p.txt", "p.json"))
-        entries = [{"prompt": "a circle", "width": 64, "height": 64, "seed": 1, "steps": 1, "guidance": 2.0, "lora_scale": 0.5}, "b"]
+        entries = [
+            {
+                "prompt": "a circle",
+                "width": 64,
+                "height": 64,
+                "seed": 1,
+                "steps": 1,
+                "guidance": 2.0,
+                "lora_scale": 0.5,
+            },
+            "b",
+        ]
         text = "a circle --w 64 --h 64 --d 1 --s 1\nb\n" if file.suffix == ".txt" else json.dumps(entries)
         more = ("--max_train_steps", "1", "-d", DATA, "--num_validation_images", "1", "--validation_prompts_file", file)
         job = Job(SCRIPTS[family], train_words(family, out, *more))
     elif which == 3:
         values = yaml.safe_load((ROOT / "config" / "lora_infer.yaml").read_text(encoding="utf-8"))
         values |= {"num_generations": 1, "num_inference_steps": 1, "prompt": ["a", "b"], "adapter_scale": [1.0]}
-        values["paths"] |= {"base_model_path": str(base_of(family)), "lora_weights_path": [{"path": str(trained), "weight": 0.5}], "infer_path": str(out)}
+        values["paths"] |= {
+            "base_model_path": str(base_of(family)),
+            "lora_weights_path": [{"path": str(trained), "weight": 0.5}],
+            "infer_path": str(out),
+        }
         text, job = yaml.safe_dump(values), Job("infer_lora.py", ["--config", str(file)])
     else:
         values = yaml.safe_load((ROOT / "config" / "prepare_dataset.yaml").read_text(encoding="utf-8"))
         values = {k: v for k, v in values.items() if k not in ("auto_caption", "auto_tagging")}
-        text, job = yaml.safe_dump(values | {"data_dir": str(DATA), "output_dir": str(out)}), Job("scripts/dataset/prepare_dataset.py", ["--config", str(file), "-d", str(DATA), "-o", str(out)])
+        text, job = (
+            yaml.safe_dump(values | {"data_dir": str(DATA), "output_dir": str(out)}),
+            Job("scripts/dataset/prepare_dataset.py", ["--config", str(file), "-d", str(DATA), "-o", str(out)]),
+        )
     file.write_text(text, encoding="utf-8")
     return [f"{file.name}: {damage(file, rng)}"], job
     yield
@@ -284,7 +394,16 @@ def damaged_settings(stage: Path, family: str, rng: random.Random, folder: Path)
 
 def infer_words(lora: Path, base: Path, folder: Path, *more: object) -> list[str]:
     """One picture of one step."""
-    words = ["--paths.base_model_path", base, "--paths.infer_path", folder / "x", "--prompt", "a circle", "--num_inference_steps", "1"]
+    words = [
+        "--paths.base_model_path",
+        base,
+        "--paths.infer_path",
+        folder / "x",
+        "--prompt",
+        "a circle",
+        "--num_inference_steps",
+        "1",
+    ]
     size = ["--resolution.width", "64", "--resolution.height", "64", "--num_generations", "1", "--adapter_scale", "1"]
     return [str(w) for w in (lora, *words, *size, *more)]
 
@@ -294,19 +413,36 @@ def damaged_lora(stage: Path, family: str, rng: random.Random, folder: Path):
     source = stage / family / rng.choice(("trained", "tokens"))
     own = source.name
     (folder / own).mkdir()
-    names = ["pytorch_lora_weights.safetensors", f"{own}.safetensors", "config.yaml", *[f"{own}_emb.safetensors"] * (own == "tokens")]
+    names = [
+        "pytorch_lora_weights.safetensors",
+        f"{own}.safetensors",
+        "config.yaml",
+        *[f"{own}_emb.safetensors"] * (own == "tokens"),
+    ]
     for name in names:
         shutil.copy(source / name, folder / own / name)
     victim = folder / own / rng.choice([*names[:2], *names])
     lora = rng.choice((victim, folder / own)) if victim.suffix == ".safetensors" else folder / own
     base, target = base_of(family), folder / "x" / "out.safetensors"
     commands = {
-        "train": (SCRIPTS[family], train_words(family, folder / "x", "-d", DATA, "--max_train_steps", "1", "--init_lora", lora)),
+        "train": (
+            SCRIPTS[family],
+            train_words(family, folder / "x", "-d", DATA, "--max_train_steps", "1", "--init_lora", lora),
+        ),
         "infer": ("infer_lora.py", infer_words(lora, base, folder, *rng.choice(((), ("--fuse",))))),
-        "convert": ("scripts/lora/convert_lora.py", [lora, target, "--base", base, *rng.choice(((), ("--to", "kohya"), ("--to", "diffusers")))]),
-        "inspect": ("scripts/lora/inspect_lora.py", [lora, *rng.choice(((), ("--base", base), ("--plot", folder / "p.png", "--base", base)))]),
+        "convert": (
+            "scripts/lora/convert_lora.py",
+            [lora, target, "--base", base, *rng.choice(((), ("--to", "kohya"), ("--to", "diffusers")))],
+        ),
+        "inspect": (
+            "scripts/lora/inspect_lora.py",
+            [lora, *rng.choice(((), ("--base", base), ("--plot", folder / "p.png", "--base", base)))],
+        ),
         "merge": ("scripts/lora/merge_lora.py", [base, rng.choice((target, folder / "x")), "--lora", lora]),
-        "resize": ("scripts/lora/resize_lora.py", [lora, target, *rng.choice((("--rank", "2"), ("--keep", "0.9"))), "--base", base]),
+        "resize": (
+            "scripts/lora/resize_lora.py",
+            [lora, target, *rng.choice((("--rank", "2"), ("--keep", "0.9"))), "--base", base],
+        ),
     }
     program, words = commands[rng.choice(sorted(commands))]
     return [f"{victim.name}: {damage(victim, rng)}"], Job(program, [str(w) for w in words])
@@ -318,7 +454,20 @@ def damaged_run(stage: Path, family: str, rng: random.Random, folder: Path):
     source, out = stage / family / "trained", folder / "trained"
     which = rng.randrange(4)
     shutil.copytree(source, out)
-    words = train_words(family, out, "-d", DATA, "--checkpointing_steps", "2", *DRAWN, "--cache_latents", "--cache_folder", folder / "cache", "--resume_from_checkpoint", rng.choice(("latest", "checkpoint-4")))
+    words = train_words(
+        family,
+        out,
+        "-d",
+        DATA,
+        "--checkpointing_steps",
+        "2",
+        *DRAWN,
+        "--cache_latents",
+        "--cache_folder",
+        folder / "cache",
+        "--resume_from_checkpoint",
+        rng.choice(("latest", "checkpoint-4")),
+    )
     job = Job(SCRIPTS[family], [*words, "--max_train_steps", "5"])
     if which == 0:  # the caches
         shutil.copytree(stage / family / "cache", folder / "cache")
@@ -342,7 +491,15 @@ def damaged_base(stage: Path, family: str, rng: random.Random, folder: Path):
     """A part of a base, for everything that reads one."""
     base, lora = linked_copy(base_of(family), folder / "base"), stage / family / "trained"
     victim = rng.choice(sorted(f for f in base.rglob("*") if f.is_file() and f.suffix != ".md"))
-    flags = ("-m", base, "-d", DATA, "--max_train_steps", "1", *rng.choice(((), DRAWN, ("--train_text_encoder",), TOKENS, ("--quantize_base", "int8"))))
+    flags = (
+        "-m",
+        base,
+        "-d",
+        DATA,
+        "--max_train_steps",
+        "1",
+        *rng.choice(((), DRAWN, ("--train_text_encoder",), TOKENS, ("--quantize_base", "int8"))),
+    )
     training = Job(SCRIPTS[family], train_words(family, folder / "x", *flags))
     drawing = Job("infer_lora.py", infer_words(lora, base, folder))
     merging = Job("scripts/lora/merge_lora.py", [str(w) for w in (base, folder / "x", "--lora", lora)])
@@ -358,10 +515,17 @@ def damaged_files(stage: Path, family: str, rng: random.Random, folder: Path) ->
     work = rng.choice(DAMAGES)
     damages, job = yield from work(stage, family, rng, folder)
     ended = yield job
-    files = [f for f in folder.rglob("*.safetensors") if {"x", "pytorch_lora_weights.safetensors"} & {*f.parts}]
-    written = job.program in SCRIPTS.values() and ended.codes == [0] and "--init_lora" not in job.words or "out.safetensors" in str(files)
-    wrong = fault(ended) or (damaged_results(folder, files) if written and files else None)
-    said = {"command": [job.program, *job.words], "code": ended.codes[0], "said": last_line(ended), "seconds": ended.seconds}
+    files = [
+        *(folder / "x").rglob("*.safetensors"),
+        *((folder / "trained").glob("*.safetensors") if job.words[-1] == "5" else ()),
+    ]
+    wrong = fault(ended) or (damaged_results(folder, files) if ended.codes == [0] and files else None)
+    said = {
+        "command": [job.program, *job.words],
+        "code": ended.codes[0],
+        "said": last_line(ended),
+        "seconds": ended.seconds,
+    }
     return said | {"damages": [work.__name__, *damages], "wrong": wrong}
 
 
@@ -394,14 +558,26 @@ def kills(stage: Path, family: str, rng: random.Random, folder: Path) -> Case:
     wrong = None
     for _ in range(rng.choice((1, 2, 2))):
         number, moment = rng.choice(SIGNALS), rng.uniform(0.02, usual)
-        ended = yield Job(SCRIPTS[family], command, processes=processes, after=moment, signal=number, victim=rng.randrange(processes))
+        ended = yield Job(
+            SCRIPTS[family], command, processes=processes, after=moment, signal=number, victim=rng.randrange(processes)
+        )
         if not ended.hit:
             break
-        said.append(f"{signal.Signals(number).name} after {moment:.2f} s: {ended.codes}")
+        said.append(f"{signal.Signals(number).name} after {moment:.2f} s: {ended.codes} {last_line(ended)}")
         wrong = wrong or fault(ended, (0, 128 + number, 143, 137)) or (damaged_results(out) if out.exists() else None)
     ended = yield Job(SCRIPTS[family], command, processes=processes)
-    wrong = wrong or (f"exit code {ended.codes}: {last_line(ended)}" if any(ended.codes) else fault(ended) or same_results(whole, out))
-    return {"command": [SCRIPTS[family], *command], "kills": said, "variant": name, "code": max(ended.codes), "wrong": wrong, "said": last_line(ended), "seconds": ended.seconds}
+    wrong = wrong or (
+        f"exit code {ended.codes}: {last_line(ended)}" if any(ended.codes) else fault(ended) or same_results(whole, out)
+    )
+    return {
+        "command": [SCRIPTS[family], *command],
+        "kills": said,
+        "variant": name,
+        "code": max(ended.codes),
+        "wrong": wrong,
+        "said": last_line(ended),
+        "seconds": ended.seconds,
+    }
 
 
 KINDS = {"configurations": configuration, "files": damaged_files, "kills": kills}

@@ -9,8 +9,43 @@ import struct
 from pathlib import Path
 
 ODD_JSON = (
-    *(None, True, False, 0, -1, 1.5, 1e308, float("nan"), float("inf"), 2**70, "", "x", "\ud800", "a\u0000b", "../../x", "/", [], {}),
-    *([[]], [None], {"a": {}}, {"": 1}, [1, "a"], "x" * 5000, "0", "-1", "1e999", ["a", "b"], "{", "None", "null", "\u2028", "..."),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1.5,
+        1e308,
+        float("nan"),
+        float("inf"),
+        2**70,
+        "",
+        "x",
+        "\ud800",
+        "a\u0000b",
+        "../../x",
+        "/",
+        [],
+        {},
+    ),
+    *(
+        [[]],
+        [None],
+        {"a": {}},
+        {"": 1},
+        [1, "a"],
+        "x" * 5000,
+        "0",
+        "-1",
+        "1e999",
+        ["a", "b"],
+        "{",
+        "None",
+        "null",
+        "\u2028",
+        "...",
+    ),
 )
 
 
@@ -42,8 +77,29 @@ def moved(raw: bytes, rng: random.Random) -> bytes:
 
 def replaced(raw: bytes, rng: random.Random) -> bytes:
     """Something else altogether."""
-    texts = ("", "null", "[]", "{}", "[" * 50_000, '{"a": 1}', "a: 1", "\x00" * 100, "text", "\n\n", "- a\n- b\n", "&a [*a]", "!!python/name:os.system", "a: &x [*x]", "{a: b")
-    other = (rng.randbytes(rng.choice((1, 8, 300))), raw.decode("latin-1").encode("utf-16")[:100_000], b"\xef\xbb\xbf" + raw, raw.replace(b"\n", b"\r"))
+    texts = (
+        "",
+        "null",
+        "[]",
+        "{}",
+        "[" * 50_000,
+        '{"a": 1}',
+        "a: 1",
+        "\x00" * 100,
+        "text",
+        "\n\n",
+        "- a\n- b\n",
+        "&a [*a]",
+        "!!python/name:os.system",
+        "a: &x [*x]",
+        "{a: b",
+    )
+    other = (
+        rng.randbytes(rng.choice((1, 8, 300))),
+        raw.decode("latin-1").encode("utf-16")[:100_000],
+        b"\xef\xbb\xbf" + raw,
+        raw.replace(b"\n", b"\r"),
+    )
     return rng.choice((*[t.encode() for t in texts], *other))
 
 
@@ -91,13 +147,30 @@ def json_lines(raw: bytes, rng: random.Random) -> bytes:
 def yaml_content(raw: bytes, rng: random.Random) -> bytes:
     import yaml
 
-    return yaml.safe_dump(wrong_content(yaml.safe_load(raw), rng), allow_unicode=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+    return yaml.safe_dump(wrong_content(yaml.safe_load(raw), rng), allow_unicode=rng.random() < 0.5).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 def csv_content(raw: bytes, rng: random.Random) -> bytes:
     lines = raw.split(b"\n")
     number = rng.randrange(len(lines))
-    lines[number] = rng.choice((b'"', b'"a', b",,,,,", b"a", b"", b"\0", b"file_name,file_name", b"../x,y", b"a\rb,c", b"x" * 200_000, b",a", b'"",""'))
+    lines[number] = rng.choice(
+        (
+            b'"',
+            b'"a',
+            b",,,,,",
+            b"a",
+            b"",
+            b"\0",
+            b"file_name,file_name",
+            b"../x,y",
+            b"a\rb,c",
+            b"x" * 200_000,
+            b",a",
+            b'"",""',
+        )
+    )
     return b"\n".join(lines)
 
 
@@ -111,19 +184,37 @@ def tensors(raw: bytes, rng: random.Random) -> bytes:
     begin, end = entry["data_offsets"]
     if how == 0:  # a number that is none, in one place or all
         width = {"F32": 4, "F64": 8}.get(entry["dtype"], 2)
-        odd = {4: struct.pack("<f", rng.choice((float("nan"), float("inf"), 3e38))), 8: struct.pack("<d", 1e308), 2: b"\x80\x7f"}[width]
+        odd = {
+            4: struct.pack("<f", rng.choice((float("nan"), float("inf"), 3e38))),
+            8: struct.pack("<d", 1e308),
+            2: b"\x80\x7f",
+        }[width]
         stop = rng.choice((begin + width, end))
         body[begin:stop] = odd * ((stop - begin) // width)
     elif how == 1:
         body[begin:end] = bytes(end - begin)
     elif how == 2:  # the same numbers in another shape
-        entry["shape"] = rng.choice((entry["shape"][::-1], [*entry["shape"], 1], [1, *entry["shape"]], entry["shape"][:1] + [0]))
+        entry["shape"] = rng.choice(
+            (entry["shape"][::-1], [*entry["shape"], 1], [1, *entry["shape"]], entry["shape"][:1] + [0])
+        )
     elif how == 3:
         entry["dtype"] = rng.choice(("F16", "BF16", "I32", "F64", "BOOL", "U8", "F8_E4M3", "X", None, 3))
     elif how == 4:
-        header[rng.choice(("x", "", name + ".y", name.replace(".", "_"), name.replace("lora", "lokr"), "lora_unet_" + name))] = header.pop(name)
+        header[
+            rng.choice(
+                ("x", "", name + ".y", name.replace(".", "_"), name.replace("lora", "lokr"), "lora_unet_" + name)
+            )
+        ] = header.pop(name)
     elif how == 5:
-        header["__metadata__"] = rng.choice((wrong_content(header.get("__metadata__") or {"a": "b"}, rng), {"lora_adapter_metadata": rng.choice(("{", "[]", "null", '{"a": 1}', '{"unet.r": "x"}'))}, {}, 3, {"ss_network_dim": "x", "ss_tag_frequency": "[1]"}))
+        header["__metadata__"] = rng.choice(
+            (
+                wrong_content(header.get("__metadata__") or {"a": "b"}, rng),
+                {"lora_adapter_metadata": rng.choice(("{", "[]", "null", '{"a": 1}', '{"unet.r": "x"}'))},
+                {},
+                3,
+                {"ss_network_dim": "x", "ss_tag_frequency": "[1]"},
+            )
+        )
     elif how == 6:
         entry["data_offsets"] = rng.choice(([end, begin], [0, 10**15], [-1, 5], [begin], None, [begin, end + 4]))
     else:  # a tensor less, and its place

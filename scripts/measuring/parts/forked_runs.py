@@ -22,7 +22,16 @@ from pathlib import Path
 
 from scripts.parts.training_scripts import ROOT
 
-LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "diffusers", "peft", "safetensors.torch", "torch", "transformers")
+LIBRARIES = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "diffusers",
+    "peft",
+    "safetensors.torch",
+    "torch",
+    "transformers",
+)
 LAZY = {  # what these import when they are asked for it by name
     "diffusers": ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux"),
     "transformers": ("CLIPTextModelWithProjection", "T5EncoderModel", "AutoTokenizer"),
@@ -87,7 +96,8 @@ def become(job: Job, code, log: Path, told: dict[str, str]) -> None:
     path = str(ROOT / job.program)
     os.chdir(log.parent)
     sys.argv, sys.path[0] = [path, *job.words], str(Path(path).parent)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__file__ = path
     status = 0

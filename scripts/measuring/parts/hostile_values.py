@@ -9,11 +9,62 @@ from pathlib import Path
 
 WORDS = ("a", "circle", "sks", "a red circle", "TOK", "a, b, c")
 ODD_WORDS = (
-    *("", " ", "\t", "a\nb", "a\u2028b", "🎉", "字" * 50, "e\u0301", "{flag}", "{0}", "%s", "%", "--x", "-", "a=b", "'", '"'),
+    *(
+        "",
+        " ",
+        "\t",
+        "a\nb",
+        "a\u2028b",
+        "🎉",
+        "字" * 50,
+        "e\u0301",
+        "{flag}",
+        "{0}",
+        "%s",
+        "%",
+        "--x",
+        "-",
+        "a=b",
+        "'",
+        '"',
+    ),
     *("..", ".", "/", "~", "$HOME", "C:\\a", "none", "null", "true", "0", "nan", "word " * 2000, "x" * 300, "a" * 5000),
-    *("\u202eabc", "\ufeffa", "\x7f", "\x1b[31m", "\udcff", "<s0>", "<|endoftext|>", ",", ",,", "a,,b", "a,a", "(", "[a", "*"),
+    *(
+        "\u202eabc",
+        "\ufeffa",
+        "\x7f",
+        "\x1b[31m",
+        "\udcff",
+        "<s0>",
+        "<|endoftext|>",
+        ",",
+        ",,",
+        "a,,b",
+        "a,a",
+        "(",
+        "[a",
+        "*",
+    ),
 )
-ODD_NUMBERS = ("-1", "0", "-0.0", "1e400", "-inf", "nan", "x", "", " ", "1_0", "１", "1²", "9" * 30, "1.5", "0x10", "1,5", "1e-320")
+ODD_NUMBERS = (
+    "-1",
+    "0",
+    "-0.0",
+    "1e400",
+    "-inf",
+    "nan",
+    "x",
+    "",
+    " ",
+    "1_0",
+    "１",
+    "1²",
+    "9" * 30,
+    "1.5",
+    "0x10",
+    "1,5",
+    "1e-320",
+)
 BY_TYPE = {  # the name of argparse's type: good values, borderline ones
     "count": (("1", "2", "3"), ("1", "2147483647", "2147483648", "+1", " 2")),
     "whole number": (("0", "1", "2"), ("0", "2147483647", "1000", "-0")),
@@ -29,7 +80,14 @@ CAPPED = (  # legal numbers of these cost time or memory without end
     "resolution train_batch_size num_train_epochs gradient_accumulation_steps dataloader_num_workers num_class_images repeats"
     " num_validation_images validation_inference_steps num_new_tokens_per_abstraction rank max_train_steps sample_batch_size"
 )
-LEFT_OUT = ("help", "config", "compile", "max_train_steps", "hub_token", "dry_run")  # drawn elsewhere, or minutes on a CPU
+LEFT_OUT = (
+    "help",
+    "config",
+    "compile",
+    "max_train_steps",
+    "hub_token",
+    "dry_run",
+)  # drawn elsewhere, or minutes on a CPU
 BUNDLES = (  # that go together, so that a run gets far
     ("--with_prior_preservation", "--class_prompt", "a circle", "--num_class_images", "2"),
     ("--train_text_encoder_ti", "--token_abstraction", "circle"),
@@ -92,10 +150,46 @@ BY_NAME = {  # good values, others; {folder} is the case's own, {data} pictures,
     "adam_epsilon": (("1e-8",), ("0", "1e9", "1e-45")), "adam_weight_decay": (("0", "0.01"), ("1e9", "1e5", "100")), "noise_offset": (("0.05",), ("1e9", "1e-30")),
     "snr_gamma": (("5",), ("0", "1e9", "1e-30")), "input_perturbation": (("0.1",), ("1e9",)), "huber_c": (("0.1",), ("0", "1e9", "1e-30")),
 }  # fmt: skip
-ODD_YAML = ([], {}, [[1]], {"a": 1}, None, True, False, 1.5, -1, "", [None], [True, 1], "2001-01-01", 1e400, [[]], [1, "a"], {1: 2})
+ODD_YAML = (
+    [],
+    {},
+    [[1]],
+    {"a": 1},
+    None,
+    True,
+    False,
+    1.5,
+    -1,
+    "",
+    [None],
+    [True, 1],
+    "2001-01-01",
+    1e400,
+    [[]],
+    [1, "a"],
+    {1: 2},
+)
 PROMPTS = (
-    *("a circle\n", "a circle --n bad --w 64 --h 64 --d 3 --s 1 --l 2\n# x\n", "a --w 63\n", "--n x\n", "", "a --q 1\n", "a --s 0\n"),
-    *("a --d\n", "a --n\n", "a --s 1 --s 2\n", "\n\n", "a --w 64 --w\n", "a --l nan\n", "字 --d 1\n", "a -- b\n", "a --h 99999999\n"),
+    *(
+        "a circle\n",
+        "a circle --n bad --w 64 --h 64 --d 3 --s 1 --l 2\n# x\n",
+        "a --w 63\n",
+        "--n x\n",
+        "",
+        "a --q 1\n",
+        "a --s 0\n",
+    ),
+    *(
+        "a --d\n",
+        "a --n\n",
+        "a --s 1 --s 2\n",
+        "\n\n",
+        "a --w 64 --w\n",
+        "a --l nan\n",
+        "字 --d 1\n",
+        "a -- b\n",
+        "a --h 99999999\n",
+    ),
 )
 SETS = (  # of --dataset_config
     '[{"train_data_dir": "{data}"}]', '[{"train_data_dir": "{data}", "repeats": 2, "trigger_word": "sks"}]',
@@ -159,7 +253,13 @@ def as_config(words: list[str], rng: random.Random) -> dict:
                 word = json.loads(word) if rng.random() < 0.8 and not word.startswith('"') else word
             except ValueError:
                 word = str(word)
-            values[key] = word if values[key] is True else [values[key], word] if not isinstance(values[key], list) else [*values[key], word]
+            values[key] = (
+                word
+                if values[key] is True
+                else [values[key], word]
+                if not isinstance(values[key], list)
+                else [*values[key], word]
+            )
     if values and rng.random() < 0.33:
         values[rng.choice(list(values))] = rng.choice(ODD_YAML)
     if rng.random() < 0.05:
