@@ -230,9 +230,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 240 the run: what happens, in which order · 565 the loop, and one step of it · 890 what is logged, and the
 # guard against learning nothing · 1015 data: images and captions · 1388 images: decoding, buckets, crops, batches ·
 # 1927 text: embeddings and new tokens · 2198 LoRA and optimizer · 2763 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3178 checkpoints and signals · 3386 pictures: validation, class images, comparison · 3606
-# probes: what was learned, what was forgotten · 3781 files that a run leaves · 4309 command line · 4980 base model:
-# loading, quantising, splitting · 5257 the machine · 5344 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3178 checkpoints and signals · 3389 pictures: validation, class images, comparison · 3609
+# probes: what was learned, what was forgotten · 3784 files that a run leaves · 4312 command line · 4983 base model:
+# loading, quantising, splitting · 5260 the machine · 5347 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         # one that a loader's process has raised comes with its stack
         return fail(" ".join(str(error).split("UserError: ")[-1].split()), 2)
     except Interrupted as stop:
-        code, *lines = stop.args
+        StopSignal.raised, (code, *lines) = 0, stop.args
         latest = checkpoints_in(Path(args.output_dir))[:1] if lines else []
         for line in (*lines, *(f"{folder} is there: --resume_from_checkpoint latest goes on" for folder in latest)):
             say(line)
@@ -3184,6 +3184,8 @@ STOP_SIGNALS = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK") if hasat
 class StopSignal:
     """Answers STOP_SIGNALS (Ctrl-C, and Ctrl-Break on Windows): at once outside the loop, after the step's checkpoint inside it."""
 
+    raised = 0  # the signal that was answered at once, until it ends the run: libraries make other errors of the exception
+
     def __init__(self) -> None:
         self.number, self.in_loop = 0, False
         for name in STOP_SIGNALS:
@@ -3191,6 +3193,7 @@ class StopSignal:
 
     def receive(self, number: int, frame: object) -> None:
         if not self.in_loop or self.number:
+            self.number = StopSignal.raised = number
             raise Interrupted(128 + number, f"stopped at once by {signal.Signals(number).name}")
         self.number = number
 
@@ -4299,7 +4302,7 @@ def push_to_hub(args: argparse.Namespace) -> None:
     try:
         repo = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
         public = ["*.safetensors", "README.md", "comparison.png", "samples/*"]
-        hidden = ["checkpoint-*", "merged/*", "class_images/*"]
+        hidden = ["*/*.safetensors"]  # of checkpoints, caches, merged/: a star matches folders too
         place = {"repo_id": repo, "folder_path": args.output_dir, "token": args.hub_token}
         upload_folder(**place, allow_patterns=public, ignore_patterns=hidden)
     except Exception as error:  # whatever the hub's client raises, the results are already on the disk
@@ -5360,6 +5363,10 @@ def fail(why: str, code: int) -> int:
     if int(os.environ.get("RANK", "0")) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
+    if number := StopSignal.raised:
+        StopSignal.raised = 0
+        say(f"stopped at once by {signal.Signals(number).name}")
+        return 128 + number
     print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr)
     return code
 

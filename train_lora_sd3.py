@@ -289,9 +289,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 299 the run: what happens, in which order · 624 the loop, and one step of it · 949 what is logged, and the
 # guard against learning nothing · 1074 data: images and captions · 1447 images: decoding, buckets, crops, batches ·
 # 1986 text: embeddings and new tokens · 2257 LoRA and optimizer · 2822 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3237 checkpoints and signals · 3445 pictures: validation, class images, comparison · 3665
-# probes: what was learned, what was forgotten · 3840 files that a run leaves · 4368 command line · 5039 base model:
-# loading, quantising, splitting · 5316 the machine · 5403 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3237 checkpoints and signals · 3448 pictures: validation, class images, comparison · 3668
+# probes: what was learned, what was forgotten · 3843 files that a run leaves · 4371 command line · 5042 base model:
+# loading, quantising, splitting · 5319 the machine · 5406 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
         # one that a loader's process has raised comes with its stack
         return fail(" ".join(str(error).split("UserError: ")[-1].split()), 2)
     except Interrupted as stop:
-        code, *lines = stop.args
+        StopSignal.raised, (code, *lines) = 0, stop.args
         latest = checkpoints_in(Path(args.output_dir))[:1] if lines else []
         for line in (*lines, *(f"{folder} is there: --resume_from_checkpoint latest goes on" for folder in latest)):
             say(line)
@@ -3243,6 +3243,8 @@ STOP_SIGNALS = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK") if hasat
 class StopSignal:
     """Answers STOP_SIGNALS (Ctrl-C, and Ctrl-Break on Windows): at once outside the loop, after the step's checkpoint inside it."""
 
+    raised = 0  # the signal that was answered at once, until it ends the run: libraries make other errors of the exception
+
     def __init__(self) -> None:
         self.number, self.in_loop = 0, False
         for name in STOP_SIGNALS:
@@ -3250,6 +3252,7 @@ class StopSignal:
 
     def receive(self, number: int, frame: object) -> None:
         if not self.in_loop or self.number:
+            self.number = StopSignal.raised = number
             raise Interrupted(128 + number, f"stopped at once by {signal.Signals(number).name}")
         self.number = number
 
@@ -4358,7 +4361,7 @@ def push_to_hub(args: argparse.Namespace) -> None:
     try:
         repo = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
         public = ["*.safetensors", "README.md", "comparison.png", "samples/*"]
-        hidden = ["checkpoint-*", "merged/*", "class_images/*"]
+        hidden = ["*/*.safetensors"]  # of checkpoints, caches, merged/: a star matches folders too
         place = {"repo_id": repo, "folder_path": args.output_dir, "token": args.hub_token}
         upload_folder(**place, allow_patterns=public, ignore_patterns=hidden)
     except Exception as error:  # whatever the hub's client raises, the results are already on the disk
@@ -5419,6 +5422,10 @@ def fail(why: str, code: int) -> int:
     if int(os.environ.get("RANK", "0")) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
+    if number := StopSignal.raised:
+        StopSignal.raised = 0
+        say(f"stopped at once by {signal.Signals(number).name}")
+        return 128 + number
     print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr)
     return code
 

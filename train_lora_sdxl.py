@@ -288,9 +288,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 298 the run: what happens, in which order · 623 the loop, and one step of it · 948 what is logged, and the
 # guard against learning nothing · 1073 data: images and captions · 1446 images: decoding, buckets, crops, batches ·
 # 1985 text: embeddings and new tokens · 2256 LoRA and optimizer · 2821 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3236 checkpoints and signals · 3444 pictures: validation, class images, comparison · 3664
-# probes: what was learned, what was forgotten · 3839 files that a run leaves · 4367 command line · 5038 base model:
-# loading, quantising, splitting · 5315 the machine · 5402 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3236 checkpoints and signals · 3447 pictures: validation, class images, comparison · 3667
+# probes: what was learned, what was forgotten · 3842 files that a run leaves · 4370 command line · 5041 base model:
+# loading, quantising, splitting · 5318 the machine · 5405 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -319,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         # one that a loader's process has raised comes with its stack
         return fail(" ".join(str(error).split("UserError: ")[-1].split()), 2)
     except Interrupted as stop:
-        code, *lines = stop.args
+        StopSignal.raised, (code, *lines) = 0, stop.args
         latest = checkpoints_in(Path(args.output_dir))[:1] if lines else []
         for line in (*lines, *(f"{folder} is there: --resume_from_checkpoint latest goes on" for folder in latest)):
             say(line)
@@ -3242,6 +3242,8 @@ STOP_SIGNALS = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK") if hasat
 class StopSignal:
     """Answers STOP_SIGNALS (Ctrl-C, and Ctrl-Break on Windows): at once outside the loop, after the step's checkpoint inside it."""
 
+    raised = 0  # the signal that was answered at once, until it ends the run: libraries make other errors of the exception
+
     def __init__(self) -> None:
         self.number, self.in_loop = 0, False
         for name in STOP_SIGNALS:
@@ -3249,6 +3251,7 @@ class StopSignal:
 
     def receive(self, number: int, frame: object) -> None:
         if not self.in_loop or self.number:
+            self.number = StopSignal.raised = number
             raise Interrupted(128 + number, f"stopped at once by {signal.Signals(number).name}")
         self.number = number
 
@@ -4357,7 +4360,7 @@ def push_to_hub(args: argparse.Namespace) -> None:
     try:
         repo = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
         public = ["*.safetensors", "README.md", "comparison.png", "samples/*"]
-        hidden = ["checkpoint-*", "merged/*", "class_images/*"]
+        hidden = ["*/*.safetensors"]  # of checkpoints, caches, merged/: a star matches folders too
         place = {"repo_id": repo, "folder_path": args.output_dir, "token": args.hub_token}
         upload_folder(**place, allow_patterns=public, ignore_patterns=hidden)
     except Exception as error:  # whatever the hub's client raises, the results are already on the disk
@@ -5418,6 +5421,10 @@ def fail(why: str, code: int) -> int:
     if int(os.environ.get("RANK", "0")) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
+    if number := StopSignal.raised:
+        StopSignal.raised = 0
+        say(f"stopped at once by {signal.Signals(number).name}")
+        return 128 + number
     print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr)
     return code
 

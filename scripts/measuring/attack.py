@@ -557,14 +557,18 @@ def kills(stage: Path, family: str, rng: random.Random, folder: Path) -> Case:
     command = train_words(family, out, "-d", DATA, *flags, *KILLED_LENGTH, "--resume_from_checkpoint", "latest")
     wrong = None
     for _ in range(rng.choice((1, 2, 2))):
-        number, moment = rng.choice(SIGNALS), rng.uniform(0.02, usual)
+        number, moment = rng.choice(SIGNALS), rng.uniform(0.1, usual)
         ended = yield Job(
             SCRIPTS[family], command, processes=processes, after=moment, signal=number, victim=rng.randrange(processes)
         )
         if not ended.hit:
             break
         said.append(f"{signal.Signals(number).name} after {moment:.2f} s: {ended.codes} {last_line(ended)}")
-        wrong = wrong or fault(ended, (0, 128 + number, 143, 137)) or (damaged_results(out) if out.exists() else None)
+        wrong = (
+            wrong
+            or fault(ended, (0, 128 + number, 143, 137, *[1] * (processes > 1)))
+            or (damaged_results(out) if out.exists() else None)
+        )
     ended = yield Job(SCRIPTS[family], command, processes=processes)
     wrong = wrong or (
         f"exit code {ended.codes}: {last_line(ended)}" if any(ended.codes) else fault(ended) or same_results(whole, out)
