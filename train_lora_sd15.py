@@ -227,12 +227,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line: 240 the run: what happens, in which order · 565 the loop, and one step of it · 890 what is logged, and the
-# guard against learning nothing · 1015 data: images and captions · 1388 images: decoding, buckets, crops, batches ·
-# 1927 text: embeddings and new tokens · 2198 LoRA and optimizer · 2763 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3178 checkpoints and signals · 3389 pictures: validation, class images, comparison · 3609
-# probes: what was learned, what was forgotten · 3784 files that a run leaves · 4312 command line · 4983 base model:
-# loading, quantising, splitting · 5260 the machine · 5347 errors, lines, seeds, libraries
+# By line: 240 the run: what happens, in which order · 568 the loop, and one step of it · 893 what is logged, and the
+# guard against learning nothing · 1018 data: images and captions · 1391 images: decoding, buckets, crops, batches ·
+# 1930 text: embeddings and new tokens · 2201 LoRA and optimizer · 2766 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3181 checkpoints and signals · 3400 pictures: validation, class images, comparison · 3620
+# probes: what was learned, what was forgotten · 3795 files that a run leaves · 4325 command line · 4996 base model:
+# loading, quantising, splitting · 5273 the machine · 5360 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -261,7 +261,8 @@ def main(argv: list[str] | None = None) -> int:
         # one that a loader's process has raised comes with its stack
         return fail(" ".join(str(error).split("UserError: ")[-1].split()), 2)
     except Interrupted as stop:
-        StopSignal.raised, (code, *lines) = 0, stop.args
+        give_back_signals()
+        code, *lines = stop.args
         latest = checkpoints_in(Path(args.output_dir))[:1] if lines else []
         for line in (*lines, *(f"{folder} is there: --resume_from_checkpoint latest goes on" for folder in latest)):
             say(line)
@@ -285,6 +286,8 @@ def main(argv: list[str] | None = None) -> int:
                 log.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
                 break
         return fail(f"a fault of this script ({brief(error)}); {log} has the traceback", 1)
+    finally:
+        give_back_signals()
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -3198,6 +3201,14 @@ class StopSignal:
         self.number = number
 
 
+def give_back_signals() -> int:
+    """When the run is over, so that none is an exception in what ends it; returns the one that it was to end for, or 0."""
+    for name in STOP_SIGNALS:
+        signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+    number, StopSignal.raised = StopSignal.raised, 0
+    return number
+
+
 def save_checkpoint(run: Run, step: int) -> None:
     """Writes checkpoint-N: usable weights, the training state, and a manifest with hashes.
 
@@ -3850,7 +3861,8 @@ def write_run_files(run: Run) -> None:
     used = [[sizes[b], len(shares), sum(shares) / len(shares)] for b, shares in lost.items() if shares]
     summary = {"images": len(examples), "held_out": sum(e.held_out for e in examples), "captions": rows}
     summary |= {"buckets": used, "findings": run.findings}
-    (output / "data.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
+    with written(output / "data.json") as part:
+        part.write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
     folder = output / "training_pictures"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -3862,7 +3874,8 @@ def write_run_files(run: Run) -> None:
             red = Image.blend(image, Image.new("RGB", image.size, "red"), 0.6)
             image = Image.composite(image, red, run.data.masks.decoded(index))
         image.thumbnail((384, 384))
-        image.save(folder / f"{k:02d}.png", pnginfo=text)
+        with written(folder / f"{k:02d}.png") as part:
+            image.save(part, pnginfo=text)
 
 
 @contextlib.contextmanager
@@ -5360,11 +5373,10 @@ QUIET = int(os.environ.get("RANK", "0")) > 0  # the first process alone prints
 
 def fail(why: str, code: int) -> int:
     """Says why the run ends. Beside a first process that says it too, the launcher ends this one while it waits."""
+    number = give_back_signals()
     if int(os.environ.get("RANK", "0")) > 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
-    if number := StopSignal.raised:
-        StopSignal.raised = 0
+    if number:
         say(f"stopped at once by {signal.Signals(number).name}")
         return 128 + number
     print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr)

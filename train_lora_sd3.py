@@ -286,12 +286,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 299 the run: what happens, in which order · 624 the loop, and one step of it · 949 what is logged, and the
-# guard against learning nothing · 1074 data: images and captions · 1447 images: decoding, buckets, crops, batches ·
-# 1986 text: embeddings and new tokens · 2257 LoRA and optimizer · 2822 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3237 checkpoints and signals · 3448 pictures: validation, class images, comparison · 3668
-# probes: what was learned, what was forgotten · 3843 files that a run leaves · 4371 command line · 5042 base model:
-# loading, quantising, splitting · 5319 the machine · 5406 errors, lines, seeds, libraries
+# By line: 299 the run: what happens, in which order · 627 the loop, and one step of it · 952 what is logged, and the
+# guard against learning nothing · 1077 data: images and captions · 1450 images: decoding, buckets, crops, batches ·
+# 1989 text: embeddings and new tokens · 2260 LoRA and optimizer · 2825 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3240 checkpoints and signals · 3459 pictures: validation, class images, comparison · 3679
+# probes: what was learned, what was forgotten · 3854 files that a run leaves · 4384 command line · 5055 base model:
+# loading, quantising, splitting · 5332 the machine · 5419 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -320,7 +320,8 @@ def main(argv: list[str] | None = None) -> int:
         # one that a loader's process has raised comes with its stack
         return fail(" ".join(str(error).split("UserError: ")[-1].split()), 2)
     except Interrupted as stop:
-        StopSignal.raised, (code, *lines) = 0, stop.args
+        give_back_signals()
+        code, *lines = stop.args
         latest = checkpoints_in(Path(args.output_dir))[:1] if lines else []
         for line in (*lines, *(f"{folder} is there: --resume_from_checkpoint latest goes on" for folder in latest)):
             say(line)
@@ -344,6 +345,8 @@ def main(argv: list[str] | None = None) -> int:
                 log.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
                 break
         return fail(f"a fault of this script ({brief(error)}); {log} has the traceback", 1)
+    finally:
+        give_back_signals()
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -3257,6 +3260,14 @@ class StopSignal:
         self.number = number
 
 
+def give_back_signals() -> int:
+    """When the run is over, so that none is an exception in what ends it; returns the one that it was to end for, or 0."""
+    for name in STOP_SIGNALS:
+        signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+    number, StopSignal.raised = StopSignal.raised, 0
+    return number
+
+
 def save_checkpoint(run: Run, step: int) -> None:
     """Writes checkpoint-N: usable weights, the training state, and a manifest with hashes.
 
@@ -3909,7 +3920,8 @@ def write_run_files(run: Run) -> None:
     used = [[sizes[b], len(shares), sum(shares) / len(shares)] for b, shares in lost.items() if shares]
     summary = {"images": len(examples), "held_out": sum(e.held_out for e in examples), "captions": rows}
     summary |= {"buckets": used, "findings": run.findings}
-    (output / "data.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
+    with written(output / "data.json") as part:
+        part.write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
     folder = output / "training_pictures"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -3921,7 +3933,8 @@ def write_run_files(run: Run) -> None:
             red = Image.blend(image, Image.new("RGB", image.size, "red"), 0.6)
             image = Image.composite(image, red, run.data.masks.decoded(index))
         image.thumbnail((384, 384))
-        image.save(folder / f"{k:02d}.png", pnginfo=text)
+        with written(folder / f"{k:02d}.png") as part:
+            image.save(part, pnginfo=text)
 
 
 @contextlib.contextmanager
@@ -5419,11 +5432,10 @@ QUIET = int(os.environ.get("RANK", "0")) > 0  # the first process alone prints
 
 def fail(why: str, code: int) -> int:
     """Says why the run ends. Beside a first process that says it too, the launcher ends this one while it waits."""
+    number = give_back_signals()
     if int(os.environ.get("RANK", "0")) > 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
-    if number := StopSignal.raised:
-        StopSignal.raised = 0
+    if number:
         say(f"stopped at once by {signal.Signals(number).name}")
         return 128 + number
     print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr)

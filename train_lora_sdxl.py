@@ -285,12 +285,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 298 the run: what happens, in which order · 623 the loop, and one step of it · 948 what is logged, and the
-# guard against learning nothing · 1073 data: images and captions · 1446 images: decoding, buckets, crops, batches ·
-# 1985 text: embeddings and new tokens · 2256 LoRA and optimizer · 2821 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3236 checkpoints and signals · 3447 pictures: validation, class images, comparison · 3667
-# probes: what was learned, what was forgotten · 3842 files that a run leaves · 4370 command line · 5041 base model:
-# loading, quantising, splitting · 5318 the machine · 5405 errors, lines, seeds, libraries
+# By line: 298 the run: what happens, in which order · 626 the loop, and one step of it · 951 what is logged, and the
+# guard against learning nothing · 1076 data: images and captions · 1449 images: decoding, buckets, crops, batches ·
+# 1988 text: embeddings and new tokens · 2259 LoRA and optimizer · 2824 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3239 checkpoints and signals · 3458 pictures: validation, class images, comparison · 3678
+# probes: what was learned, what was forgotten · 3853 files that a run leaves · 4383 command line · 5054 base model:
+# loading, quantising, splitting · 5331 the machine · 5418 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -319,7 +319,8 @@ def main(argv: list[str] | None = None) -> int:
         # one that a loader's process has raised comes with its stack
         return fail(" ".join(str(error).split("UserError: ")[-1].split()), 2)
     except Interrupted as stop:
-        StopSignal.raised, (code, *lines) = 0, stop.args
+        give_back_signals()
+        code, *lines = stop.args
         latest = checkpoints_in(Path(args.output_dir))[:1] if lines else []
         for line in (*lines, *(f"{folder} is there: --resume_from_checkpoint latest goes on" for folder in latest)):
             say(line)
@@ -343,6 +344,8 @@ def main(argv: list[str] | None = None) -> int:
                 log.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
                 break
         return fail(f"a fault of this script ({brief(error)}); {log} has the traceback", 1)
+    finally:
+        give_back_signals()
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -3256,6 +3259,14 @@ class StopSignal:
         self.number = number
 
 
+def give_back_signals() -> int:
+    """When the run is over, so that none is an exception in what ends it; returns the one that it was to end for, or 0."""
+    for name in STOP_SIGNALS:
+        signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+    number, StopSignal.raised = StopSignal.raised, 0
+    return number
+
+
 def save_checkpoint(run: Run, step: int) -> None:
     """Writes checkpoint-N: usable weights, the training state, and a manifest with hashes.
 
@@ -3908,7 +3919,8 @@ def write_run_files(run: Run) -> None:
     used = [[sizes[b], len(shares), sum(shares) / len(shares)] for b, shares in lost.items() if shares]
     summary = {"images": len(examples), "held_out": sum(e.held_out for e in examples), "captions": rows}
     summary |= {"buckets": used, "findings": run.findings}
-    (output / "data.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
+    with written(output / "data.json") as part:
+        part.write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
     folder = output / "training_pictures"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -3920,7 +3932,8 @@ def write_run_files(run: Run) -> None:
             red = Image.blend(image, Image.new("RGB", image.size, "red"), 0.6)
             image = Image.composite(image, red, run.data.masks.decoded(index))
         image.thumbnail((384, 384))
-        image.save(folder / f"{k:02d}.png", pnginfo=text)
+        with written(folder / f"{k:02d}.png") as part:
+            image.save(part, pnginfo=text)
 
 
 @contextlib.contextmanager
@@ -5418,11 +5431,10 @@ QUIET = int(os.environ.get("RANK", "0")) > 0  # the first process alone prints
 
 def fail(why: str, code: int) -> int:
     """Says why the run ends. Beside a first process that says it too, the launcher ends this one while it waits."""
+    number = give_back_signals()
     if int(os.environ.get("RANK", "0")) > 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
-    if number := StopSignal.raised:
-        StopSignal.raised = 0
+    if number:
         say(f"stopped at once by {signal.Signals(number).name}")
         return 128 + number
     print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr)

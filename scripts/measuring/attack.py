@@ -119,7 +119,7 @@ def fault(ended: Ended, allowed: tuple[int, ...] = (0, 1, 2)) -> str | None:
     for code, out, err in zip(ended.codes, ended.out, ended.err, strict=True):
         lines = [line for line in re.split(r"[\r\n]", err) if not BAR.search(line)]
         if "Traceback (most recent call last)" in out + err:
-            return f"traceback: {lines[-1] if lines else ''}"
+            return f"traceback: {' / '.join(lines[-9:])}"
         if ours := re.search("a fault of th[^;]*", err):
             return ours[0]
         if code not in allowed:

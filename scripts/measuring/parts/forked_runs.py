@@ -151,6 +151,8 @@ class Running:
             self.send(job.signal, [self.pids[job.victim]] if job.signal == signal.SIGKILL else self.pids)
         if self.sent is not None and len(self.left) < job.processes and job.signal == signal.SIGKILL:
             self.send(signal.SIGTERM if spent < self.sent + 5 else signal.SIGKILL, self.pids)
+        if self.sent is not None and job.processes > 1 and spent > self.sent + 10:
+            self.send(signal.SIGKILL, self.pids)  # which torchrun does after 30 seconds
         if spent > job.limit:
             self.ended.hung = True
             self.send(signal.SIGKILL, self.pids)
