@@ -3251,7 +3251,9 @@ STOP_SIGNALS = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK") if hasat
 class StopSignal:
     """Answers STOP_SIGNALS (Ctrl-C, and Ctrl-Break on Windows): at once outside the loop, after the step's checkpoint inside it."""
 
-    raised = 0  # the signal that was answered at once, until it ends the run: libraries make other errors of the exception
+    raised = (
+        0  # the signal that was answered at once, until it ends the run: libraries make other errors of the exception
+    )
 
     def __init__(self) -> None:
         self.number, self.in_loop = 0, False
@@ -5554,7 +5556,10 @@ def import_image_libraries() -> None:
     import numpy as np
     from PIL import Image, ImageCms, ImageEnhance, ImageOps, PngImagePlugin
 
-    for origin in (r"PIL\.", r"diffusers\.image_processor"):  # large pictures, odd metadata; pictures of a base that is damaged
+    for origin in (
+        r"PIL\.",
+        r"diffusers\.image_processor",
+    ):  # large pictures, odd metadata; pictures of a base that is damaged
         warnings.filterwarnings("ignore", module=origin)
 
 
