@@ -294,9 +294,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 304 the run: what happens, in which order · 632 the loop, and one step of it · 957 what is logged, and the
 # guard against learning nothing · 1082 data: images and captions · 1455 images: decoding, buckets, crops, batches ·
 # 1994 text: embeddings and new tokens · 2265 LoRA and optimizer · 2830 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3245 checkpoints and signals · 3464 pictures: validation, class images, comparison · 3684
-# probes: what was learned, what was forgotten · 3859 files that a run leaves · 4389 command line · 5060 base model:
-# loading, quantising, splitting · 5337 the machine · 5424 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3245 checkpoints and signals · 3466 pictures: validation, class images, comparison · 3686
+# probes: what was learned, what was forgotten · 3861 files that a run leaves · 4391 command line · 5062 base model:
+# loading, quantising, splitting · 5339 the machine · 5426 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3252,7 +3252,7 @@ class StopSignal:
     """Answers STOP_SIGNALS (Ctrl-C, and Ctrl-Break on Windows): at once outside the loop, after the step's checkpoint inside it."""
 
     raised = (
-        0  # the signal that was answered at once, until it ends the run: libraries make other errors of the exception
+        0  # the signal that was answered at once, and not yet the end: libraries make other errors of the exception
     )
 
     def __init__(self) -> None:
@@ -5556,10 +5556,7 @@ def import_image_libraries() -> None:
     import numpy as np
     from PIL import Image, ImageCms, ImageEnhance, ImageOps, PngImagePlugin
 
-    for origin in (
-        r"PIL\.",
-        r"diffusers\.image_processor",
-    ):  # large pictures, odd metadata; pictures of a base that is damaged
+    for origin in (r"PIL\.", r"diffusers\.image_processor"):  # large pictures, odd metadata, what a damaged base draws
         warnings.filterwarnings("ignore", module=origin)
 
 

@@ -230,9 +230,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 240 the run: what happens, in which order · 568 the loop, and one step of it · 893 what is logged, and the
 # guard against learning nothing · 1018 data: images and captions · 1391 images: decoding, buckets, crops, batches ·
 # 1930 text: embeddings and new tokens · 2201 LoRA and optimizer · 2766 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3181 checkpoints and signals · 3400 pictures: validation, class images, comparison · 3620
-# probes: what was learned, what was forgotten · 3795 files that a run leaves · 4325 command line · 4996 base model:
-# loading, quantising, splitting · 5273 the machine · 5360 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3181 checkpoints and signals · 3402 pictures: validation, class images, comparison · 3622
+# probes: what was learned, what was forgotten · 3797 files that a run leaves · 4327 command line · 4998 base model:
+# loading, quantising, splitting · 5275 the machine · 5362 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3188,7 +3188,7 @@ class StopSignal:
     """Answers STOP_SIGNALS (Ctrl-C, and Ctrl-Break on Windows): at once outside the loop, after the step's checkpoint inside it."""
 
     raised = (
-        0  # the signal that was answered at once, until it ends the run: libraries make other errors of the exception
+        0  # the signal that was answered at once, and not yet the end: libraries make other errors of the exception
     )
 
     def __init__(self) -> None:
@@ -5492,10 +5492,7 @@ def import_image_libraries() -> None:
     import numpy as np
     from PIL import Image, ImageCms, ImageEnhance, ImageOps, PngImagePlugin
 
-    for origin in (
-        r"PIL\.",
-        r"diffusers\.image_processor",
-    ):  # large pictures, odd metadata; pictures of a base that is damaged
+    for origin in (r"PIL\.", r"diffusers\.image_processor"):  # large pictures, odd metadata, what a damaged base draws
         warnings.filterwarnings("ignore", module=origin)
 
 

@@ -289,9 +289,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 299 the run: what happens, in which order · 627 the loop, and one step of it · 952 what is logged, and the
 # guard against learning nothing · 1077 data: images and captions · 1450 images: decoding, buckets, crops, batches ·
 # 1989 text: embeddings and new tokens · 2260 LoRA and optimizer · 2825 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3240 checkpoints and signals · 3459 pictures: validation, class images, comparison · 3679
-# probes: what was learned, what was forgotten · 3854 files that a run leaves · 4384 command line · 5055 base model:
-# loading, quantising, splitting · 5332 the machine · 5419 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3240 checkpoints and signals · 3461 pictures: validation, class images, comparison · 3681
+# probes: what was learned, what was forgotten · 3856 files that a run leaves · 4386 command line · 5057 base model:
+# loading, quantising, splitting · 5334 the machine · 5421 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3247,7 +3247,7 @@ class StopSignal:
     """Answers STOP_SIGNALS (Ctrl-C, and Ctrl-Break on Windows): at once outside the loop, after the step's checkpoint inside it."""
 
     raised = (
-        0  # the signal that was answered at once, until it ends the run: libraries make other errors of the exception
+        0  # the signal that was answered at once, and not yet the end: libraries make other errors of the exception
     )
 
     def __init__(self) -> None:
@@ -5551,10 +5551,7 @@ def import_image_libraries() -> None:
     import numpy as np
     from PIL import Image, ImageCms, ImageEnhance, ImageOps, PngImagePlugin
 
-    for origin in (
-        r"PIL\.",
-        r"diffusers\.image_processor",
-    ):  # large pictures, odd metadata; pictures of a base that is damaged
+    for origin in (r"PIL\.", r"diffusers\.image_processor"):  # large pictures, odd metadata, what a damaged base draws
         warnings.filterwarnings("ignore", module=origin)
 
 

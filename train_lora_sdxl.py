@@ -288,9 +288,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 298 the run: what happens, in which order · 626 the loop, and one step of it · 951 what is logged, and the
 # guard against learning nothing · 1076 data: images and captions · 1449 images: decoding, buckets, crops, batches ·
 # 1988 text: embeddings and new tokens · 2259 LoRA and optimizer · 2824 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3239 checkpoints and signals · 3458 pictures: validation, class images, comparison · 3678
-# probes: what was learned, what was forgotten · 3853 files that a run leaves · 4383 command line · 5054 base model:
-# loading, quantising, splitting · 5331 the machine · 5418 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3239 checkpoints and signals · 3460 pictures: validation, class images, comparison · 3680
+# probes: what was learned, what was forgotten · 3855 files that a run leaves · 4385 command line · 5056 base model:
+# loading, quantising, splitting · 5333 the machine · 5420 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3246,7 +3246,7 @@ class StopSignal:
     """Answers STOP_SIGNALS (Ctrl-C, and Ctrl-Break on Windows): at once outside the loop, after the step's checkpoint inside it."""
 
     raised = (
-        0  # the signal that was answered at once, until it ends the run: libraries make other errors of the exception
+        0  # the signal that was answered at once, and not yet the end: libraries make other errors of the exception
     )
 
     def __init__(self) -> None:
@@ -5550,10 +5550,7 @@ def import_image_libraries() -> None:
     import numpy as np
     from PIL import Image, ImageCms, ImageEnhance, ImageOps, PngImagePlugin
 
-    for origin in (
-        r"PIL\.",
-        r"diffusers\.image_processor",
-    ):  # large pictures, odd metadata; pictures of a base that is damaged
+    for origin in (r"PIL\.", r"diffusers\.image_processor"):  # large pictures, odd metadata, what a damaged base draws
         warnings.filterwarnings("ignore", module=origin)
 
 

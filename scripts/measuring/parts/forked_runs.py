@@ -118,6 +118,7 @@ class Running:
 
     def __init__(self, job: Job, folder: Path) -> None:
         self.job, self.ended, self.begun, self.sent, self.logs = job, Ended(), time.monotonic(), None, []
+        self.told = False  # those that the signal has left alive, that it is over
         self.left, codes = {}, compiled(job.program)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -149,10 +150,12 @@ class Running:
         if job.after is not None and self.sent is None and spent >= job.after:
             self.sent, self.ended.hit = spent, True
             self.send(job.signal, [self.pids[job.victim]] if job.signal == signal.SIGKILL else self.pids)
-        if self.sent is not None and len(self.left) < job.processes and job.signal == signal.SIGKILL:
-            self.send(signal.SIGTERM if spent < self.sent + 5 else signal.SIGKILL, self.pids)
-        if self.sent is not None and job.processes > 1 and spent > self.sent + 10:
-            self.send(signal.SIGKILL, self.pids)  # which torchrun does after 30 seconds
+        if self.sent is not None and job.processes > 1:  # as torchrun does, if sooner
+            if len(self.left) < job.processes and job.signal == signal.SIGKILL and not self.told:
+                self.told = True
+                self.send(signal.SIGTERM, self.pids)
+            if spent > self.sent + 10:
+                self.send(signal.SIGKILL, self.pids)
         if spent > job.limit:
             self.ended.hung = True
             self.send(signal.SIGKILL, self.pids)
