@@ -535,7 +535,7 @@ def same_results(first: Path, second: Path) -> str | None:
     from safetensors.torch import load_file
 
     for file in [first / "pytorch_lora_weights.safetensors", *first.glob("*_emb.safetensors")]:
-        other = second / file.name.replace(first.name, second.name)
+        other = second / file.name
         if not other.exists():
             return f"{other.name} is missing"
         a, b = load_file(file), load_file(other)
