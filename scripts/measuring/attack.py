@@ -516,7 +516,7 @@ def damaged_files(stage: Path, family: str, rng: random.Random, folder: Path) ->
     damages, job = yield from work(stage, family, rng, folder)
     ended = yield job
     files = [
-        *(folder / "x").rglob("*.safetensors"),
+        *(folder / "x").glob("*.safetensors"),  # a merged base's folder has copies of what no LoRA touches
         *((folder / "trained").glob("*.safetensors") if job.words[-1] == "5" else ()),
     ]
     wrong = fault(ended) or (damaged_results(folder, files) if ended.codes == [0] and files else None)
@@ -554,29 +554,29 @@ def kills(stage: Path, family: str, rng: random.Random, folder: Path) -> Case:
     flags, processes = KILLED[name]
     whole, out = stage / family / f"unbroken {name}", folder / f"unbroken {name}"
     usual, said = float((whole / "done").read_text()), []
+    torchrun = processes > 1 and rng.random() < 0.2  # most are forked, and told what torchrun tells its own
+    start = functools.partial(
+        Job, SCRIPTS[family], processes=processes, torchrun=torchrun, limit=300 if torchrun else 120
+    )
     command = train_words(family, out, "-d", DATA, *flags, *KILLED_LENGTH, "--resume_from_checkpoint", "latest")
     wrong = None
     for _ in range(rng.choice((1, 2, 2))):
-        number, moment = rng.choice(SIGNALS), rng.uniform(0.1, usual)
-        ended = yield Job(
-            SCRIPTS[family], command, processes=processes, after=moment, signal=number, victim=rng.randrange(processes)
-        )
+        number, moment = rng.choice(SIGNALS), rng.uniform(0.1, usual) + 12 * torchrun
+        ended = yield start(command, after=moment, signal=number, victim=rng.randrange(processes))
         if not ended.hit:
             break
         said.append(f"{signal.Signals(number).name} after {moment:.2f} s: {ended.codes} {last_line(ended)}")
-        wrong = (
-            wrong
-            or fault(ended, (0, 128 + number, 143, 137, *[1] * (processes > 1)))
-            or (damaged_results(out) if out.exists() else None)
-        )
-    ended = yield Job(SCRIPTS[family], command, processes=processes)
-    wrong = wrong or (
-        f"exit code {ended.codes}: {last_line(ended)}" if any(ended.codes) else fault(ended) or same_results(whole, out)
-    )
+        if not torchrun:  # which has codes and tracebacks of its own
+            wrong = wrong or fault(ended, (0, 128 + number, 143, 137, *[1] * (processes > 1)))
+        wrong = wrong or (damaged_results(out) if out.exists() else None)
+    ended = yield start(command)
+    if any(ended.codes):
+        wrong = wrong or f"exit code {ended.codes}: {last_line(ended)}"
+    wrong = wrong or (None if torchrun else fault(ended)) or same_results(whole, out)
     return {
         "command": [SCRIPTS[family], *command],
         "kills": said,
-        "variant": name,
+        "variant": f"{name}, torchrun" if torchrun else name,
         "code": max(ended.codes),
         "wrong": wrong,
         "said": last_line(ended),

@@ -20,6 +20,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from scripts.parts.training_scripts import ROOT
 
 LIBRARIES = (
@@ -47,6 +49,7 @@ class Job:
     words: list[str]
     limit: float = 120.0  # seconds until it counts as hung
     processes: int = 1  # that train together, told what torchrun tells its own
+    torchrun: bool = False  # started by torchrun itself, which imports everything anew
     after: float | None = None  # seconds until the signal
     signal: int = signal.SIGKILL
     victim: int = 0  # the process that SIGKILL ends; the others then get what torchrun gives them, SIGTERM
@@ -95,6 +98,9 @@ def become(job: Job, code, log: Path, told: dict[str, str]) -> None:
     os.environ.update(told)
     path = str(ROOT / job.program)
     os.chdir(log.parent)
+    if job.torchrun:
+        words = ["--nproc_per_node", str(job.processes), "--master_port", told["MASTER_PORT"], path, *job.words]
+        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *words])
     sys.argv, sys.path[0] = [path, *job.words], str(Path(path).parent)
     sys.stdout = os.fdopen(os.dup(1), "w")
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
@@ -123,7 +129,7 @@ class Running:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        for rank in range(job.processes):
+        for rank in range(1 if job.torchrun else job.processes):
             told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.processes, "LOCAL_WORLD_SIZE": job.processes}
             told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             log = folder / f"process-{rank}"
@@ -136,7 +142,7 @@ class Running:
                     os._exit(1)
             self.left[pid] = rank
         self.pids = list(self.left)
-        self.ended.codes = [0] * job.processes
+        self.ended.codes = [0] * len(self.pids)
 
     def send(self, number: int, pids: list[int]) -> None:
         """A signal to those processes that still run."""
@@ -149,9 +155,13 @@ class Running:
         job, spent = self.job, time.monotonic() - self.begun
         if job.after is not None and self.sent is None and spent >= job.after:
             self.sent, self.ended.hit = spent, True
-            self.send(job.signal, [self.pids[job.victim]] if job.signal == signal.SIGKILL else self.pids)
-        if self.sent is not None and job.processes > 1:  # as torchrun does, if sooner
-            if len(self.left) < job.processes and job.signal == signal.SIGKILL and not self.told:
+            if job.torchrun and job.signal == signal.SIGKILL:
+                for child in psutil.Process(self.pids[0]).children()[job.victim : job.victim + 1]:
+                    child.kill()
+            else:
+                self.send(job.signal, [self.pids[job.victim]] if job.signal == signal.SIGKILL else self.pids)
+        if self.sent is not None and len(self.pids) > 1:  # as torchrun does, if sooner
+            if len(self.left) < len(self.pids) and job.signal == signal.SIGKILL and not self.told:
                 self.told = True
                 self.send(signal.SIGTERM, self.pids)
             if spent > self.sent + 10:
