@@ -608,7 +608,7 @@ def temporary_output(args: argparse.Namespace):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         args.output_dir, args.cache_folder, args.push_to_hub, args.report_to = folder, None, False, "none"
         if args.with_prior_preservation:
-            args.class_data_dir, args.num_class_images = str(Path(folder) / "class_images"), 2
+            args.class_data_dir, args.num_class_images = tempfile.mkdtemp(dir=folder), 2
         yield
 
 
@@ -4432,7 +4432,7 @@ SET_KEYS = (  # what a set of --dataset_config may say: flags, and what is its o
 
 def set_entries(args: argparse.Namespace) -> list[tuple[str, dict]]:
     """(where it stands, keys and values) of each set of --dataset_config, or of a folder as kohya's scripts have it."""
-    if args.kohya_folders and args.train_data_dir:
+    if args.kohya_folders and args.train_data_dir and Path(args.train_data_dir).is_dir():
         folders = sorted(f for f in Path(args.train_data_dir).iterdir() if f.is_dir())
         named = [(folder, *match.groups()) for folder in folders if (match := re.fullmatch(r"(\d+)_(.+)", folder.name))]
         if not named:

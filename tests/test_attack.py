@@ -26,7 +26,8 @@ pytestmark = pytest.mark.unit
     [
         (Ended([0], ["done"], ["training: 100%|####| 2/2 [00:01<00:00]\r\n"]), None),
         (Ended([2], [""], ["train.py: error: --rank 0 is below 1\n"]), None),
-        (Ended([1], [""], ["train.py: error: /x: No space left\n"]), None),
+        (Ended([1], [""], ["train.py: error: out of memory; try, in this order, ...\n"]), None),
+        (Ended([1], [""], ["train.py: error: /x: No such file\n"]), "exit code 1: train.py: error: /x"),
         (Ended([137], [""], [""]), "exit code 137"),
         (
             Ended([0], [""], ["Exception in thread\nTraceback (most recent call last):\n  x\nKeyError: 1\n"]),

@@ -112,7 +112,7 @@ def prepare(stage: Path, kinds: list[str], at_once: int) -> None:
 # ---- the verdict ----------------------------------------------------------------------------------------------------
 
 
-def fault(ended: Ended, allowed: tuple[int, ...] = (0, 1, 2)) -> str | None:
+def fault(ended: Ended, allowed: tuple[int, ...] = (0, 2)) -> str | None:
     """What was wrong with how a job ended, in a few words; None for nothing."""
     if ended.hung:
         return "it hangs"
@@ -122,9 +122,9 @@ def fault(ended: Ended, allowed: tuple[int, ...] = (0, 1, 2)) -> str | None:
             return f"traceback: {' / '.join(lines[-9:])}"
         if ours := re.search("a fault of th[^;]*", err):
             return ours[0]
-        if code not in allowed:
-            return f"exit code {code}"
-        if code in (1, 2) and not any(": error:" in line for line in lines) and code != 1:
+        if code not in allowed and not (code == 1 and "out of memory" in err):
+            return f"exit code {code}: {lines[-1] if lines else ''}"
+        if code == 2 and not any(": error:" in line for line in lines):
             return f"exit code {code} without a line that says why"
         if code in (1, 2) and len(lines) > 1:
             return f"{len(lines)} lines: {lines[0]}"
@@ -519,7 +519,10 @@ def damaged_files(stage: Path, family: str, rng: random.Random, folder: Path) ->
         *(folder / "x").glob("*.safetensors"),  # a merged base's folder has copies of what no LoRA touches
         *((folder / "trained").glob("*.safetensors") if job.words[-1] == "5" else ()),
     ]
-    wrong = fault(ended) or (damaged_results(folder, files) if ended.codes == [0] and files else None)
+    verdict = (
+        (0, 1, 2) if "inspect" in job.program or "--doctor" in job.words else (0, 2)
+    )  # 1: something is wrong with it
+    wrong = fault(ended, verdict) or (damaged_results(folder, files) if ended.codes == [0] and files else None)
     said = {
         "command": [job.program, *job.words],
         "code": ended.codes[0],
