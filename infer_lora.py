@@ -1116,7 +1116,7 @@ def draw(
     for key in ("guidance_scale", "true_cfg_scale", "num_inference_steps", "max_sequence_length"):
         if getattr(settings, key) is not None:
             fixed[key] = getattr(settings, key)
-    if settings.fuse:
+    if settings.fuse and weights:  # none with new tokens alone
         pipeline.set_adapters(list(weights), list(weights.values()))
         pipeline.fuse_lora(lora_scale=rows[0].scale)
         pipeline.unload_lora_weights()

@@ -223,12 +223,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line: 236 the run: what happens, in which order · 559 the loop, and one step of it · 884 what is logged, and the
-# guard against learning nothing · 1009 data: images and captions · 1382 images: decoding, buckets, crops, batches ·
-# 1921 text: embeddings and new tokens · 2193 LoRA and optimizer · 2760 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3215 checkpoints and signals · 3423 pictures: validation, class images, comparison · 3643
-# probes: what was learned, what was forgotten · 3818 files that a run leaves · 4346 command line · 5011 base model:
-# loading, quantising, splitting · 5288 the machine · 5375 errors, lines, seeds, libraries
+# By line: 236 the run: what happens, in which order · 564 the loop, and one step of it · 889 what is logged, and the
+# guard against learning nothing · 1014 data: images and captions · 1387 images: decoding, buckets, crops, batches ·
+# 1926 text: embeddings and new tokens · 2197 LoRA and optimizer · 2764 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3219 checkpoints and signals · 3440 pictures: validation, class images, comparison · 3660
+# probes: what was learned, what was forgotten · 3835 files that a run leaves · 4365 command line · 5036 base model:
+# loading, quantising, splitting · 5313 the machine · 5400 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -255,8 +255,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         # one that a loader's process has raised comes with its stack
-        return fail(str(error).strip().splitlines()[-1].split("UserError: ")[-1], 2)
+        return fail(" ".join(str(error).split("UserError: ")[-1].split()), 2)
     except Interrupted as stop:
+        give_back_signals()
         code, *lines = stop.args
         latest = checkpoints_in(Path(args.output_dir))[:1] if lines else []
         for line in (*lines, *(f"{folder} is there: --resume_from_checkpoint latest goes on" for folder in latest)):
@@ -270,15 +271,19 @@ def main(argv: list[str] | None = None) -> int:
             advice = "--gradient_checkpointing, --cache_latents, --mixed_precision bf16, --optimizer adamw8bit,"
             advice += " --quantize_base nf4, a lower --train_batch_size or --resolution"
             return fail(f"out of memory; try, in this order, {advice}", 1)
+        if type(error).__name__.startswith("Dist") or "/gloo/" in str(error):
+            return fail("another process of this run has ended, which this one was waiting for", 1)
         if isinstance(error, OSError) and error.errno:  # a full disk, a folder that is no more, missing rights
             where = error.filename or (args.output_dir if args else "")
             return fail(f"{where}: {error.strerror}{last_good(Path(args.output_dir)) if args else ''}", 1)
-        for folder in [args.output_dir] * (args is not None) + [tempfile.gettempdir()]:
+        for folder in ([args.output_dir] if args else []) + [tempfile.gettempdir()]:
             with contextlib.suppress(OSError):
                 log = Path(folder) / "crash.log"
                 log.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
                 break
         return fail(f"a fault of this script ({brief(error)}); {log} has the traceback", 1)
+    finally:
+        give_back_signals()
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -535,7 +540,7 @@ def temporary_output(args: argparse.Namespace):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         args.output_dir, args.cache_folder, args.push_to_hub, args.report_to = folder, None, False, "none"
         if args.with_prior_preservation:
-            args.class_data_dir, args.num_class_images = str(Path(folder) / "class_images"), 2
+            args.class_data_dir, args.num_class_images = tempfile.mkdtemp(dir=folder), 2
         yield
 
 
@@ -2113,9 +2118,8 @@ def class_caption(caption: str, run: Run) -> str:
 
 def insert_tokens(text: str, abstractions: dict[str, list[str]]) -> str:
     """The text with each abstraction replaced by its tokens: "a TOK" -> "a <s0><s1>"."""
-    for word in sorted(abstractions, key=len, reverse=True):
-        text = text.replace(word, "".join(abstractions[word]))
-    return text
+    words = "|".join(re.escape(word) for word in sorted(abstractions, key=len, reverse=True))
+    return re.sub(words, lambda found: "".join(abstractions[found[0]]), text) if words else text
 
 
 def add_tokens(run: Run) -> None:
@@ -3221,6 +3225,10 @@ STOP_SIGNALS = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK") if hasat
 class StopSignal:
     """Answers STOP_SIGNALS (Ctrl-C, and Ctrl-Break on Windows): at once outside the loop, after the step's checkpoint inside it."""
 
+    raised = (
+        0  # the signal that was answered at once, and not yet the end: libraries make other errors of the exception
+    )
+
     def __init__(self) -> None:
         self.number, self.in_loop = 0, False
         for name in STOP_SIGNALS:
@@ -3228,8 +3236,17 @@ class StopSignal:
 
     def receive(self, number: int, frame: object) -> None:
         if not self.in_loop or self.number:
+            self.number = StopSignal.raised = number
             raise Interrupted(128 + number, f"stopped at once by {signal.Signals(number).name}")
         self.number = number
+
+
+def give_back_signals() -> int:
+    """When the run is over, so that none is an exception in what ends it; returns the one that it was to end for, or 0."""
+    for name in STOP_SIGNALS:
+        signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+    number, StopSignal.raised = StopSignal.raised, 0
+    return number
 
 
 def save_checkpoint(run: Run, step: int) -> None:
@@ -3797,10 +3814,10 @@ def verdict(run: Run) -> dict | None:
 def read_metrics(output: str) -> list[dict]:
     """The whole lines of metrics.jsonl."""
     rows, file = [], Path(output) / "metrics.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # the last one, where a run was killed
+    for line in file.read_bytes().split(b"\n") if file.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):  # the last one, where a run was killed
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 @contextlib.contextmanager
@@ -3884,7 +3901,8 @@ def write_run_files(run: Run) -> None:
     used = [[sizes[b], len(shares), sum(shares) / len(shares)] for b, shares in lost.items() if shares]
     summary = {"images": len(examples), "held_out": sum(e.held_out for e in examples), "captions": rows}
     summary |= {"buckets": used, "findings": run.findings}
-    (output / "data.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
+    with written(output / "data.json") as part:
+        part.write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
     folder = output / "training_pictures"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -3896,7 +3914,8 @@ def write_run_files(run: Run) -> None:
             red = Image.blend(image, Image.new("RGB", image.size, "red"), 0.6)
             image = Image.composite(image, red, run.data.masks.decoded(index))
         image.thumbnail((384, 384))
-        image.save(folder / f"{k:02d}.png", pnginfo=text)
+        with written(folder / f"{k:02d}.png") as part:
+            image.save(part, pnginfo=text)
 
 
 @contextlib.contextmanager
@@ -4002,9 +4021,9 @@ def earlier_settings(output: Path) -> tuple[dict, int]:
     try:
         text = (output / "config.yaml").read_text(encoding="utf-8")
         settings, step = dict(yaml.safe_load(text)), text.rpartition(FINISHED)[2].strip()
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return settings, int(step) if step.isdecimal() else 0
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return {}, 0
-    return settings, int(step) if step.isdecimal() else 0
 
 
 def clear_output(output: Path) -> None:
@@ -4336,7 +4355,7 @@ def push_to_hub(args: argparse.Namespace) -> None:
     try:
         repo = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
         public = ["*.safetensors", "README.md", "comparison.png", "samples/*"]
-        hidden = ["checkpoint-*", "merged/*", "class_images/*"]
+        hidden = ["*/*.safetensors"]  # of checkpoints, caches, merged/: a star matches folders too
         place = {"repo_id": repo, "folder_path": args.output_dir, "token": args.hub_token}
         upload_folder(**place, allow_patterns=public, ignore_patterns=hidden)
     except Exception as error:  # whatever the hub's client raises, the results are already on the disk
@@ -4387,7 +4406,7 @@ SET_KEYS = (  # what a set of --dataset_config may say: flags, and what is its o
 
 def set_entries(args: argparse.Namespace) -> list[tuple[str, dict]]:
     """(where it stands, keys and values) of each set of --dataset_config, or of a folder as kohya's scripts have it."""
-    if args.kohya_folders and args.train_data_dir:
+    if args.kohya_folders and args.train_data_dir and Path(args.train_data_dir).is_dir():
         folders = sorted(f for f in Path(args.train_data_dir).iterdir() if f.is_dir())
         named = [(folder, *match.groups()) for folder in folders if (match := re.fullmatch(r"(\d+)_(.+)", folder.name))]
         if not named:
@@ -4403,7 +4422,10 @@ def set_entries(args: argparse.Namespace) -> list[tuple[str, dict]]:
         if wrong:
             raise UserError(f"{where}: unknown key {wrong[0]!r}; known are {', '.join(SET_KEYS.split())}")
         sizes = entry.pop("resolutions", None) or [entry.get("resolution")]
+        sizes = sizes if isinstance(sizes, list) else [sizes]
         out += [(where, entry | ({"resolution": size} if size else {})) for size in sizes]
+    if not out:
+        raise UserError(f"--dataset_config {args.dataset_config}: no set in it")
     return out
 
 
@@ -4630,7 +4652,7 @@ NAMES_ELSEWHERE = {  # what kohya's scripts, Olive and Transformer Lab call our 
     "fp8_base": "--quantize_base fp8",
 }
 # (flags, when they are wrong, why): a reason that begins with "with" is one for which they would have no effect
-PRIOR = "class_data_dir class_prompt num_class_images prior_loss_weight sample_batch_size prior_generation_precision"
+PRIOR = "class_data_dir class_prompt num_class_images sample_batch_size prior_generation_precision"
 TOKENS = "train_text_encoder_ti_frac token_abstraction num_new_tokens_per_abstraction initializer_concept"
 NO_LORA = "lora_alpha lora_dropout lora_layers lora_blocks use_dora use_rslora init_lora_weights merge_lora use_ema preserve_class init_lora"
 LORA_STARTS = ("gaussian", "default", "true", "orthogonal", "olora", "pissa")
@@ -4657,6 +4679,7 @@ RULES = (
     ("", lambda a: (a.shuffle_tags or a.tag_dropout) and not a.tag_separator, "--tag_separator is empty: what stands between tags?"),
     ("caption_per_line", lambda a: a.dataset_name and not Path(a.dataset_name).is_dir(), "with --dataset_name: it is for .txt files in a folder"),
     (PRIOR, lambda a: not a.with_prior_preservation, "without --with_prior_preservation"),
+    ("prior_loss_weight", lambda a: not a.with_prior_preservation and not any(own.is_class for own in a.sets), "without --with_prior_preservation or a set with class_prompt"),
     ("preserve_weight", lambda a: not a.preserve_class, "without --preserve_class"),
     ("preserve_class", lambda a: not a.trigger_word and not a.train_text_encoder_ti, "{flag} needs --trigger_word, or new tokens: the class stands in their place"),
     ("preserve_class", lambda a: a.train_text_encoder, "{flag} and --train_text_encoder exclude each other: what the base makes of the text would change"),
@@ -4739,6 +4762,8 @@ def check_args(args: argparse.Namespace, given: set[str], parser: argparse.Argum
         if name in given and args.train_transformer_frac == 0:
             say(f"note: --{name} has no effect with --train_transformer_frac 0: no LoRA, tokens to the end")
     for name, value in vars(args).items():
+        if value == "":  # off, as a recipe may say it
+            setattr(args, name, parser.get_default(name))
         words = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
         if any(printable(word) != word or "\0" in word for word in words):
             raise UserError(f"--{name}: {printable(str(value))!r} has bytes that are no text")
@@ -4815,8 +4840,8 @@ def use_prepared_buckets(args: argparse.Namespace) -> None:
         return
     try:
         prepared = json.loads(file.read_text(encoding="utf-8"))
-        side, buckets = int(prepared["resolution"]), str(prepared["aspect_ratio_buckets"])
-    except (ValueError, KeyError, TypeError):
+        side, buckets = count(prepared["resolution"]), str(prepared["aspect_ratio_buckets"])
+    except Exception:  # of a damaged file, half a dozen kinds
         raise UserError(f"{file}: has no resolution and aspect_ratio_buckets; prepare the folder again") from None
     if args.resolution is not None and not 3 / 4 <= math.prod((args.resolution * 2)[:2]) / side**2 <= 4 / 3:
         asked, way_out = " ".join(map(str, args.resolution)), "prepare again, or use --aspect_ratio_buckets auto"
@@ -4844,7 +4869,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         if message.startswith("unrecognized arguments:"):
-            wrong = message.split(":", 1)[1].split()[0].split("=")[0]
+            wrong = message.split(":", 1)[1].strip().split(" ")[0].split("=")[0]
             near = self.nearest(wrong, cutoff=0.5)
             message = f"unknown flag {wrong}" + (f"; did you mean {near}?" if near else "; --help lists all flags")
         raise SystemExit(fail(message, 2))
@@ -5388,9 +5413,12 @@ QUIET = int(os.environ.get("RANK", "0")) > 0  # the first process alone prints
 
 def fail(why: str, code: int) -> int:
     """Says why the run ends. Beside a first process that says it too, the launcher ends this one while it waits."""
+    number = give_back_signals()
     if int(os.environ.get("RANK", "0")) > 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
+    if number:
+        say(f"stopped at once by {signal.Signals(number).name}")
+        return 128 + number
     print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr)
     return code
 
@@ -5502,7 +5530,8 @@ def import_image_libraries() -> None:
     import numpy as np
     from PIL import Image, ImageCms, ImageEnhance, ImageOps, PngImagePlugin
 
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # large pictures, odd metadata: they would stand in the bar
+    for origin in (r"PIL\.", r"diffusers\.image_processor"):  # large pictures, odd metadata, what a damaged base draws
+        warnings.filterwarnings("ignore", module=origin)
 
 
 def import_logging_quietly() -> None:

@@ -937,6 +937,7 @@ def test_links_are_a_rule_and_said(tmp_path, capsys):
     (folder / "album").symlink_to(other)
     (folder / "gone.png").symlink_to(other / "nowhere.png")
     (folder / "inside.png").symlink_to(folder / "a.png")
+    (folder / "round.png").symlink_to("round.png")
     before = tree(other)
     assert prepare("-d", folder, "-o", out, "--image_filtering", "min_size=10") == 0
     said = capsys.readouterr().out

@@ -11,6 +11,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -927,3 +928,146 @@ def test_overwrite_begins_anew_where_a_recipe_resumes(family, tmp_path, capsys):
     assert "rank 2, now 3" in (said := capsys.readouterr().err) and "--overwrite, begins anew" in said
     assert run_here(family, tmp_path / "x", *recipe, "--rank", 3, "--overwrite") == 0
     assert "going on from" not in capsys.readouterr().out
+
+
+# ---- signals, and what is uploaded -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("made_of_it", [OSError("can't open file"), RuntimeError("a"), None], ids=str)
+@pytest.mark.parametrize("place", ["library_class", "prepare_examples", "add_trained_parts"])
+def test_a_signal_is_answered_whatever_a_library_makes_of_it(script, tmp_path, monkeypatch, capsys, place, made_of_it):
+    """Some turn every exception into one of their own; some go on as if nothing had been."""
+    original = getattr(script, place)
+
+    def interrupted(*arguments):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):  # Python answers between two instructions
+                pass
+        except BaseException:
+            if made_of_it:
+                raise made_of_it from None
+        return original(*arguments)
+
+    monkeypatch.setattr(script, place, interrupted)
+    assert run_here(SD15, tmp_path / "x", "-d", SAMPLE, "--max_train_steps", 9) == 143
+    said = capsys.readouterr()
+    assert "error" not in said.err and "Traceback" not in said.err + said.out
+    if made_of_it is None:  # it stops at its first step
+        assert [p.name for p in (tmp_path / "x").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_only_what_others_need_is_uploaded(script, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    given = {}
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda *a, **k: SimpleNamespace(repo_id="me/x"))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: given.update(options))
+    args = script.parse_args(quick_flags(SD15, tmp_path / "x", "-d", SAMPLE, "--push_to_hub"))
+    script.push_to_hub(args)
+    public = (
+        LORA,
+        "x.safetensors",
+        "x_emb.safetensors",
+        "README.md",
+        "comparison.png",
+        "samples/step-000002/00_00_a.png",
+    )
+    private = (
+        "wandb/run/files/config.yaml",
+        "config.yaml",
+        "crash.log",
+        "data.json",
+        "metrics.jsonl",
+        ".lock",
+        "report.html",
+    )
+    private += ("cache/latents/a.safetensors", "checkpoint-2/x.safetensors", "merged/unet/a.safetensors", "logs/events")
+    private += ("class_images/class_00000.png", "training_pictures/00.png", "checkpoint-2/training_state.pt")
+    rules = {name: given[name] for name in ("allow_patterns", "ignore_patterns")}
+    assert set(filter_repo_objects([*public, *private], **rules)) == set(public)
+    assert given["folder_path"] == str(tmp_path / "x")
+
+
+# ---- flags and files of which attack.py found that they ended otherwise ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        ("[]", "no set in it"),
+        ('[{"train_data_dir": "DATA", "resolutions": 5}]', "--resolution 5 is not divisible"),
+        ('[{"train_data_dir": "DATA", "resolutions": {"a": 1}}]', "resolution takes values in one list"),
+        ('[{"train_data_dir": "DATA", "resolutions": [null, [1, 2, 3]]}]', "one number, or width and height"),
+        ('[{"train_data_dir": null}]', "no data"),
+        ('["a"]', "unknown key 'a'"),
+    ],
+)
+def test_sets_that_cannot_be_meant(script, tmp_path, sets, words):
+    (tmp_path / "s.yaml").write_text(sets.replace("DATA", str(SAMPLE)))
+    with pytest.raises(script.UserError, match=f"--dataset_config .*{words}"):
+        script.parse_args(quick_flags(SD15, tmp_path / "x", "--dataset_config", tmp_path / "s.yaml"))
+
+
+def test_a_class_sets_weight_is_taken(script, tmp_path):
+    sets = [{"train_data_dir": str(SAMPLE)}, {"train_data_dir": str(SAMPLE), "class_prompt": "a circle"}]
+    for number, weight in ((1, "0.5"), (2, "0.5")):
+        (tmp_path / "s.yaml").write_text(json.dumps(sets[:number]))
+        flags = quick_flags(SD15, "x", "--dataset_config", tmp_path / "s.yaml", "--prior_loss_weight", weight)
+        if number == 2:
+            assert script.parse_args(flags).prior_loss_weight == 0.5
+        else:
+            with pytest.raises(script.UserError, match="--prior_loss_weight has no effect without"):
+                script.parse_args(flags)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--masked_loss", "--validation_prompts_file", "--init_lora", "--trigger_word", "--config"]
+)
+def test_an_empty_value_is_off(script, tmp_path, flag):
+    args = script.parse_args(quick_flags(SD15, tmp_path / "x", "-d", SAMPLE, f"{flag}="))
+    assert vars(args)[flag[2:]] is None and script.load_examples(args)
+
+
+@pytest.mark.parametrize(
+    "raw", [b"[" * 50_000, b'{"resolution": Infinity, "aspect_ratio_buckets": "64,64"}', b"\xff\xfe", b"[]"]
+)
+def test_a_damaged_table_of_buckets_is_named(script, pictures, tmp_path, raw):
+    (pictures / "buckets.json").write_bytes(raw)
+    with pytest.raises(script.UserError, match="buckets.json: has no resolution"):
+        script.parse_args(["-m", SD15.base, "-o", str(tmp_path / "x"), "-d", str(pictures)])
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\u2028b", "a\r\n--x"])
+def test_an_error_about_a_name_with_a_line_end_is_one_line_that_names_the_flag(tmp_path, capsys, name):
+    assert run_here(SD15, tmp_path / "x", "-d", SAMPLE, "--validation_prompts_file", name) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "--validation_prompts_file a" in said
+
+
+@pytest.mark.parametrize("words", [("", ""), (" ",), ("\t", "x")])
+def test_words_that_belong_to_no_flag(tmp_path, capsys, words):
+    with pytest.raises(SystemExit) as end:
+        load_script(SD15.script).parse_args(quick_flags(SD15, tmp_path / "x", "-d", SAMPLE, "--dry_run", *words))
+    assert end.value.code == 2 and "unknown flag" in capsys.readouterr().err
+
+
+def test_a_fault_before_the_arguments_are_known_is_one_line(script, monkeypatch, capsys):
+    monkeypatch.setattr(script, "parse_args", lambda argv: 1 / 0)
+    assert script.main([]) == 1
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "a fault of this script (division by zero)" in said and "crash.log" in said
+
+
+def test_a_process_that_ends_is_named_by_the_others(script, tmp_path, monkeypatch, capsys):
+    messages = ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error", "x/gloo/y: Timed out")
+    errors = [RuntimeError(message) for message in messages] + [torch.distributed.DistBackendError("NCCL")]
+    for error in errors:
+
+        def fails(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(script, "execute", fails)
+        assert run_here(SD15, tmp_path / "x", "-d", SAMPLE) == 1
+        assert "another process of this run has ended" in capsys.readouterr().err

@@ -15,8 +15,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
 
 from scripts.parts.base_family import BaseError, family_of
+from scripts.parts.netted import netted
 
 
+@netted
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Prints the model family of a base: sd15, sdxl, sd3 or flux.")
     parser.add_argument("base", help="a diffusers folder, a .safetensors or .ckpt checkpoint, or a hub id")

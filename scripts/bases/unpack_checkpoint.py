@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, 
 
 from scripts.parts.base_family import CLASSES, detect, tensors_of
 from scripts.parts.files import replace
+from scripts.parts.netted import netted
 from scripts.parts.training_scripts import load_script
 
 PIPELINES = {family: kind for kind, family in CLASSES.items()}
@@ -117,6 +118,7 @@ def checked(args: argparse.Namespace) -> str:
     return family
 
 
+@netted
 def main(argv: list[str] | None = None) -> int:
     """Runs the program; what a person can mend ends as one line. Returns the exit code."""
     parser = argparse.ArgumentParser(description="Turns a single-file checkpoint into a diffusers folder.")

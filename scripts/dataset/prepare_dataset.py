@@ -180,7 +180,9 @@ class Preparation:
         if self.settings.data_dir is None:
             return
         folder = Path(self.settings.data_dir).resolve()
-        links = [f for f in folder.rglob("*") if f.is_symlink() and not f.resolve().is_relative_to(folder)]
+        links = [
+            f for f in folder.rglob("*") if f.is_symlink() and not Path(os.path.realpath(f)).is_relative_to(folder)
+        ]
         for kind, what in (
             (Path.is_file, "files outside it: read as if they lay there"),
             (Path.is_dir, "folders: left alone"),

@@ -37,6 +37,7 @@ from scripts.lora.parts.lora_files import (
 )
 from scripts.lora.parts.low_rank import FileError
 from scripts.lora.parts.original_layout import BaseWeights
+from scripts.parts.netted import netted
 from scripts.parts.training_scripts import SCRIPTS
 
 EMBEDDING_KEYS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl"}  # ours: ComfyUI's
@@ -104,7 +105,8 @@ def weights_of(lora: Lora, base: str | None) -> BaseWeights | None:
 
 
 def write_lora(lora: Lora, target: Path, to: str, weights: BaseWeights | None) -> None:
-    """Writes a LoRA in one of the two spellings; the target appears only when it is whole."""
+    """Writes a LoRA in one of the two spellings; the target appears only when it is whole. Errors: FileError for NaN in it."""
+    lora.check_finite()
     part = target.with_name(f".{target.name}")
     try:
         if to == "kohya":
@@ -133,6 +135,7 @@ def convert(source: Path, target: Path, to: str | None, family: str | None, base
     return [*said, f"{target}: {what}"]
 
 
+@netted
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Converts a LoRA or token embeddings between diffusers and other tools."

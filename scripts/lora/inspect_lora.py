@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, 
 from scripts.lora.parts.lora_files import Lora, read_lora
 from scripts.lora.parts.low_rank import FileError
 from scripts.lora.parts.original_layout import BaseWeights
+from scripts.parts.netted import netted
 from scripts.parts.training_scripts import SCRIPTS
 
 FAINT, STRONG = 1e-6, 0.05  # root mean square of an update; the weights of a base are about 0.02 to 0.05
@@ -177,6 +178,7 @@ def plot(blocks: dict[str, float], title: str, unit: str):
     return image
 
 
+@netted
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Says what is in a LoRA file, and whether its update is sound.")
     parser.add_argument("lora", type=Path, help="a .safetensors file, or a folder that training or peft has written")

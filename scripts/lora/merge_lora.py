@@ -28,6 +28,7 @@ from scripts.lora.parts.lora_files import Lora, read_lora
 from scripts.lora.parts.low_rank import FileError, Layer, Product, doras_weight
 from scripts.lora.parts.original_layout import DENOISER_PREFIX, TEXT_PREFIXES, denoiser_places, single_file, text_place
 from scripts.parts.base_family import detect, pickled_tensors
+from scripts.parts.netted import netted
 from scripts.parts.released_models import denoiser_config
 from scripts.parts.training_scripts import SCRIPTS, load_script
 
@@ -153,9 +154,7 @@ def read_loras(args: argparse.Namespace, family: str, shape: str | None) -> list
         if not math.isfinite(scale):
             raise FileError(f"--lora {words[0]} {words[1]}: the scale is not finite")
         lora = read_lora(words[0], family, shape)
-        for part, name, layer in lora:
-            if not all(torch.isfinite(t.float()).all() for t in layer.tensors):
-                raise FileError(f"{words[0]}: {part}.{name} has weights that are not finite")
+        lora.check_finite()
         loras.append((lora, scale))
     return loras
 
@@ -213,6 +212,7 @@ def merge(args: argparse.Namespace) -> None:
             part.unlink(missing_ok=True)
 
 
+@netted
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Merges LoRAs into a base.")
     parser.add_argument("base", type=Path, help="diffusers folder, or a .safetensors or .ckpt checkpoint")

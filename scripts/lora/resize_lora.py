@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, 
 from scripts.lora.convert_lora import TOOLS, shape_of, weights_of, write_lora
 from scripts.lora.parts.lora_files import plain_lora, read_lora
 from scripts.lora.parts.low_rank import FileError
+from scripts.parts.netted import netted
 from scripts.parts.training_scripts import SCRIPTS
 
 
@@ -50,6 +51,7 @@ def ranks(counted: Counter) -> str:
     return str(min(counted)) if len(counted) == 1 else f"{min(counted)} to {max(counted)}"
 
 
+@netted
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Makes a LoRA of another rank, or a plain LoRA of a DoRA, LoHa or LoKr."

@@ -174,12 +174,16 @@ def denoiser_config(family: str, base: str | None) -> dict:
 
 
 def meta_denoiser(family: str, config: dict):
-    """The denoiser with this configuration, without weights."""
+    """The denoiser with this configuration, without weights. Errors: ValueError for one that describes no denoiser."""
     import diffusers
     import torch
 
-    with torch.device("meta"):
-        return getattr(diffusers, DENOISERS[family][0]).from_config(config)
+    try:
+        with torch.device("meta"):
+            return getattr(diffusers, DENOISERS[family][0]).from_config(config)
+    except Exception as error:  # of a damaged configuration, any kind
+        problem = " ".join(str(error).split())[:200]
+        raise ValueError(f"the base's config.json is damaged, or not one of {family}: {problem}") from None
 
 
 def write_layout(family: str, folder: Path, tokenizer) -> None:

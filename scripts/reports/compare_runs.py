@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
 
 from scripts.parts import page
+from scripts.parts.netted import netted
 from scripts.reports.parts import plots, sections
 from scripts.reports.parts.pictures import Pictures
 from scripts.reports.parts.plots import Curve, Plot, percent, plain
@@ -196,6 +197,7 @@ def compare(folders: list[Path], file: Path) -> Path:
     return page.write_page(file, parts_of_page(runs, file))
 
 
+@netted
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Makes one page of several training runs from their output folders.")
     parser.add_argument(

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
 
 from scripts.parts import page
+from scripts.parts.netted import netted
 from scripts.reports.parts import sections
 from scripts.reports.parts.pictures import Pictures
 from scripts.reports.parts.run_folder import FolderError, Run, read_run
@@ -54,6 +55,7 @@ def write_report(folder: Path, file: Path | None = None) -> Path:
     return page.write_page(file, parts_of_report(run, file))
 
 
+@netted
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Makes report.html of a training run from its output folder.")
     parser.add_argument("folder", type=Path, help="the output folder of a run, finished or not")

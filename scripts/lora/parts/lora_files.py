@@ -49,6 +49,12 @@ class Lora:
             {("DoRA" if x.magnitude is not None else "LoRA") if x.kind == "LoRA" else x.kind for _, _, x in self}
         )
 
+    def check_finite(self) -> None:
+        """Errors: FileError if a weight is NaN or infinite."""
+        for part, name, layer in self:
+            if not all(torch.isfinite(t.float()).all() for t in layer.tensors):
+                raise FileError(f"{part}.{name} has weights that are not finite")
+
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a .safetensors file, or of a peft adapter's folder. Nothing that could run code is opened."""
