@@ -291,10 +291,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 302 the run: what happens, in which order · 630 the loop, and one step of it · 955 what is logged, and the
 # guard against learning nothing · 1080 data: images and captions · 1453 images: decoding, buckets, crops, batches ·
-# 1992 text: embeddings and new tokens · 2263 LoRA and optimizer · 2830 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3285 checkpoints and signals · 3506 pictures: validation, class images, comparison · 3726
-# probes: what was learned, what was forgotten · 3901 files that a run leaves · 4431 command line · 5102 base model:
-# loading, quantising, splitting · 5379 the machine · 5466 errors, lines, seeds, libraries
+# 1992 text: embeddings and new tokens · 2263 LoRA and optimizer · 2828 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3283 checkpoints and signals · 3502 pictures: validation, class images, comparison · 3722
+# probes: what was learned, what was forgotten · 3897 files that a run leaves · 4427 command line · 5098 base model:
+# loading, quantising, splitting · 5375 the machine · 5462 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2569,9 +2569,7 @@ class Part:
         and an encoder reads rows of the size of its own.
         """
         views = [self.split(self.weights.data)]
-        views += [
-            self.split(s["z"]) for s in self.optimizer.state.values() if "z" in s
-        ]  # schedule-free's other weights
+        views += [self.split(s["z"]) for s in self.optimizer.state.values() if "z" in s]  # schedule-free's
         for spread, *tensors in zip(self.spreads, *(view.values() for view in views), strict=False):
             factor = (spread / tensors[0].std()).pow(0.1)
             for tensor in tensors:
@@ -3291,9 +3289,7 @@ STOP_SIGNALS = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK") if hasat
 class StopSignal:
     """Answers STOP_SIGNALS (Ctrl-C, and Ctrl-Break on Windows): at once outside the loop, after the step's checkpoint inside it."""
 
-    raised = (
-        0  # the signal that was answered at once, and not yet the end: libraries make other errors of the exception
-    )
+    raised = 0  # the signal that was answered at once: libraries may make another error of the exception
 
     def __init__(self) -> None:
         self.number, self.in_loop = 0, False
@@ -5517,9 +5513,7 @@ class waiting(tqdm):
         self.pause = self.noticed / 2 if terminal else 15
         options = {"delay": self.noticed, "leave": not terminal, "mininterval": self.pause / 2} | options
         form = {} if total else {"bar_format": "{desc} {elapsed}"}
-        columns, lines = (
-            shutil.get_terminal_size()
-        )  # tqdm draws nothing where a terminal has no size, as in some containers
+        columns, lines = shutil.get_terminal_size()  # tqdm draws nothing in one without, as some containers have
         form |= {"ncols": columns, "nrows": lines} if terminal else {"position": 0}  # a log file has no way back up
         super().__init__(desc=what, total=total, disable=QUIET, **form, **options)
         if not self.disable:
