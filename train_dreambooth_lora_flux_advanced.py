@@ -198,16 +198,15 @@ def negative_embeds(empty: dict, components: Components) -> dict:
 def check_base(components: Components) -> None:
     """Refuses other families' bases and what would have no effect on this one, and says what its pictures need."""
     args, config = components.args, components.config(DENOISER) if components.has(DENOISER) else {}
+    kind, plain = components.index.get("_class_name"), not config.get("guidance_embeds")
     if config.get("_class_name") != "FluxTransformer2DModel":
-        raise UserError(
-            f"--pretrained_model_name_or_path is a {components.index.get('_class_name')}, not {FAMILY_TITLE}"
-        )
-    if config["guidance_embeds"]:
-        return
-    if args.guidance_scale != 3.5:
+        raise UserError(f"--pretrained_model_name_or_path is a {kind}, not {FAMILY_TITLE}")
+    if plain and args.guidance_scale != 3.5:
         raise UserError("--guidance_scale has no effect: this base (as schnell) has no guidance embedding")
-    if args.num_validation_images and args.validation_inference_steps == DEFAULT_INFERENCE_STEPS:
+    if plain and args.num_validation_images and args.validation_inference_steps == DEFAULT_INFERENCE_STEPS:
         say("note: a base without guidance embedding, as schnell, draws in 4 steps: --validation_inference_steps 4")
+    if any("negative_prompt" in own for own in args.prompt_settings):
+        say("note: FLUX.1's guidance is distilled into it: its pictures take no account of negative prompts")
 
 
 def unpack_output(latents, size: tuple[int, int]):
@@ -291,12 +290,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out | {n: fuse_projections(parts, ([width] * 3 + [4 * width])[: len(parts)]) for n, parts in waiting.items()}
 
 
-# By line: 304 the run: what happens, in which order · 627 the loop, and one step of it · 952 what is logged, and the
-# guard against learning nothing · 1078 data: images and captions · 1451 images: decoding, buckets, crops, batches ·
-# 1990 text: embeddings and new tokens · 2262 LoRA and optimizer · 2843 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3258 checkpoints and signals · 3466 pictures: validation, class images, comparison · 3686
-# probes: what was learned, what was forgotten · 3861 files that a run leaves · 4403 command line · 5076 base model:
-# loading, quantising, splitting · 5353 the machine · 5440 errors, lines, seeds, libraries
+# By line: 303 the run: what happens, in which order · 626 the loop, and one step of it · 951 what is logged, and the
+# guard against learning nothing · 1077 data: images and captions · 1450 images: decoding, buckets, crops, batches ·
+# 1989 text: embeddings and new tokens · 2261 LoRA and optimizer · 2842 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3257 checkpoints and signals · 3465 pictures: validation, class images, comparison · 3685
+# probes: what was learned, what was forgotten · 3860 files that a run leaves · 4402 command line · 5075 base model:
+# loading, quantising, splitting · 5352 the machine · 5439 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
