@@ -985,7 +985,8 @@ def check_finite(file: Path) -> dict:
 
 OWN_KEY = re.compile(  # of a file of diffusers: its names of layers, and what it holds of them
     r"(unet|transformer|text_encoder(_2|_3)?)\.(?!(double|single|joint|input|output)_blocks|middle_block|img_in|.*processor)"
-    r".*\.(lora(\.|_linear_layer\.)(up|down)\.weight|lora_[AB]\.weight|lora_magnitude_vector(\.weight)?)$"
+    r".*\.(lora(\.|_linear_layer\.)(up|down)\.weight|lora_[AB]\.weight|lora_magnitude_vector(\.weight)?"
+    r"|(hada|lokr)_\w+)$"
 )
 
 
@@ -998,14 +999,17 @@ def load_lora(pipeline, file: Path, name: str, base: str) -> None:
     _, keys = header_of(file)
     dora = any(key.endswith(".dora_scale") for key in keys)
     kohya = all(re.match(r"lora_(unet|te[12]?)_.*\.(lora_(up|down)\.weight|alpha)$", key) for key in keys)
-    if all(OWN_KEY.match(key) for key in keys) or family in ("sd15", "sdxl") and kohya:
+    own, factors = all(OWN_KEY.match(key) for key in keys), any(re.search(r"\.(hada|lokr)_\w+$", key) for key in keys)
+    if own and factors:
+        load_factors(pipeline, file, name)
+        return
+    if own or family in ("sd15", "sdxl") and kohya:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
         return
-    beside = file.with_name("pytorch_lora_weights.safetensors")
-    if not (ROOT / "scripts").is_dir() and beside.is_file() and file.stem == file.parent.resolve().name:
-        pipeline.load_lora_weights(
-            str(file.parent), weight_name=beside.name, adapter_name=name
-        )  # a training's other file
+    beside = file.with_name("pytorch_lora_weights.safetensors")  # a training's other file
+    ours = beside != file and beside.is_file() and file.stem == file.parent.resolve().name
+    if ours and (factors or not (ROOT / "scripts").is_dir()):
+        load_lora(pipeline, beside, name, base)
         return
     add_scripts_to_path(
         f"paths.lora_weights_path: {file}: another tool's file {'with DoRA' if dora else 'for this family'}"
@@ -1019,6 +1023,29 @@ def load_lora(pipeline, file: Path, name: str, base: str) -> None:
         except FileError as error:
             raise UserError(f"paths.lora_weights_path: it does not fit {kind}: {error}") from None
         pipeline.load_lora_weights(folder, weight_name=file.name, adapter_name=name)
+
+
+def load_factors(pipeline, file: Path, name: str) -> None:
+    """Loads a LoHa or LoKr of the training scripts as an adapter, by peft; the pipelines' loader takes neither.
+
+    Errors: ValueError, KeyError or RuntimeError for a file that does not fit.
+    """
+    import peft
+
+    said, tensors = json.loads(header_of(file)[0]["lora_adapter_metadata"]), check_finite(file)
+    for part in sorted({key.partition(".")[0] for key in tensors}):
+        settings, state = (
+            {key.removeprefix(f"{part}."): value for key, value in given.items() if key.startswith(f"{part}.")}
+            for given in (said, tensors)
+        )
+        module = getattr(pipeline, part)
+        if part.startswith("text_encoder") and not hasattr(module, "text_model"):  # a level that not all classes have
+            state = {key.removeprefix("text_model."): value for key, value in state.items()}
+        module.add_adapter(peft.get_peft_config(settings), name)
+        found = peft.set_peft_model_state_dict(module, state, name)
+        strays = [*found.unexpected_keys, *(key for key in found.missing_keys if key.endswith(f".{name}"))]
+        if strays:
+            raise ValueError(f"{strays[0]} is missing, or fits no layer")
 
 
 def load_embeddings(pipeline, file: Path, first: int) -> None:

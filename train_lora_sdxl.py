@@ -282,11 +282,11 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 
 # By line: 294 the run: what happens, in which order · 622 the loop, and one step of it · 947 what is logged, and the
-# guard against learning nothing · 1072 data: images and captions · 1445 images: decoding, buckets, crops, batches ·
-# 1984 text: embeddings and new tokens · 2255 LoRA and optimizer · 2820 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3275 checkpoints and signals · 3494 pictures: validation, class images, comparison · 3714
-# probes: what was learned, what was forgotten · 3889 files that a run leaves · 4419 command line · 5090 base model:
-# loading, quantising, splitting · 5367 the machine · 5454 errors, lines, seeds, libraries
+# guard against learning nothing · 1073 data: images and captions · 1446 images: decoding, buckets, crops, batches ·
+# 1985 text: embeddings and new tokens · 2256 LoRA and optimizer · 2837 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3292 checkpoints and signals · 3511 pictures: validation, class images, comparison · 3731
+# probes: what was learned, what was forgotten · 3906 files that a run leaves · 4450 command line · 5129 base model:
+# loading, quantising, splitting · 5406 the machine · 5493 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -1064,7 +1064,8 @@ class GradientWitness:
             raise UserError(f"no gradient reaches the {part.name}, so nothing would be learned: {advice}")
         layers: dict[str, bool] = {}
         for name, seen in part.split(self.seen[part.name]).items():
-            layers[name.split(".lora_")[0]] = bool(seen.any()) | layers.get(name.split(".lora_")[0], False)
+            layer = ADAPTER.split(name)[0]
+            layers[layer] = bool(seen.any()) | layers.get(layer, False)
         if idle := [layer for layer, works in layers.items() if not works]:
             say(f"warning: {len(idle)} of {len(layers)} layers of the {part.name} get no gradient, such as {idle[0]}")
 
@@ -2275,14 +2276,15 @@ def add_trained_parts(run: Run) -> None:
         values = {f"{part}.{n}": p for part, m in run.lora_modules.items() for n, p in lora_parameters(m).items()}
         add_part("text_encoder", values, text_lr, args.adam_weight_decay_text_encoder, args.train_text_encoder_frac)
     if args.train_transformer_frac > 0:
-        own = sorted({key.split(".lora_")[0] for key in run.start.get(DENOISER, ())})
+        own = sorted({ADAPTER.split(key)[0] for key in run.start.get(DENOISER, ())})
         targets = own if own and not args.lora_layers and not args.lora_blocks else lora_targets(run.denoiser, args)
         with waiting("adding the LoRA"):
             add_lora(run.denoiser, targets, args, run.start.get(DENOISER))
         run.lora_modules = {DENOISER: run.denoiser} | run.lora_modules
         rate, values = args.learning_rate * factor, lora_parameters(run.denoiser)
         add_part("denoiser", values, rate, args.adam_weight_decay, args.train_transformer_frac)
-        say(f"LoRA of rank {args.rank}, alpha {args.lora_alpha:g} on {len(targets)} layers of the {DENOISER}")
+        kind = LORA_TYPES[args.lora_type]
+        say(f"{kind} of rank {args.rank}, alpha {args.lora_alpha:g} on {len(targets)} layers of the {DENOISER}")
     if args.gradient_checkpointing:
         enable_checkpointing(run.denoiser, args.lora_dropout > 0, whole=args.compile or args.use_dora)
     if run.components.sharded:
@@ -2314,6 +2316,9 @@ def add_trained_parts(run: Run) -> None:
 
 # attention's layers in the original code, and here
 ORIGINAL_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out.0"}
+LORA_TYPES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}  # https://arxiv.org/abs/2309.14859
+ADAPTER = re.compile(r"\.(?=(?:lora|hada|lokr)_)")  # where, in the name of a parameter of these, the layer's name ends
+LINEAR_FACTORS = (".lora_B.", ".hada_w2_b.", ".lokr_w1.")  # one of each layer, to which its update is proportional
 
 
 def lora_targets(denoiser, args: argparse.Namespace) -> list[str]:
@@ -2363,7 +2368,7 @@ def block_prefixes(denoiser) -> list[str]:
 
 
 def read_initial_lora(run: Run) -> dict[str, dict]:
-    """--init_lora: {pipeline name: weights with peft's keys}; rank, alpha, DoRA and layers are set from the file.
+    """--init_lora: {pipeline name: weights with peft's keys}; kind, rank, alpha and layers are set from the file.
 
     New tokens that lie beside it come under "embeddings". Errors: UserError for a file that isn't a LoRA of this family, or
     has layers of several ranks.
@@ -2379,10 +2384,13 @@ def read_initial_lora(run: Run) -> dict[str, dict]:
                 if not CONVERT.is_file():
                     raise UserError(f"--init_lora {file}: its keys aren't diffusers'; convert it with {CONVERT.name}")
                 words = ["--to", "diffusers", "--family", FAMILY, "--base", str(run.components.folder)]
-                with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()) as problem:
+                told, problem = io.StringIO(), io.StringIO()
+                with contextlib.redirect_stdout(told), contextlib.redirect_stderr(problem):
                     failed = runpy.run_path(str(CONVERT))["main"]([str(file), f"{folder}/{file.name}", *words])
                 if failed:
                     raise UserError(f"--init_lora: {problem.getvalue().strip().rpartition('error: ')[2]}")
+                for line in told.getvalue().splitlines()[:-1]:  # what was left out, or became a plain LoRA
+                    say(f"--init_lora: {line}")
                 weights, metadata = read_safetensors(Path(folder) / file.name)
         except (OSError, SafetensorError) as error:
             raise UserError(f"--init_lora {file}: {brief(error)}") from None
@@ -2395,20 +2403,24 @@ def read_initial_lora(run: Run) -> dict[str, dict]:
     if DENOISER not in start:
         raise UserError(f"--init_lora {file}: no layer of a {DENOISER} in it: is it a LoRA for another family?")
     said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    kind = said.get(f"{DENOISER}.peft_type", "LORA").lower()
     ranks = {len(value) for state in start.values() for key, value in state.items() if ".lora_A." in key}
-    alphas = {said.get(f"{part}.lora_alpha", max(ranks)) for part in start}
+    ranks |= {said.get(f"{part}.r", 0) for part in start if kind != "lora"}
+    alphas = {said.get(f"{part}.{'lora_' * (kind == 'lora')}alpha", max(ranks, default=0)) for part in start}
     uneven = any(said.get(f"{part}.{name}") for part in start for name in ("rank_pattern", "alpha_pattern"))
     if len(ranks) != 1 or len(alphas) != 1 or uneven:
         raise UserError(
             f"--init_lora {file}: layers of several ranks or alphas; scripts/lora/resize_lora.py makes them equal"
         )
     found = {"rank": ranks.pop(), "lora_alpha": float(alphas.pop())}
-    found["use_dora"] = any("magnitude" in key for key in start[DENOISER])
+    found |= {"use_dora": any("magnitude" in key for key in start[DENOISER]), "lora_type": kind}
+    found["lokr_factor"] = said.get(f"{DENOISER}.decompose_factor", -1)
+    found |= {"lora_dropout": 0.0, "loraplus_lr_ratio": 1.0, "merge_lora": False} if kind != "lora" else {}
     for name, value in found.items():
         if args.settings[name] not in (args.defaults[name], value):
             raise UserError(f"--{name} {args.settings[name]}: --init_lora {file} has {value}; leave the flag out")
     vars(args).update(found)
-    say(f"starting from {file}: rank {args.rank}, alpha {args.lora_alpha:g}")
+    say(f"starting from {file}: {LORA_TYPES[kind]}, rank {args.rank}, alpha {args.lora_alpha:g}")
     if start.keys() - {DENOISER} and not args.train_text_encoder:
         say(f"warning: {file} has a LoRA for the text encoder too; without --train_text_encoder it is left out")
     tokens = file.with_name(f"{file.resolve().parent.name}_emb.safetensors")
@@ -2425,26 +2437,31 @@ def read_safetensors(file: Path) -> tuple[dict, dict]:
 
 
 def add_lora(module, targets: list[str], args: argparse.Namespace, start: dict | None = None) -> None:
-    """Adds a LoRA to a module; its parameters are float32 whatever the base is. start: weights with peft's keys.
+    """Adds a LoRA of --lora_type to a module; its parameters are float32 whatever the base is. start: weights with peft's keys.
 
     Every process draws the same start: the seed depends on nothing else.
     """
     from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
+    from peft import LoHaConfig, LoKrConfig, LoraConfig
     from peft.utils import set_peft_model_state_dict
 
     torch.manual_seed(stable_seed(args.seed, "lora", len(targets)))
-    kind = args.init_lora_weights
+    kind, common = args.init_lora_weights, {"r": args.rank, "target_modules": targets}
+    alpha = args.lora_alpha * (math.sqrt(args.rank) if args.use_rslora else 1)
     try:
-        config = LoraConfig(
-            r=args.rank,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            init_lora_weights={"default": True, "true": True}.get(kind.lower(), kind.lower()),
-            target_modules=targets,
-            use_dora=args.use_dora,
-            use_rslora=args.use_rslora,
-        )
+        if args.lora_type == "loha":
+            config = LoHaConfig(**common, alpha=alpha)
+        elif args.lora_type == "lokr":  # as LyCORIS starts it: the larger factor at zero
+            config = LoKrConfig(**common, alpha=alpha, decompose_factor=args.lokr_factor, init_weights="lycoris")
+        else:
+            config = LoraConfig(
+                **common,
+                lora_alpha=args.lora_alpha,
+                lora_dropout=args.lora_dropout,
+                init_lora_weights={"default": True, "true": True}.get(kind.lower(), kind.lower()),
+                use_dora=args.use_dora,
+                use_rslora=args.use_rslora,
+            )
         module.add_adapter(config)
     except ValueError as error:
         raise UserError(f"--init_lora_weights {kind}: {' '.join(str(error).split())[:200]}") from None
@@ -2473,7 +2490,7 @@ def lora_state(module, parts: list[Part] = ()) -> dict:
 
     pairs = [(part.parameters, part.split(part.weights.detach())) for part in parts]
     masters = {parameter: views[name] for owned, views in pairs for name, parameter in owned.items()}
-    state = {name: masters.get(p, p) for name, p in module.named_parameters() if "lora_" in name}
+    state = {name: masters.get(p, p) for name, p in module.named_parameters() if ADAPTER.search(name)}
     state = get_peft_model_state_dict(module, state_dict=state)
     return {k: v.detach().float().cpu().contiguous().clone() for k, v in state.items()}
 
@@ -3529,7 +3546,7 @@ def weakened(parts: list[Part], scale: float):
     with restored(parts):
         for part in parts:
             for name, view in part.split(part.weights.data).items():
-                view.mul_(scale if ".lora_B." in name else 1.0)
+                view.mul_(scale if any(factor in name for factor in LINEAR_FACTORS) else 1.0)
             part.publish()
         yield
 
@@ -3916,6 +3933,8 @@ def save_results(run: Run) -> None:
         (part / "README.md").write_text(model_card(run, sheet is not None, advice), encoding="utf-8")
     if args.merge_lora:
         save_merged(run, output / "merged")
+    elif args.lora_type != "lora" and run.lora_modules:
+        say(f"note: {LORA_TYPES[args.lora_type]}: diffusers' pipelines don't load it; infer_lora.py draws with it")
     elif args.use_dora:
         say(
             "note: DoRA: diffusers draws it as trained, ComfyUI nearly, AUTOMATIC1111 and kohya's scripts do not; as a plain LoRA:"
@@ -4106,7 +4125,7 @@ def write_weights(run: Run, folder: Path, dtype) -> None:
         config, scale = run.components.config(DENOISER), math.sqrt(rank) if args.use_rslora else 1.0
         base = run.components.folder_of(DENOISER)
         norms = neighbours_norms(base, states[DENOISER], config) if args.use_dora else {}
-        exported = kohya_state(states, alpha * scale, config, norms)
+        exported = kohya_state(states, alpha * scale, config, norms, alpha * scale / rank)
         exported = {k: v.contiguous() for k, v in exported.items()}
         save_file(exported, folder / f"{name}.safetensors", metadata=about | tensor_hashes(exported))
     if run.rows:
@@ -4122,7 +4141,7 @@ def write_diffusers_file(run: Run, file: Path, states: dict, alpha: float, rank:
     for part, state in states.items():
         arguments[f"{part}_lora_layers"] = to_diffusers_keys(state) if part == DENOISER else text_encoder_keys(state)
         metadata = arguments[f"{part}_lora_adapter_metadata"]
-        metadata |= {"lora_alpha": alpha, "r": rank, "init_lora_weights": True}
+        metadata |= {"lora_alpha": alpha, "r": rank, "init_lora_weights": True} if "lora_alpha" in metadata else {}
         metadata |= {key: sorted(value) for key, value in metadata.items() if isinstance(value, set)}
     library_class("diffusers", PIPELINE_CLASS).save_lora_weights(file.parent, weight_name=file.name, **arguments)
     tensors, own = read_safetensors(file)  # the pipeline takes no other metadata than its own
@@ -4162,11 +4181,13 @@ def reference_free(states: dict, initials: dict, args: argparse.Namespace) -> tu
     return out, args.lora_alpha * (math.sqrt(2) if args.use_rslora else 2), args.rank * 2
 
 
-def kohya_state(states: dict[str, dict], alpha: float, config: dict, norms: dict | None = None) -> dict:
-    """LoRA weights with the keys of kohya's scripts, AUTOMATIC1111 and ComfyUI.
+def kohya_state(
+    states: dict[str, dict], alpha: float, config: dict, norms: dict | None = None, scale: float = 1.0
+) -> dict:
+    """LoRA, LoHa or LoKr weights with the keys of kohya's scripts, LyCORIS, AUTOMATIC1111 and ComfyUI.
 
-    states: pipeline name -> weights with peft's keys; config: the denoiser's; norms: of `neighbours_norms`. Each module gets
-    its own alpha.
+    states: pipeline name -> weights with peft's keys; config: the denoiser's; norms: of `neighbours_norms`; scale: alpha/rank,
+    which LyCORIS leaves out where a LoKr's factors are both whole. Each module gets its own alpha.
     """
     kinds = {
         "lora_A.weight": "lora_down.weight",
@@ -4177,16 +4198,21 @@ def kohya_state(states: dict[str, dict], alpha: float, config: dict, norms: dict
     for part, state in states.items():
         modules: dict[str, dict] = {}
         for key, value in (state if part == DENOISER else text_encoder_keys(state)).items():
-            suffix = next(k for k in kinds if key.endswith(k))
+            name, suffix = ADAPTER.split(key)
             if suffix == "lora_magnitude_vector":  # a column, as ComfyUI multiplies it; of convolutions (out, 1, 1, 1)
                 value = value.reshape(-1, *[1] * max(1, value.dim() - 1))
-            module = modules.setdefault(key[: -len(suffix) - 1], {"alpha": torch.tensor(float(alpha))})
-            module[kinds[suffix]] = value
-        if part == DENOISER:
+            modules.setdefault(name, {"alpha": torch.tensor(float(alpha))})[kinds.get(suffix, suffix)] = value
+        for tensors in modules.values():
+            if {"lokr_w1", "lokr_w2"} <= tensors.keys():
+                tensors["lokr_w1"] = tensors["lokr_w1"] * scale
+        prefix = KOHYA_PREFIXES[part]
+        if part == "transformer" and not any(".lora_" in key for key in state):
+            prefix = "lycoris"  # before diffusers' names: factors of q, k and v can't be put together; ComfyUI knows it
+        elif part == DENOISER:
             unchanged = {name: {"dora_scale": norm[:, None]} for name, norm in (norms or {}).items()}
             modules = kohya_layout(modules | unchanged, config)
         for name, tensors in modules.items():
-            out |= {f"{KOHYA_PREFIXES[part]}_{name.replace('.', '_')}.{kind}": t for kind, t in tensors.items()}
+            out |= {f"{prefix}_{name.replace('.', '_')}.{kind}": t for kind, t in tensors.items()}
     return out
 
 
@@ -4255,7 +4281,8 @@ def lora_metadata(run: Run, alpha: float, rank: int) -> dict[str, str]:
     tags = Counter(tag.strip() for e in trained for caption in e.captions for tag in caption.split(",") if tag.strip())
     settings = (word.partition("=") for word in KOHYA_SETTINGS.split())
     values = {f"ss_{kohya}": getattr(args, own or kohya, None) for kohya, _, own in settings} | {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if args.lora_type == "lora" else "lycoris.kohya",
+        "ss_network_args": None if args.lora_type == "lora" else json.dumps({"algo": args.lora_type}),
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
         "ss_output_name": name,
@@ -4314,8 +4341,12 @@ def model_card(run: Run, pictures: bool, advice: dict | None) -> str:
     use = ["import torch", f"from diffusers import {PIPELINE_CLASS}"]
     use += ["from safetensors.torch import load_file"] if run.rows else []
     use.append(f"pipeline = {PIPELINE_CLASS}.from_pretrained({args.pretrained_model_name_or_path!r})")
-    if run.lora_modules:
+    if run.lora_modules and args.lora_type == "lora":
         use.append(f"pipeline.load_lora_weights({name!r}, weight_name='pytorch_lora_weights.safetensors')")
+    elif run.lora_modules:
+        use.append(
+            f"# no pipeline loads a {LORA_TYPES[args.lora_type]}: python infer_lora.py {name}; or scripts/lora/merge_lora.py"
+        )
     for key, row in run.rows.items():
         use += embedding_lines(key, row.tokens, f"load_file('{name}/{name}_emb.safetensors')[{key!r}]")
     tags = ["text-to-image", "diffusers-training", "lora" if run.lora_modules else "textual_inversion", *HUB_TAGS]
@@ -4324,7 +4355,7 @@ def model_card(run: Run, pictures: bool, advice: dict | None) -> str:
     paragraphs = [
         f"---\n{card.to_yaml()}\n---",
         f"# {args.run_name or name}",
-        f"{'LoRA' if run.lora_modules else 'Token embeddings'} for {FAMILY_TITLE}, base `{args.pretrained_model_name_or_path}`.",
+        f"{LORA_TYPES[args.lora_type] if run.lora_modules else 'Token embeddings'} for {FAMILY_TITLE}, base `{args.pretrained_model_name_or_path}`.",
         "![before and after](comparison.png)" if pictures else "",
         "\n".join(f"- {line}" for line in (advice["text"], *advice["warnings"])) if advice else "",
         f"Words that call it: {words}" if words else "",
@@ -4569,6 +4600,8 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--lora_dropout", type=part_of_one, default=0.0, help="dropout before the LoRA layers (0: off)")
     add("--lora_layers", "--target_modules", nargs="+", metavar="NAME", help=f"module names or block prefixes ({','.join(LORA_TARGETS)})")
     add("--lora_blocks", nargs="+", metavar="N", help="numbers of the blocks that get a LoRA (default: all); names are taken as --lora_layers")
+    add("--lora_type", choices=LORA_TYPES, default="lora", help="loha, lokr: products of Hadamard or Kronecker; a step makes each layer's update whole, as large as its weight (lora)")
+    add("--lokr_factor", type=int, default=-1, help="size of LoKr's smaller factor, 4 to 16 are usual: the larger, the fewer weights (-1: near the root)")
     add("--use_dora", action="store_true", help="weight-decomposed LoRA (DoRA)")
     add("--use_rslora", action="store_true", help="scale by alpha/sqrt(rank)")
     add("--init_lora", "--network_weights", metavar="FILE", help="start from this LoRA, of any tool; rank, alpha and layers are its own")
@@ -4673,7 +4706,9 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
 
 # What a checkpoint's tensors must fit; all other flags must be as they were, or --resume_anyway given, but the free ones,
 # which change nothing of what is trained
-RESUME_FLAGS = "rank lora_alpha use_dora use_rslora init_lora_weights optimizer targets tokens layout"
+RESUME_FLAGS = (
+    "rank lora_alpha lora_type lokr_factor use_dora use_rslora init_lora_weights optimizer targets tokens layout"
+)
 FREE_FLAGS = (  # data, base, precision and length are compared as what they come to
     "config dry_run pretrained_model_name_or_path pretrained_vae_model_name_or_path revision variant cache_dir train_data_dir"
     " dataset_name dataset_config_name dataset_split image_column caption_column instance_data_dir cache_text_embeddings"
@@ -4708,7 +4743,7 @@ NAMES_ELSEWHERE = {  # what kohya's scripts, Olive and Transformer Lab call our 
 # (flags, when they are wrong, why): a reason that begins with "with" is one for which they would have no effect
 PRIOR = "class_data_dir class_prompt num_class_images sample_batch_size prior_generation_precision"
 TOKENS = "train_text_encoder_ti_frac token_abstraction num_new_tokens_per_abstraction initializer_concept"
-NO_LORA = "lora_alpha lora_dropout lora_layers lora_blocks use_dora use_rslora init_lora_weights merge_lora use_ema preserve_class init_lora"
+NO_LORA = "lora_alpha lora_type lora_dropout lora_layers lora_blocks use_dora use_rslora init_lora_weights merge_lora use_ema preserve_class init_lora"
 LORA_STARTS = ("gaussian", "default", "true", "orthogonal", "olora", "pissa")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
 # fmt: off
@@ -4757,6 +4792,10 @@ RULES = (
     (NO_LORA, lambda a: a.train_transformer_frac == 0, "with --train_transformer_frac 0, which adds no LoRA"),
     ("", lambda a: 0 < a.train_transformer_frac < 1 and text_frac(a) < 1, "--train_transformer_frac below 1 leaves steps in which nothing is trained; raise it or a text fraction to 1"),
     ("", lambda a: a.lora_alpha == 0, "--lora_alpha 0 scales the update to nothing"),
+    ("lokr_factor", lambda a: a.lora_type != "lokr" and not a.init_lora, "without --lora_type lokr"),
+    ("lokr_factor", lambda a: a.lokr_factor < 1, "{flag} {a.lokr_factor}: 1 or more, or -1"),
+    ("use_dora lora_dropout init_lora_weights loraplus_lr_ratio", lambda a: a.lora_type != "lora", "{flag} is for plain LoRAs: peft's {a.lora_type} has no such thing"),
+    ("merge_lora", lambda a: a.lora_type != "lora", "{flag} is for plain LoRAs: scripts/lora/merge_lora.py merges a {a.lora_type}"),
     ("init_lora", lambda a: not Path(a.init_lora).exists(), "{flag} {a.init_lora}: no such file"),
     ("init_lora_weights use_rslora", lambda a: a.init_lora, "with --init_lora, whose weights are the start"),
     ("quantize_base blocks_to_swap", lambda a: a.merge_lora or a.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq")), "{flag} can't be combined with --merge_lora or an initialisation that changes the base's weights"),

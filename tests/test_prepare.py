@@ -1069,3 +1069,87 @@ def test_a_signal_at_any_time_ends_with_a_line(number, code, tmp_path):
     assert prepare(*command[2:]) == 0
     assert len(rows(out)) == 60 and not list(out.rglob(".*.partial"))
     assert all(Image.open(out / row["file_name"]).size == (512, 512) for row in rows(out))
+
+
+# ---- masks ----
+
+
+def spotted(path: Path, size: tuple[int, int], mode: str = "RGB") -> None:
+    """Black with a white spot at its upper left, or clear but for the spot; turned by EXIF where it is a JPEG file."""
+    image = Image.new("L", size, 0)
+    image.paste(255, (size[0] // 8, size[1] // 8, size[0] // 2, size[1] // 2))
+    if mode == "RGBA":
+        image.putalpha(image.copy())
+    exif = Image.Exif()
+    exif[274] = 6 if path.suffix == ".jpg" and mode == "RGB" else 1  # 6: to be turned by a quarter
+    image.convert(mode).save(path, exif=exif, **({"quality": 98} if path.suffix == ".jpg" else {}))
+
+
+MASKED = {
+    "copied": ("--image_filtering", "min_size=32"),
+    "cropped": ("--image_resizing", "target_resolution=96x64", "crop_position=top"),
+    "padded": ("--image_resizing", "target_resolution=96x96", "mode=contain", "fill=black"),
+    "bucketed": ("--aspect_ratio_bucketing", "base_resolution=64", "resize_images=true"),
+    "both": (*("--image_resizing", "target_resolution=128"), "--aspect_ratio_bucketing", "custom_buckets=64,96;96,64"),
+}
+
+
+@pytest.mark.parametrize("where", ["alpha", "folder", "-mask"])
+@pytest.mark.parametrize("steps", MASKED)
+def test_a_mask_goes_through_all_steps_with_its_picture(steps, where, tmp_path):
+    """The picture is its own mask: whatever is done to the one must have been done to the other, names included."""
+    photos, masks, out = tmp_path / "photos", tmp_path / "masks", tmp_path / "out"
+    (photos / "one").mkdir(parents=True), (masks / "one").mkdir(parents=True)
+    mode, size = "RGBA" if where == "alpha" else "RGB", (160, 120)
+    for name in ("one/ä?.png", "two.png" if where == "alpha" else "two.jpg"):
+        spotted(photos / name, size, mode)
+        mask = {"folder": masks / name, "-mask": (photos / name).with_stem(f"{Path(name).stem}-mask")}.get(where)
+        if mask:
+            spotted(mask, size)
+    given = {"folder": masks}.get(where, where)
+    assert prepare("-d", photos, "-o", out, f"--masked_loss={given}", "--trigger_word", "sks", *MASKED[steps]) == 0
+    examples = SCRIPT.with_masks(SCRIPT.folder_examples(out, None), out, "-mask")
+    assert len(examples) == 2 and all(e.read_mask for e in examples)
+    for example in examples:
+        image = SCRIPT.decode_image(example.read())
+        mask = Image.open(io.BytesIO(example.read_mask()))
+        assert mask.mode == "L" and mask.size == image.size
+        picture, found = (np.asarray(i.convert("L")).astype(int) for i in (image, mask))
+        if where == "alpha":  # laid on white, only the mask shows the spot
+            assert picture.min() > 250 or steps == "padded"
+            assert 0.05 < (found > 127).mean() < 0.5 and found[:3, :3].max() < 200
+        else:
+            assert np.abs(picture - found).max() <= 24
+    report = (out / "report.html").read_text()
+    assert report.count('class="mask"') == 2 and "red: what hardly counts" in report
+
+
+def test_masks_are_written_once_and_go_with_their_pictures(tmp_path, capsys):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for name in ("a", "b", "c"):
+        spotted(photos / f"{name}.png", (160, 120))
+    for name in ("a", "b"):
+        spotted(photos / f"{name}-mask.png", (160, 120))
+    words = ("-d", photos, "-o", out, "--image_resizing", "target_resolution=64")
+    assert prepare(*words, "--masked_loss=-mask") == 0
+    said = capsys.readouterr().out
+    assert "1 images without one" in said and f"-d {out} --masked_loss=-mask" in said
+    before = (out / "a-mask.png").stat().st_mtime_ns
+    (photos / "b.png").unlink(), (photos / "b-mask.png").unlink()
+    assert prepare(*words, "--masked_loss=-mask") == 0
+    assert (out / "a-mask.png").stat().st_mtime_ns == before
+    assert sorted(f.name for f in out.glob("*.[jp]*g")) == ["a-mask.png", "a.jpg", "c.jpg"]
+    capsys.readouterr()
+    Image.new("L", (160, 120)).save(photos / "a-mask.png")
+    spotted(photos / "d.png", (160, 120))
+    Image.new("L", (60, 120), 255).save(photos / "d-mask.png")
+    assert prepare(*words, "--masked_loss=-mask") == 0
+    said = capsys.readouterr().out
+    assert "left out: a.png: the mask of a.png is black" in said
+    assert "left out: d.png: the mask of d.png has another shape" in said
+    assert [f.name for f in out.glob("*-mask*")] == []
+    assert prepare(*words, "--masked_loss", "alpha") == 2
+    assert "a-mask.png: a picture's name that ends with -mask" in capsys.readouterr().err
+    assert prepare(*words, "--masked_loss", "alfa") == 2
+    assert "neither alpha" in capsys.readouterr().err

@@ -23,6 +23,7 @@ CASES = {
     "past the pivot": (*TI, "--train_text_encoder_ti_frac", 0.4),
     "before the pivot": (*TI, "--train_text_encoder_ti_frac", 0.8),
     "at the pivot": (*TI, "--train_text_encoder_ti_frac", 0.5),
+    "lokr, ema": ("--lora_type", "lokr", "--use_ema", "--ema_decay", 0.9, "--gradient_checkpointing"),
     "buckets, repeats": ("--aspect_ratio_buckets", "auto", "--repeats", 2, "--train_batch_size", 2),
 }
 

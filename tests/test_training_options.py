@@ -238,11 +238,13 @@ PROMPTS = {
 
 @pytest.mark.families("sdxl", "flux")
 @pytest.mark.parametrize("name", PROMPTS)
-def test_prompts_have_sizes_seeds_and_scales_of_their_own(family, name, tmp_path):
+def test_prompts_have_sizes_seeds_and_scales_of_their_own(family, name, tmp_path, capsys):
     (tmp_path / name).write_text(PROMPTS[name])
     flags = ("--validation_prompts_file", tmp_path / name, "--num_validation_images", 1, "--learning_rate", 1e-2)
     flags += ("--validation_inference_steps", 2, "--report_to", "tensorboard")
     assert run_here(family, tmp_path / "out", "-d", SAMPLE, *flags) == 0
+    told = "take no account of negative prompts" in capsys.readouterr().out
+    assert told == (family.name == "flux" and "--n " in PROMPTS[name])
     before, after = (tmp_path / "out" / "samples" / f"step-00000{n}" for n in (0, 3))
     with Image.open(after / "00_00_a-circle.png") as first, Image.open(after / "01_00_a-star.png") as second:
         assert (first.size, second.size) == ((64, 64), (96, 64))

@@ -45,6 +45,8 @@ from scripts.dataset.parts.settings import RESOLUTIONS, STATE, read_settings, so
 from scripts.parts.files import portable
 from scripts.parts.training_scripts import load_script
 
+MASK = "-mask"  # the end of a mask's name, as --masked_loss=-mask of the training scripts finds it
+
 
 def is_inside(name: object) -> bool:
     """Whether a name of a file or a stem can only be one in the output folder, whoever has written it."""
@@ -168,8 +170,12 @@ class Preparation:
                 stem = next(s for s in itertools.chain([wanted], numbered) if s.lower() not in taken)
                 taken.add(stem.lower())
                 self.journal.put("name", name, stem)
+            if self.settings.masked_loss and stem.endswith(MASK):
+                raise self.script.UserError(f"{name}: a picture's name that ends with {MASK} is a mask's: rename it")
             source = "kept" if example.captions else ""
-            self.pictures.append(image_steps.Picture(name, example.read, example.captions, stem, caption_source=source))
+            picture = image_steps.Picture(name, example.read, example.captions, stem, caption_source=source)
+            picture.read_mask = example.read_mask
+            self.pictures.append(picture)
         for name in missing:
             self.pictures.append(
                 image_steps.Picture(name, None, [], problem="named in the metadata, but there is no such file")
@@ -200,13 +206,12 @@ class Preparation:
             except OSError as error:
                 return {"problem": error.strerror}, False
             picture.digest = hashlib.sha256(raw).hexdigest()
-            known = self.journal.get("look", picture.digest)
-            if known is not None:
-                return known, False
-            known = image_steps.measure(raw, self.script, self.thumbnail(picture))
-            if "problem" not in known:  # what can't be read now may be readable with another library
-                self.journal.put("look", picture.digest, known)
-            return known, True
+            known, is_fresh = self.journal.get("look", picture.digest), False
+            if known is None:
+                known, is_fresh = image_steps.measure(raw, self.script, self.thumbnail(picture)), True
+                if "problem" not in known:  # what can't be read now may be readable with another library
+                    self.journal.put("look", picture.digest, known)
+            return known | self.look_at_mask(picture, known), is_fresh
 
         fresh = 0
         for picture, (known, is_fresh) in in_parallel(work, self.kept, self.workers, "reading"):
@@ -217,6 +222,26 @@ class Preparation:
                 picture.size, picture.facts = tuple(known["size"]), known["facts"]
                 picture.look = bits, sure, base64.b64decode(colours)
         self.rows.append(("reading", len(self.pictures), fresh, len(self.kept) - fresh, self.reasons(self.pictures)))
+
+    def look_at_mask(self, picture, known: dict) -> dict:
+        """Notes which mask a picture has, and writes the thumbnail of it; {"problem": why it can't be used} or nothing."""
+        if picture.read_mask is None or "problem" in known:
+            return {}
+        try:
+            picture.size = tuple(known["size"])
+            picture.mask = image_steps.digest_of(picture.digest, picture.read_mask())
+            if not self.mask_thumbnail(picture).is_file():
+                image_steps.write_whole(self.mask_thumbnail(picture), image_steps.mask_thumbnail(self.mask_of(picture)))
+        except (OSError, self.script.UserError) as error:
+            return {"problem": str(error).removeprefix("--masked_loss: ")}
+        return {}
+
+    def mask_of(self, picture):
+        """The mask of a picture, (L) in its size, as the training scripts read it. Errors: their UserError."""
+        return self.script.MaskStore([picture], [], "lanczos", 0).decoded(0)
+
+    def mask_thumbnail(self, picture) -> Path:
+        return self.out / STATE / "thumbnails" / f"{picture.mask}.png"
 
     def reasons(self, pictures: list) -> str:
         """How many were left out, by the first words of the reasons."""
@@ -336,10 +361,27 @@ class Preparation:
             self.journal.put("image", picture.stem, {"key": key, "file": picture.file, "bytes": len(raw)})
             return True
 
+        def write_mask(picture) -> bool:
+            stem, target = f"{picture.stem}{MASK}", self.target(picture)
+            key = image_steps.digest_of(
+                picture.mask, resizing and resizing.model_dump(), target, bucketing and bucketing.model_dump()
+            )
+            known, file = self.journal.get("image", stem), self.place(f"{stem}.png")
+            if known and known["key"] == key and file.is_file() and file.stat().st_size:
+                return False
+            raw = image_steps.encode(image_steps.shaped(self.mask_of(picture), resizing, target, bucketing), "png", 0)
+            image_steps.write_whole(file, raw)
+            self.journal.put("image", stem, {"key": key, "file": f"{stem}.png", "bytes": len(raw)})
+            return True
+
         done = sum(written for _, written in in_parallel(work, self.kept, self.workers, "writing"))
         name = " + ".join(n for n, s in (("resizing", resizing), ("bucketing", bucketing)) if s) or "copying"
         note = "" if writer else "copied as they are"
         self.rows.append((name, len(self.kept), done, len(self.kept) - done, note))
+        if masked := [p for p in self.kept if p.mask]:
+            done = sum(written for _, written in in_parallel(write_mask, masked, self.workers, "writing masks"))
+            without = f"{len(self.kept) - len(masked)} images without one"
+            self.rows.append(("masks", len(masked), done, len(masked) - done, without))
 
     def place(self, name: str) -> Path:
         """A file of the output folder. Errors: UserError if a link in there leads out."""
@@ -411,7 +453,7 @@ class Preparation:
 
     def remove_stale(self) -> None:
         """Takes away what an earlier run has written for pictures that are gone or left out now; edited captions stay."""
-        current, removed = {p.stem for p in self.kept}, 0
+        current, removed = {p.stem for p in self.kept} | {f"{p.stem}{MASK}" for p in self.kept if p.mask}, 0
         for (kind, stem), known in list(self.journal.known.items()):
             if kind != "image" or known is None or stem in current:
                 continue
@@ -548,7 +590,8 @@ def prepare(settings, script) -> int:
         print(f"warning: {finding.what}; {finding.advice}")
     print(f"\nlook at  {run.out / 'report.html'}")
     wrapper = "run_lora_train.bat" if sys.platform == "win32" else "bash run_lora_train.sh"
-    print(f"train    {wrapper} -m BASE -d {settings.output_dir}")
+    masks = f" --masked_loss={MASK}" if any(p.mask for p in run.kept) else ""
+    print(f"train    {wrapper} -m BASE -d {settings.output_dir}{masks}")
     return 0
 
 

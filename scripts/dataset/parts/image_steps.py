@@ -40,6 +40,8 @@ class Picture:
     captions: list[str]
     stem: str = ""
     digest: str = ""
+    read_mask: object = None  # --masked_loss: as `read`, of the picture that is its mask
+    mask: str = ""  # a digest of the picture and its mask
     size: tuple[int, int] = (0, 0)
     look: tuple[int, int, bytes] = (0, 0, b"")
     facts: dict = field(default_factory=dict)  # sharpness, mode, format, turned, gps
@@ -98,8 +100,16 @@ def measure(raw: bytes, script, thumbnail: Path) -> dict:
     return known
 
 
+def mask_thumbnail(mask) -> bytes:
+    """A mask (L) as a PNG file to be laid over the picture's thumbnail: red where it hardly counts."""
+    mask.thumbnail((THUMBNAIL, THUMBNAIL))
+    red = Image.new("RGB", mask.size, "red")
+    red.putalpha(mask.point(lambda value: round(0.6 * (255 - value))))
+    return encode(red, "png", 0)
+
+
 def encode(image, form: str, quality: int) -> bytes:
-    """An RGB image as the bytes of a JPEG (colour at full resolution) or PNG file, without metadata."""
+    """An image as the bytes of a JPEG (colour at full resolution) or PNG file, without metadata."""
     out = io.BytesIO()
     if form == "jpg":
         image.save(out, "JPEG", quality=quality, subsampling=0)
@@ -192,7 +202,7 @@ def resize(image, step):
     if keeps_shape(step):
         return image
     width, height = step.target_resolution
-    canvas = Image.new("RGB", (width, height), step.fill)
+    canvas = Image.new(image.mode, (width, height), step.fill if image.mode == "RGB" else 0)  # a border is not trained
     canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
     return canvas
 
@@ -231,16 +241,22 @@ def is_on_the_way(size: tuple[int, int], resizing, target: tuple[int, int]) -> b
     return keeps_shape(resizing) and all(t <= a for t, a in zip(target, resized_size(size, resizing), strict=True))
 
 
+def shaped(image, resizing, target: tuple[int, int] | None, bucketing):
+    """A picture or its mask, resized and cropped to its bucket."""
+    if resizing is not None and not (target and is_on_the_way(image.size, resizing, target)):
+        image = resize(image, resizing)
+    if target is not None:
+        image = cover(image, target, bucketing.interpolation, bucketing.crop_position)
+    return image
+
+
 def render(raw: bytes, script, resizing, target: tuple[int, int] | None, bucketing, form: str, quality: int) -> bytes:
     """The bytes of the output file: decoded once, resized, cropped to its bucket, encoded once.
 
     A file that already is what would come out (size, RGB, upright, format) is returned as it is.
     """
-    image = whole = script.decode_image(raw)
-    if resizing is not None and not (target and is_on_the_way(image.size, resizing, target)):
-        image = resize(image, resizing)
-    if target is not None:
-        image = cover(image, target, bucketing.interpolation, bucketing.crop_position)
+    whole = script.decode_image(raw)
+    image = shaped(whole, resizing, target, bucketing)
     facts = header_facts(raw)
     plain = {"format": {"jpg": "JPEG", "png": "PNG"}[form], "mode": "RGB", "turned": False, "gps": False}
     return raw if image.size == whole.size and facts == plain else encode(image, form, quality)

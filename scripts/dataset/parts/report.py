@@ -17,6 +17,7 @@ STYLE = """
 .frame { background: var(--line); display: flex; align-items: center; justify-content: center; height: 224px; }
 .frame span { position: relative; overflow: hidden; line-height: 0; }
 .frame em { position: absolute; outline: 2px solid #fff; box-shadow: 0 0 0 400px rgba(0, 0, 0, .55); }
+.frame img.mask { position: absolute; inset: 0; width: 100%; height: 100%; }
 .frame q { color: var(--dim); quotes: none; line-height: 1.4; }
 """
 
@@ -39,17 +40,20 @@ show();
 
 
 def thumbnail(run, p) -> str:
-    """The picture as it came, with what the crops leave out in the shade."""
+    """The picture as it came, with what the crops leave out in the shade, and what its mask leaves out in red."""
     file = run.thumbnail(p)
     if not p.digest or not file.is_file():
         return '<div class="frame"><q>no picture</q></div>'
     data = base64.b64encode(file.read_bytes()).decode()
     shade = ""
+    if p.mask and run.mask_thumbnail(p).is_file():
+        red = base64.b64encode(run.mask_thumbnail(p).read_bytes()).decode()
+        shade = f'<img class="mask" alt="" src="data:image/png;base64,{red}">'
     if p.problem is None:
         part = image_steps.kept_part(p, run.steps.image_resizing, run.steps.aspect_ratio_bucketing, run.shown_target(p))
         if min(part[2] - part[0], part[3] - part[1]) < 0.985:
             left, top, right, bottom = (f"{100 * x:.1f}%" for x in (part[0], part[1], 1 - part[2], 1 - part[3]))
-            shade = f'<em style="left:{left};top:{top};right:{right};bottom:{bottom}"></em>'
+            shade += f'<em style="left:{left};top:{top};right:{right};bottom:{bottom}"></em>'
     return f'<div class="frame"><span><img alt="" src="data:image/jpeg;base64,{data}">{shade}</span></div>'
 
 
@@ -115,7 +119,8 @@ def parts_of_report(run, findings: list) -> Iterator[str]:
     sizes = [bucket_name(run.buckets[i]) for i in sorted({p.bucket for p in kept})] if run.buckets else []
     yield choices("bucket", "all buckets", sizes)
     yield choices("source", "all captions", sorted({p.caption_source for p in kept if p.caption_source}))
-    yield '<span class="dim" id="count"></span></div><div class="grid" id="set">\n'
+    masks = " · red: what hardly counts, by its mask" if any(p.mask for p in kept) else ""
+    yield f'<span class="dim" id="count"></span><span class="dim">{masks}</span></div><div class="grid" id="set">\n'
     yield from (card(run, p) for p in kept[:MOST_CARDS])
     yield "</div>\n"
     if len(kept) > MOST_CARDS:

@@ -170,6 +170,7 @@ def build_schema():
         output_dir: Place = None
         family: Literal["sd15", "sdxl", "sd3", "flux"] = "sd15"
         trigger_word: str | None = None
+        masked_loss: Place = None
         num_workers: PositiveInt | None = None
         steps: Steps = Field(default_factory=Steps)
 
@@ -211,6 +212,7 @@ def make_parser(script, step_names: list[str], epilog: str):
     add("--output_dir", "--output_path", "-o", metavar="DIR", help="a folder of its own, outside the input")
     add("--family", choices=sorted(SCRIPTS), help="what will be trained; sets the size: 512 for sd15, else 1024 (sd15)")
     add("--trigger_word", help="put before every caption, once (none)")
+    add("--masked_loss", metavar="WHERE", help="as in training: masks are kept, each as NAME-mask.png beside its picture (none)")
     add("--num_workers", type=script.count, help="threads that read and write pictures (the number of cores)")
     add = parser.add_argument_group("steps").add_argument
     for name in step_names:
@@ -303,6 +305,11 @@ def check_settings(settings, args: argparse.Namespace, UserError) -> None:
         raise UserError("give --data_dir (a folder of pictures) or --dataset_name, one of them")
     if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
         raise UserError(f"--data_dir {settings.data_dir}: no such folder")
+    where = settings.masked_loss
+    if where and settings.dataset_name is not None:
+        raise UserError("--masked_loss is for --data_dir: a data set has no masks")
+    if where and not (where == "alpha" or where[0] in "-_" or Path(where).is_dir()):
+        raise UserError(f"--masked_loss {where}: neither alpha, nor a folder, nor an end of names such as -mask")
     steps, base = settings.steps, RESOLUTIONS[settings.family]
     chosen = [name for name in type(steps).model_fields if getattr(steps, name) is not None]
     if args.doctor:
@@ -386,5 +393,6 @@ def source_args(settings) -> argparse.Namespace:
         instance_data_dir=None,
         image_column=settings.image_column,
         caption_column=settings.caption_column,
+        masked_loss=settings.masked_loss,
         cache_dir=settings.cache_dir,
     )

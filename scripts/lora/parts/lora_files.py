@@ -149,6 +149,10 @@ def layers_of(raw: dict, base: Base, metadata: dict[str, str], path: Path) -> di
             raise FileError(f"{path}: {key}: tensors that don't belong together ({error})") from None
         if layer.kind == "LoRA" and alpha is None:
             alpha = set_alpha(settings, part, meant[0][0], layer.rank)
+        elif alpha is None and f"{part}.alpha" in settings:  # a LoHa or LoKr of peft
+            alpha, rank = settings[f"{part}.alpha"], settings[f"{part}.r"]
+            if {"lokr_w1", "lokr_w2"} <= found.keys():  # which peft scales, LyCORIS doesn't
+                layer.factors["lokr_w1"] = layer.factors["lokr_w1"] * (alpha / rank)
         layer.alpha = alpha
         for name, piece in taken_apart(layer, meant, f"{path}: {key}").items():
             if name in out.get(part, {}):
