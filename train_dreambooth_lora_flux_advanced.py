@@ -4610,7 +4610,7 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--lora_dropout", type=part_of_one, default=0.0, help="dropout before the LoRA layers (0: off)")
     add("--lora_layers", "--target_modules", nargs="+", metavar="NAME", help=f"module names or block prefixes ({','.join(LORA_TARGETS)})")
     add("--lora_blocks", nargs="+", metavar="N", help="numbers of the blocks that get a LoRA (default: all); names are taken as --lora_layers")
-    add("--lora_type", choices=LORA_TYPES, default="lora", help="loha, lokr: products of Hadamard or Kronecker; a step makes each layer's update whole, as large as its weight (lora)")
+    add("--lora_type", choices=[*LORA_TYPES], default="lora", help="loha, lokr: products of Hadamard or Kronecker; a step makes each layer's update whole, as large as its weight (lora)")
     add("--lokr_factor", type=int, default=-1, help="size of LoKr's smaller factor, 4 to 16 are usual: the larger, the fewer weights (-1: near the root)")
     add("--use_dora", action="store_true", help="weight-decomposed LoRA (DoRA)")
     add("--use_rslora", action="store_true", help="scale by alpha/sqrt(rank)")
