@@ -291,12 +291,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out | {n: fuse_projections(parts, ([width] * 3 + [4 * width])[: len(parts)]) for n, parts in partial.items()}
 
 
-# By line: 304 the run: what happens, in which order · 632 the loop, and one step of it · 957 what is logged, and the
-# guard against learning nothing · 1083 data: images and captions · 1456 images: decoding, buckets, crops, batches ·
-# 1995 text: embeddings and new tokens · 2266 LoRA and optimizer · 2847 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3302 checkpoints and signals · 3521 pictures: validation, class images, comparison · 3741
-# probes: what was learned, what was forgotten · 3916 files that a run leaves · 4460 command line · 5139 base model:
-# loading, quantising, splitting · 5416 the machine · 5503 errors, lines, seeds, libraries
+# By line: 304 the run: what happens, in which order · 633 the loop, and one step of it · 958 what is logged, and the
+# guard against learning nothing · 1084 data: images and captions · 1457 images: decoding, buckets, crops, batches ·
+# 1996 text: embeddings and new tokens · 2267 LoRA and optimizer · 2848 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3303 checkpoints and signals · 3522 pictures: validation, class images, comparison · 3742
+# probes: what was learned, what was forgotten · 3917 files that a run leaves · 4461 command line · 5140 base model:
+# loading, quantising, splitting · 5417 the machine · 5504 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -445,6 +445,7 @@ class Run:
     lora_modules: dict[str, object] = field(default_factory=dict)  # pipeline name -> module
     start: dict[str, dict] = field(default_factory=dict)  # --init_lora: weights by pipeline name and peft's key
     initial_states: dict = field(default_factory=dict)
+    norms: dict | None = None  # --use_dora: what `neighbours_norms` found
     denoiser: object = None
     parts: list[Part] = field(default_factory=list)
     guard: StepGuard = None
@@ -4133,9 +4134,9 @@ def write_weights(run: Run, folder: Path, dtype) -> None:
         about = lora_metadata(run, alpha, rank)
         write_diffusers_file(run, folder / "pytorch_lora_weights.safetensors", states, alpha, rank, about)
         config, scale = run.components.config(DENOISER), math.sqrt(rank) if args.use_rslora else 1.0
-        base = run.components.folder_of(DENOISER)
-        norms = neighbours_norms(base, states[DENOISER], config) if args.use_dora else {}
-        exported = kohya_state(states, alpha * scale, config, norms, alpha * scale / rank)
+        if args.use_dora and run.norms is None:  # once, for it reads the base
+            run.norms = neighbours_norms(run.components.folder_of(DENOISER), states[DENOISER], config)
+        exported = kohya_state(states, alpha * scale, config, run.norms, alpha * scale / rank)
         exported = {k: v.contiguous() for k, v in exported.items()}
         save_file(exported, folder / f"{name}.safetensors", metadata=about | tensor_hashes(exported))
     if run.rows:

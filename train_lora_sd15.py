@@ -223,12 +223,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line: 236 the run: what happens, in which order · 564 the loop, and one step of it · 889 what is logged, and the
-# guard against learning nothing · 1015 data: images and captions · 1388 images: decoding, buckets, crops, batches ·
-# 1927 text: embeddings and new tokens · 2198 LoRA and optimizer · 2779 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3234 checkpoints and signals · 3453 pictures: validation, class images, comparison · 3673
-# probes: what was learned, what was forgotten · 3848 files that a run leaves · 4392 command line · 5071 base model:
-# loading, quantising, splitting · 5348 the machine · 5435 errors, lines, seeds, libraries
+# By line: 236 the run: what happens, in which order · 565 the loop, and one step of it · 890 what is logged, and the
+# guard against learning nothing · 1016 data: images and captions · 1389 images: decoding, buckets, crops, batches ·
+# 1928 text: embeddings and new tokens · 2199 LoRA and optimizer · 2780 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3235 checkpoints and signals · 3454 pictures: validation, class images, comparison · 3674
+# probes: what was learned, what was forgotten · 3849 files that a run leaves · 4393 command line · 5072 base model:
+# loading, quantising, splitting · 5349 the machine · 5436 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -377,6 +377,7 @@ class Run:
     lora_modules: dict[str, object] = field(default_factory=dict)  # pipeline name -> module
     start: dict[str, dict] = field(default_factory=dict)  # --init_lora: weights by pipeline name and peft's key
     initial_states: dict = field(default_factory=dict)
+    norms: dict | None = None  # --use_dora: what `neighbours_norms` found
     denoiser: object = None
     parts: list[Part] = field(default_factory=list)
     guard: StepGuard = None
@@ -4065,9 +4066,9 @@ def write_weights(run: Run, folder: Path, dtype) -> None:
         about = lora_metadata(run, alpha, rank)
         write_diffusers_file(run, folder / "pytorch_lora_weights.safetensors", states, alpha, rank, about)
         config, scale = run.components.config(DENOISER), math.sqrt(rank) if args.use_rslora else 1.0
-        base = run.components.folder_of(DENOISER)
-        norms = neighbours_norms(base, states[DENOISER], config) if args.use_dora else {}
-        exported = kohya_state(states, alpha * scale, config, norms, alpha * scale / rank)
+        if args.use_dora and run.norms is None:  # once, for it reads the base
+            run.norms = neighbours_norms(run.components.folder_of(DENOISER), states[DENOISER], config)
+        exported = kohya_state(states, alpha * scale, config, run.norms, alpha * scale / rank)
         exported = {k: v.contiguous() for k, v in exported.items()}
         save_file(exported, folder / f"{name}.safetensors", metadata=about | tensor_hashes(exported))
     if run.rows:

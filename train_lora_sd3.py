@@ -289,12 +289,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 302 the run: what happens, in which order · 630 the loop, and one step of it · 955 what is logged, and the
-# guard against learning nothing · 1081 data: images and captions · 1454 images: decoding, buckets, crops, batches ·
-# 1993 text: embeddings and new tokens · 2264 LoRA and optimizer · 2845 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3300 checkpoints and signals · 3519 pictures: validation, class images, comparison · 3739
-# probes: what was learned, what was forgotten · 3914 files that a run leaves · 4458 command line · 5137 base model:
-# loading, quantising, splitting · 5414 the machine · 5501 errors, lines, seeds, libraries
+# By line: 302 the run: what happens, in which order · 631 the loop, and one step of it · 956 what is logged, and the
+# guard against learning nothing · 1082 data: images and captions · 1455 images: decoding, buckets, crops, batches ·
+# 1994 text: embeddings and new tokens · 2265 LoRA and optimizer · 2846 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3301 checkpoints and signals · 3520 pictures: validation, class images, comparison · 3740
+# probes: what was learned, what was forgotten · 3915 files that a run leaves · 4459 command line · 5138 base model:
+# loading, quantising, splitting · 5415 the machine · 5502 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -443,6 +443,7 @@ class Run:
     lora_modules: dict[str, object] = field(default_factory=dict)  # pipeline name -> module
     start: dict[str, dict] = field(default_factory=dict)  # --init_lora: weights by pipeline name and peft's key
     initial_states: dict = field(default_factory=dict)
+    norms: dict | None = None  # --use_dora: what `neighbours_norms` found
     denoiser: object = None
     parts: list[Part] = field(default_factory=list)
     guard: StepGuard = None
@@ -4131,9 +4132,9 @@ def write_weights(run: Run, folder: Path, dtype) -> None:
         about = lora_metadata(run, alpha, rank)
         write_diffusers_file(run, folder / "pytorch_lora_weights.safetensors", states, alpha, rank, about)
         config, scale = run.components.config(DENOISER), math.sqrt(rank) if args.use_rslora else 1.0
-        base = run.components.folder_of(DENOISER)
-        norms = neighbours_norms(base, states[DENOISER], config) if args.use_dora else {}
-        exported = kohya_state(states, alpha * scale, config, norms, alpha * scale / rank)
+        if args.use_dora and run.norms is None:  # once, for it reads the base
+            run.norms = neighbours_norms(run.components.folder_of(DENOISER), states[DENOISER], config)
+        exported = kohya_state(states, alpha * scale, config, run.norms, alpha * scale / rank)
         exported = {k: v.contiguous() for k, v in exported.items()}
         save_file(exported, folder / f"{name}.safetensors", metadata=about | tensor_hashes(exported))
     if run.rows:

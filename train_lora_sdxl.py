@@ -281,12 +281,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 294 the run: what happens, in which order · 622 the loop, and one step of it · 947 what is logged, and the
-# guard against learning nothing · 1073 data: images and captions · 1446 images: decoding, buckets, crops, batches ·
-# 1985 text: embeddings and new tokens · 2256 LoRA and optimizer · 2837 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3292 checkpoints and signals · 3511 pictures: validation, class images, comparison · 3731
-# probes: what was learned, what was forgotten · 3906 files that a run leaves · 4450 command line · 5129 base model:
-# loading, quantising, splitting · 5406 the machine · 5493 errors, lines, seeds, libraries
+# By line: 294 the run: what happens, in which order · 623 the loop, and one step of it · 948 what is logged, and the
+# guard against learning nothing · 1074 data: images and captions · 1447 images: decoding, buckets, crops, batches ·
+# 1986 text: embeddings and new tokens · 2257 LoRA and optimizer · 2838 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3293 checkpoints and signals · 3512 pictures: validation, class images, comparison · 3732
+# probes: what was learned, what was forgotten · 3907 files that a run leaves · 4451 command line · 5130 base model:
+# loading, quantising, splitting · 5407 the machine · 5494 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -435,6 +435,7 @@ class Run:
     lora_modules: dict[str, object] = field(default_factory=dict)  # pipeline name -> module
     start: dict[str, dict] = field(default_factory=dict)  # --init_lora: weights by pipeline name and peft's key
     initial_states: dict = field(default_factory=dict)
+    norms: dict | None = None  # --use_dora: what `neighbours_norms` found
     denoiser: object = None
     parts: list[Part] = field(default_factory=list)
     guard: StepGuard = None
@@ -4123,9 +4124,9 @@ def write_weights(run: Run, folder: Path, dtype) -> None:
         about = lora_metadata(run, alpha, rank)
         write_diffusers_file(run, folder / "pytorch_lora_weights.safetensors", states, alpha, rank, about)
         config, scale = run.components.config(DENOISER), math.sqrt(rank) if args.use_rslora else 1.0
-        base = run.components.folder_of(DENOISER)
-        norms = neighbours_norms(base, states[DENOISER], config) if args.use_dora else {}
-        exported = kohya_state(states, alpha * scale, config, norms, alpha * scale / rank)
+        if args.use_dora and run.norms is None:  # once, for it reads the base
+            run.norms = neighbours_norms(run.components.folder_of(DENOISER), states[DENOISER], config)
+        exported = kohya_state(states, alpha * scale, config, run.norms, alpha * scale / rank)
         exported = {k: v.contiguous() for k, v in exported.items()}
         save_file(exported, folder / f"{name}.safetensors", metadata=about | tensor_hashes(exported))
     if run.rows:
