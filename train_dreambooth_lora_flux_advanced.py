@@ -295,8 +295,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 1084 data: images and captions · 1457 images: decoding, buckets, crops, batches ·
 # 1996 text: embeddings and new tokens · 2267 LoRA and optimizer · 2848 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 3303 checkpoints and signals · 3522 pictures: validation, class images, comparison · 3742
-# probes: what was learned, what was forgotten · 3917 files that a run leaves · 4461 command line · 5140 base model:
-# loading, quantising, splitting · 5417 the machine · 5504 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 3917 files that a run leaves · 4461 command line · 5141 base model:
+# loading, quantising, splitting · 5418 the machine · 5505 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -4783,6 +4783,7 @@ RULES = (
     ("preserve_weight", lambda a: not a.preserve_class, "without --preserve_class"),
     ("preserve_class", lambda a: not a.trigger_word and not a.train_text_encoder_ti, "{flag} needs --trigger_word, or new tokens: the class stands in their place"),
     ("preserve_class", lambda a: a.train_text_encoder, "{flag} and --train_text_encoder exclude each other: what the base makes of the text would change"),
+    ("preserve_class", lambda a: a.train_text_encoder_ti and any(w.strip() in a.preserve_class for w in a.token_abstraction.split(",") if w.strip()), "{flag} {a.preserve_class} has a word of --token_abstraction in it, which new tokens take the place of: call the class otherwise"),
     ("prior_generation_precision", lambda a: a.quantize_base or a.blocks_to_swap, "with --quantize_base or --blocks_to_swap, whose base draws the class images too"),
     ("cuda_graphs", lambda a: not a.cache_latents, "{flag} needs --cache_latents"),
     ("train_text_encoder train_text_encoder_ti compile blocks_to_swap quantize_base lora_dropout use_dora preserve_class", lambda a: a.cuda_graphs, "--cuda_graphs can't be combined with {flag}, which does more than launch the same work again"),

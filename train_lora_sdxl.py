@@ -285,8 +285,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 1074 data: images and captions · 1447 images: decoding, buckets, crops, batches ·
 # 1986 text: embeddings and new tokens · 2257 LoRA and optimizer · 2838 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 3293 checkpoints and signals · 3512 pictures: validation, class images, comparison · 3732
-# probes: what was learned, what was forgotten · 3907 files that a run leaves · 4451 command line · 5130 base model:
-# loading, quantising, splitting · 5407 the machine · 5494 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 3907 files that a run leaves · 4451 command line · 5131 base model:
+# loading, quantising, splitting · 5408 the machine · 5495 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -4773,6 +4773,7 @@ RULES = (
     ("preserve_weight", lambda a: not a.preserve_class, "without --preserve_class"),
     ("preserve_class", lambda a: not a.trigger_word and not a.train_text_encoder_ti, "{flag} needs --trigger_word, or new tokens: the class stands in their place"),
     ("preserve_class", lambda a: a.train_text_encoder, "{flag} and --train_text_encoder exclude each other: what the base makes of the text would change"),
+    ("preserve_class", lambda a: a.train_text_encoder_ti and any(w.strip() in a.preserve_class for w in a.token_abstraction.split(",") if w.strip()), "{flag} {a.preserve_class} has a word of --token_abstraction in it, which new tokens take the place of: call the class otherwise"),
     ("prior_generation_precision", lambda a: a.quantize_base or a.blocks_to_swap, "with --quantize_base or --blocks_to_swap, whose base draws the class images too"),
     ("cuda_graphs", lambda a: not a.cache_latents, "{flag} needs --cache_latents"),
     ("train_text_encoder train_text_encoder_ti compile blocks_to_swap quantize_base lora_dropout use_dora preserve_class", lambda a: a.cuda_graphs, "--cuda_graphs can't be combined with {flag}, which does more than launch the same work again"),

@@ -727,6 +727,7 @@ def test_many_repeats_are_planned_in_rounds(script, monkeypatch, count, repeats)
         (("--resume_anyway",), "no effect without --resume_from_checkpoint"),
         (("--trigger_word", os.fsdecode(b"\xff")), "has bytes that are no text"),
         (("--run_name", "a\0b"), "has bytes that are no text"),
+        (("--train_text_encoder_ti", "--preserve_class", "a TOK"), "has a word of --token_abstraction in it"),
     ],
 )
 def test_flags_that_cannot_be_meant(refused, flags, words):

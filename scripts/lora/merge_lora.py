@@ -101,7 +101,11 @@ def merged_part(part: str, merger: Merger, file: Path) -> dict[str, torch.Tensor
 
 def merge_folder(base: Path, target: Path, merger: Merger, parts: set[str]) -> None:
     """A diffusers folder with the LoRAs in it; what no LoRA touches is copied."""
-    shutil.copytree(base, target)
+    try:
+        shutil.copytree(base, target)
+    except shutil.Error as error:  # a list of all files that can't be read
+        file, _, why = error.args[0][0]
+        raise FileError(f"{file}: {why}") from None
     for part in sorted(p.name for p in base.iterdir() if p.is_dir()):
         files = sorted((target / part).glob("*.safetensors"))
         if part not in parts and not merger.dtype:

@@ -168,7 +168,10 @@ def denoiser_config(family: str, base: str | None) -> dict:
         )
         if folder is None:
             raise ValueError(f"{base}: no unet/config.json or transformer/config.json of a diffusers folder")
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        try:
+            return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{folder / 'config.json'}: damaged ({' '.join(str(error).split())[:200]})") from None
     with torch.device("meta"):
         return dict(real_denoiser(family).config)
 
