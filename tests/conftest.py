@@ -137,23 +137,18 @@ def signals_restored():
 
 
 def quick_flags(family: Family, output: Path, *flags: object) -> list[str]:
-    """Flags of a small run without pictures; later ones win."""
+    """Flags of a small run without pictures; later ones win. One with pictures validates once, at its end, unless it says
+    when: what a validation measures takes longer than the steps before it.
+    """
+    words = [str(f) for f in flags]
+    drawn = "--num_validation_images" in words and words[words.index("--num_validation_images") + 1] != "0"
+    once = drawn and not {"--validation_steps", "--validation_epochs"} & set(words)
     return [
-        *(
-            "-m",
-            family.base,
-            "--resolution",
-            "64",
-            "--seed",
-            "3",
-            "--report_to",
-            "none",
-            "--num_validation_images",
-            "0",
-        ),
-        *("--max_train_steps", "3", "-o", str(output)),
+        *("-m", family.base, "--resolution", "64", "--seed", "3", "--report_to", "none"),
+        *("--num_validation_images", "0", "--max_train_steps", "3", "-o", str(output)),
+        *(("--validation_steps", "1000") if once else ()),
         *(str(f) for f in family.flags),
-        *(str(f) for f in flags),
+        *words,
     ]
 
 
