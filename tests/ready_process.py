@@ -24,12 +24,14 @@ import peft  # noqa: F401
 import pytest
 import torch
 import transformers
+from transformers import conversion_mapping
 
 ROOT = Path(__file__).resolve().parent.parent
 LAZY = (  # modules that these packages import when they are asked for by name
     *(getattr(diffusers, f"{name}Pipeline") for name in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux")),
     *(transformers.CLIPTextModelWithProjection, transformers.T5EncoderModel, transformers.AutoTokenizer),
 )  # fmt: skip
+conversion_mapping.get_checkpoint_conversion_mapping("clip_text_model")  # compiles hundreds of patterns, once
 gc.freeze()  # runs collect garbage: there is none in the libraries
 
 

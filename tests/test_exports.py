@@ -805,8 +805,9 @@ def test_embeddings_for_comfyui_and_back(tmp_path):
     assert back.keys() == ours.keys() and all(torch.equal(back[k], ours[k]) for k in ours)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("sd15", ".ckpt"), ("sd15", ".safetensors"), ("sdxl", ".safetensors"), ("sd3", ".safetensors")]
+)
 def test_single_file_base_trains_and_draws(name, suffix, tmp_path, monkeypatch):
     """A checkpoint in a folder of configurations: the run equals that on the diffusers folder, and pictures are drawn."""
     from conftest import losses

@@ -1,5 +1,6 @@
 """What people get wrong, and the one line that they read then."""
 
+import functools
 import io
 import json
 import subprocess
@@ -20,60 +21,83 @@ def one_line(capsys) -> str:
     return lines[0]
 
 
-def run_and_list_imports(name: str, flags: list[str], folder: Path):
-    """Runs a script as a program; its stdout ends with the slow packages that it has imported. What is tested is why it
-    answers within half a second, and not how fast the machine is.
-    """
-    heavy = ("accelerate", "datasets", "diffusers", "numpy", "peft", "PIL", "torch", "transformers", "yaml")
-    code = (
-        "import atexit, runpy, sys; sys.argv = sys.argv[1:]\n"
-        f"atexit.register(lambda: print('HEAVY', [m for m in {heavy} if m in sys.modules], end=''))\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    command = [sys.executable, "-c", code, str(ROOT / FAMILIES[name].script), *flags]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+HEAVY = ("accelerate", "datasets", "diffusers", "numpy", "peft", "PIL", "torch", "transformers", "yaml")
+WRONG = [  # flags, and words of the line
+    (["--lerning_rate", "1"], "did you mean --learning_rate"),
+    (["--train_data_dir", "nowhere"], "--train_data_dir nowhere: no such folder"),
+    (["-d", ".", "--rank", "0"], "--lora_r/-r: 0 is below 1"),
+    (["-d", ".", "--rank", "x"], "invalid count value: 'x'"),
+    (["-d", ".", "--resolution", "63"], "--resolution 63 is not divisible by"),
+    (["-d", ".", "--caption_dropout", "1.5"], "not between 0 and 1"),
+    (["-d", ".", "--config", "nowhere.yaml"], "--config nowhere.yaml: No such file"),
+    (["-d", ".", "--with_prior_preservation"], "needs --class_prompt"),
+    (["-d", ".", "--class_prompt", "a dog"], "--class_prompt has no effect without --with_prior_preservation"),
+    (["-d", ".", "--train_text_encoder", "--train_text_encoder_ti"], "exclude each other"),
+    (["-d", ".", "--train_transformer_frac", "0"], "needs --train_text_encoder_ti"),
+    (["-d", ".", "--cache_latents", "--color_jitter"], "--cache_latents can't be combined"),
+    (["-d", ".", "--huber_c", "0.2"], "--huber_c has no effect without --loss_type huber"),
+    (["-d", ".", "--ema_decay", "0.9"], "--ema_decay has no effect without --use_ema"),
+    (["-d", ".", "--blocks_to_swap", "4", "--compile"], "--blocks_to_swap can't be combined with --compile"),
+    (["-d", ".", "--cuda_graphs"], "--cuda_graphs needs --cache_latents"),
+    (["-d", ".", "--report_to", "nothing"], "--report_to nothing: unknown"),
+    (["-d", ".", "--push_to_hub", "--hub_token", "x", "--report_to", "wandb"], "--hub_token is refused with wandb"),
+    (["-d", ".", "--instance_data_dir", "."], "exclude each other"),
+    (["--instance_data_dir", "."], "--instance_data_dir needs --instance_prompt"),
+    ([], "no data"),
+    (["-d", ".", "--optimizer", "sgd"], "sgd is none of adamw, "),
+    (["-d", ".", "--aspect_ratio_buckets", "512"], 'is no "height,width"'),
+]
+ANSWERS = """
+import contextlib, importlib.util, io, json, sys
+spec = importlib.util.spec_from_file_location("asked", sys.argv[1])
+script = importlib.util.module_from_spec(spec)
+sys.modules["asked"] = script
+spec.loader.exec_module(script)
+answers = []
+for flags in json.loads(sys.argv[2]):
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            code = script.main(["-m", "base", *flags])
+        except SystemExit as end:
+            code = end.code
+    answers.append((code, out.getvalue(), err.getvalue(), [m for m in json.loads(sys.argv[3]) if m in sys.modules]))
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Gives a function: what a script says to each of WRONG, one after another in a process of its own."""
+    folder = tmp_path_factory.mktemp("wrong")
+
+    @functools.cache
+    def of(name: str) -> list[tuple[int, str, str, list[str]]]:
+        words = [str(ROOT / FAMILIES[name].script), json.dumps([flags for flags, _ in WRONG]), json.dumps(HEAVY)]
+        command = [sys.executable, "-c", ANSWERS, *words]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, cwd=folder, check=True).stdout)
+
+    return of
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--lerning_rate", "1"], "did you mean --learning_rate"),
-        (["--train_data_dir", "nowhere"], "--train_data_dir nowhere: no such folder"),
-        (["-d", ".", "--rank", "0"], "--lora_r/-r: 0 is below 1"),
-        (["-d", ".", "--rank", "x"], "invalid count value: 'x'"),
-        (["-d", ".", "--resolution", "63"], "--resolution 63 is not divisible by"),
-        (["-d", ".", "--caption_dropout", "1.5"], "not between 0 and 1"),
-        (["-d", ".", "--config", "nowhere.yaml"], "--config nowhere.yaml: No such file"),
-        (["-d", ".", "--with_prior_preservation"], "needs --class_prompt"),
-        (["-d", ".", "--class_prompt", "a dog"], "--class_prompt has no effect without --with_prior_preservation"),
-        (["-d", ".", "--train_text_encoder", "--train_text_encoder_ti"], "exclude each other"),
-        (["-d", ".", "--train_transformer_frac", "0"], "needs --train_text_encoder_ti"),
-        (["-d", ".", "--cache_latents", "--color_jitter"], "--cache_latents can't be combined"),
-        (["-d", ".", "--huber_c", "0.2"], "--huber_c has no effect without --loss_type huber"),
-        (["-d", ".", "--ema_decay", "0.9"], "--ema_decay has no effect without --use_ema"),
-        (["-d", ".", "--blocks_to_swap", "4", "--compile"], "--blocks_to_swap can't be combined with --compile"),
-        (["-d", ".", "--cuda_graphs"], "--cuda_graphs needs --cache_latents"),
-        (["-d", ".", "--report_to", "nothing"], "--report_to nothing: unknown"),
-        (["-d", ".", "--push_to_hub", "--hub_token", "x", "--report_to", "wandb"], "--hub_token is refused with wandb"),
-        (["-d", ".", "--instance_data_dir", "."], "exclude each other"),
-        (["--instance_data_dir", "."], "--instance_data_dir needs --instance_prompt"),
-        ([], "no data"),
-        (["-d", ".", "--optimizer", "sgd"], "sgd is none of adamw, "),
-        (["-d", ".", "--aspect_ratio_buckets", "512"], 'is no "height,width"'),
-    ],
-)
-def test_wrong_arguments_are_one_line_before_anything_heavy_is_imported(name, flags, words, tmp_path):
-    result = run_and_list_imports(name, ["-m", "base", *flags], tmp_path)
-    assert result.returncode == 2
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert words in result.stderr
-    assert result.stdout == "HEAVY []"
+@pytest.mark.parametrize("number", range(len(WRONG)), ids=[words for _, words in WRONG])
+def test_wrong_arguments_are_one_line_before_anything_heavy_is_imported(name, number, answers):
+    """What is tested is why a script answers within half a second, and not how fast the machine is."""
+    code, said, line, heavy = answers(name)[number]
+    assert (code, said, heavy) == (2, "", [])
+    assert len(line.strip().splitlines()) == 1 and WRONG[number][1] in line
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_help_imports_nothing_heavy(name, tmp_path):
-    result = run_and_list_imports(name, ["--help"], tmp_path)
+    """As a program; its stdout ends with the slow packages that it has imported."""
+    code = (
+        "import atexit, runpy, sys; sys.argv = sys.argv[1:]\n"
+        f"atexit.register(lambda: print('HEAVY', [m for m in {HEAVY} if m in sys.modules], end=''))\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / FAMILIES[name].script), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0 and result.stdout.endswith("HEAVY []")
 
 

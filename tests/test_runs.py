@@ -282,7 +282,9 @@ def test_datasets_from_disk_and_from_a_builder_file(family, pictures, tmp_path):
 
 @pytest.mark.xdist_group("processes")
 def test_script_runs_alone_in_another_folder(family, pictures, tmp_path):
-    """Copied anywhere: it needs no file of the project. One is started by accelerate, as people do; one spawns a worker."""
+    """Copied anywhere: it needs no file of the project. One is started by accelerate with a configuration, as
+    people do; one spawns a worker.
+    """
     from ready_process import start
 
     copy = tmp_path / "alone" / family.script
@@ -291,8 +293,8 @@ def test_script_runs_alone_in_another_folder(family, pictures, tmp_path):
     flags = ["-m", family.base, "-d", str(pictures), "--resolution", "64", "--max_train_steps", "2"]
     flags += ["--report_to", "none", "--num_validation_images", "0"]
     if family.name == "sd15":
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+        launcher += ["--config_file", ROOT / "config" / "accelerate_config_cpu.yaml"]
         result = subprocess.run(
             [*launcher, copy, *flags],
             cwd=copy.parent,
