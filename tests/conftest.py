@@ -39,7 +39,7 @@ class Family:
     steps: int
     extra: tuple[tuple[str, object], ...] = ()  # arguments that the pipeline needs to draw as was trained
     flags: tuple[object, ...] = ()  # flags that every run of the family gets
-    text_rates: tuple[float, float, int] = (5e-3, 4e-3, 400)  # with text encoder: learning rates and steps
+    text_rates: tuple[float, float] = (5e-3, 4e-3)  # with text encoder: learning rates
     token_rate: float = 2e-2
     token_caption: str = "TOK"  # what stands for a purple star where new tokens are learned alone
 
@@ -55,8 +55,8 @@ DIT_LAYERS = (
 )
 FLUX_LAYERS = (*DIT_LAYERS, "proj_mlp", "proj_out")
 FAMILIES = {
-    "sd15": Family("sd15", "train_lora_sd15.py", "StableDiffusionPipeline", UNET_LAYERS, 3.0, 8, 4e-3, 300),
-    "sdxl": Family("sdxl", "train_lora_sdxl.py", "StableDiffusionXLPipeline", UNET_LAYERS, 3.0, 8, 1e-3, 250),
+    "sd15": Family("sd15", "train_lora_sd15.py", "StableDiffusionPipeline", UNET_LAYERS, 3.0, 8, 4e-3, 200),
+    "sdxl": Family("sdxl", "train_lora_sdxl.py", "StableDiffusionXLPipeline", UNET_LAYERS, 3.0, 8, 1e-3, 150),
     "sd3": Family(
         "sd3",
         "train_lora_sd3.py",
@@ -65,9 +65,9 @@ FAMILIES = {
         3.0,
         8,
         8e-4,
-        250,
+        120,
         (("max_sequence_length", 77),),
-        text_rates=(2e-3, 2e-3, 250),
+        text_rates=(2e-3, 2e-3),
         token_rate=1e-2,  # two CLIPs learn at once; at 2e-2 rows that keep their size turn too far each step
     ),
     "flux": Family(
@@ -78,10 +78,9 @@ FAMILIES = {
         3.5,
         8,
         5e-4,
-        250,
+        200,
         (("max_sequence_length", 77),),
         ("--max_sequence_length", 77),
-        text_rates=(1e-3, 2e-3, 400),
         token_caption="purple TOK",  # CLIP's pooled vector tells Flux the shape, hardly the colour
     ),
 }

@@ -401,7 +401,7 @@ def test_a_file_of_several_sets(family, script, tmp_path):
 
     script.TrainingData = Watched
     try:
-        flags = ("--dataset_config", tmp_path / "sets.yaml", "--num_train_epochs", 1, "--max_train_steps", 40)
+        flags = ("--dataset_config", tmp_path / "sets.yaml", "--num_train_epochs", 1, "--max_train_steps", 20)
         assert run_here(family, tmp_path / "out", *flags, "--validation_steps", 100) == 0
     finally:
         script.TrainingData = data_of
