@@ -49,8 +49,6 @@ def run(
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     os.environ.update(environment)
-    if "START_METHOD" in environment:  # of the processes that the script starts
-        multiprocessing.set_start_method(environment["START_METHOD"], force=True)
     os.chdir(folder)
     mine = [p for p in sys.path if Path(p).is_relative_to(ROOT) and not Path(p).is_relative_to(sys.prefix)]
     sys.path[:] = [str(Path(script).parent), *(p for p in sys.path if p and p not in mine)]
