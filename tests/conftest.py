@@ -39,7 +39,7 @@ class Family:
     steps: int
     extra: tuple[tuple[str, object], ...] = ()  # arguments that the pipeline needs to draw as was trained
     flags: tuple[object, ...] = ()  # flags that every run of the family gets
-    text_rates: tuple[float, float] = (5e-3, 4e-3)  # with text encoder: learning rates
+    text_rates: tuple[float, float, int] = (5e-3, 4e-3, 250)  # with text encoder: learning rates and steps
     token_rate: float = 2e-2
     token_caption: str = "TOK"  # what stands for a purple star where new tokens are learned alone
 
@@ -67,7 +67,7 @@ FAMILIES = {
         8e-4,
         120,
         (("max_sequence_length", 77),),
-        text_rates=(2e-3, 2e-3),
+        text_rates=(2e-3, 2e-3, 350),
         token_rate=1e-2,  # two CLIPs learn at once; at 2e-2 rows that keep their size turn too far each step
     ),
     "flux": Family(

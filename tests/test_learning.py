@@ -27,10 +27,10 @@ def pytest_generate_tests(metafunc):
 
 def with_text_encoder(family):
     """The flags of a run that trains the text encoders too; prior preservation adds as many pictures to each batch."""
-    rate, text_rate = family.text_rates
+    rate, text_rate, steps = family.text_rates
     return (
         *("--train_text_encoder", "--text_encoder_lr", text_rate, "--learning_rate", rate),
-        *("--train_batch_size", 4, "--max_train_steps", 250),
+        *("--train_batch_size", 4, "--max_train_steps", steps),
     )
 
 
