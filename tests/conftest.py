@@ -285,12 +285,12 @@ class Studio:
         known[key] = sum(rights) / len(rights)
         return known[key]
 
-    def concept_score(self, pipeline, thing: str, wanted: tuple[str, str | None], avoid: tuple[str, ...]) -> float:
-        """64 images of "a {thing} on a … background"."""
+    def concept_score(self, pipeline, thing: str, wanted: tuple, avoid: tuple[str, ...], count: int = 64) -> float:
+        """So many images of "a {thing} on a … background"."""
         from scripts.toys.parts.toy_world import COLOR_NAMES
 
         backgrounds = [c for c in COLOR_NAMES if c not in avoid]
-        chosen = [backgrounds[i % len(backgrounds)] for i in range(64)]
+        chosen = [backgrounds[i % len(backgrounds)] for i in range(count)]
         return self.score(pipeline, [f"a {thing} on a {b} background" for b in chosen], [(*wanted, b) for b in chosen])
 
     def world_score(self, pipeline, shape: str | None = None) -> float:

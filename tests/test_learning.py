@@ -15,6 +15,7 @@ from scripts.toys.parts.toy_world import write_concept
 
 TEXT_ENCODER = ("sd3", "sdxl")
 SMILEY = ("sks circle", ("smiley", None), ("yellow", "black"))
+UNKNOWN = 16  # images of what is not known: a score below a tenth leaves room for one
 
 
 def pytest_generate_tests(metafunc):
@@ -65,7 +66,7 @@ PRECISIONS = {  # of the base while a LoRA is trained on it; drawn with the base
 
 def test_lora_learns_and_leaves_the_rest_alone(family, studio, tmp_path):
     before = studio.pipeline(None, quick=True)
-    assert studio.concept_score(before, *SMILEY) < 0.1
+    assert studio.concept_score(before, *SMILEY, UNKNOWN) < 0.1
     output = train(family, tmp_path / "lora", "-d", SAMPLE, *PRECISIONS[family.name])
     after = studio.pipeline(output, quick=True)
     assert studio.concept_score(after, *SMILEY) > 0.8
@@ -84,7 +85,7 @@ def test_pivotal_tuning_learns(family, studio, tmp_path):
     write_concept(data, "smiley", "a TOK circle on a {background} background", 12, seed=0)
     before = studio.pipeline(None, quick=True)
     word, wanted, avoid = SMILEY
-    assert studio.concept_score(before, "TOK circle", wanted, avoid) < 0.1
+    assert studio.concept_score(before, "TOK circle", wanted, avoid, UNKNOWN) < 0.1
     steps = ("--max_train_steps", family.steps + 50)  # half of them for the tokens
     flags = ("-d", data, "--train_text_encoder_ti", "--text_encoder_lr", family.token_rate, *steps)
     after = studio.pipeline(train(family, tmp_path / "pivotal", *flags), quick=True)
@@ -98,7 +99,7 @@ def inversion(family, studio, tmp_path, *more):
     write_concept(data, "star", f"a {caption} on a {{background}} background", 12, seed=0)
     wanted, avoid = ("star", "purple"), ("purple",)
     before = studio.pipeline(None, quick=True)
-    assert studio.concept_score(before, caption, wanted, avoid) < 0.1
+    assert studio.concept_score(before, caption, wanted, avoid, UNKNOWN) < 0.1
     flags = (
         "-d",
         data,
@@ -174,7 +175,8 @@ def test_a_mask_keeps_a_flaw_out(family, studio, tmp_path):
         Image.fromarray(pixels).save(file)
     bars = {}
     for name, flags in {"plain": (), "masked": ("--masked_loss", masks, "--unmasked_weight", 0)}.items():
-        pipeline = studio.pipeline(train(family, tmp_path / name, "-d", data, *flags), quick=True)
+        output = train(family, tmp_path / name, "-d", data, *flags, "--max_train_steps", 300)
+        pipeline = studio.pipeline(output, quick=True)
         drawn = studio.draw(pipeline, ["a sks circle on a red background"] * 16)
         bars[name] = np.mean([np.asarray(picture)[-6:].mean() < 70 for picture in drawn])
     assert studio.concept_score(pipeline, *SMILEY) > 0.8
@@ -188,9 +190,9 @@ def test_two_concepts_are_called_by_their_words(family, studio, tmp_path):
         write_concept(tmp_path / concept, concept, f"a {word} on a {{background}} background", 12, seed=0)
     sets = [{"train_data_dir": str(tmp_path / concept)} for concept in words]
     (tmp_path / "sets.yaml").write_text(yaml.safe_dump(sets))
-    output = train(family, tmp_path / "out", "--dataset_config", tmp_path / "sets.yaml", "--max_train_steps", 250)
+    output = train(family, tmp_path / "out", "--dataset_config", tmp_path / "sets.yaml", "--max_train_steps", 300)
     pipeline = studio.pipeline(output, quick=True)
     for concept, (word, seen) in words.items():
         assert studio.concept_score(pipeline, word, *seen) > 0.8, concept
         other = next(own for name, (_, own) in words.items() if name != concept)
-        assert studio.concept_score(pipeline, word, *other) < 0.1, concept
+        assert studio.concept_score(pipeline, word, *other, UNKNOWN) < 0.1, concept
