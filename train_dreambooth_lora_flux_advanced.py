@@ -291,12 +291,14 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out | {n: fuse_projections(parts, ([width] * 3 + [4 * width])[: len(parts)]) for n, parts in partial.items()}
 
 
-# By line: 304 the run: what happens, in which order · 633 the loop, and one step of it · 958 what is logged, and the
-# guard against learning nothing · 1084 data: images and captions · 1457 images: decoding, buckets, crops, batches ·
-# 1996 text: embeddings and new tokens · 2267 LoRA and optimizer · 2848 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3303 checkpoints and signals · 3522 pictures: validation, class images, comparison · 3742
-# probes: what was learned, what was forgotten · 3917 files that a run leaves · 4461 command line · 5141 base model:
-# loading, quantising, splitting · 5418 the machine · 5505 errors, lines, seeds, libraries
+# By line:
+
+# By line: 306 the run: what happens, in which order · 635 the loop, and one step of it · 960 what is logged, and the
+# guard against learning nothing · 1086 data: images and captions · 1459 images: decoding, buckets, crops, batches ·
+# 1998 text: embeddings and new tokens · 2269 LoRA and optimizer · 2850 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3305 checkpoints and signals · 3524 pictures: validation, class images, comparison · 3744
+# probes: what was learned, what was forgotten · 3919 files that a run leaves · 4463 command line · 5143 base model:
+# loading, quantising, splitting · 5420 the machine · 5507 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 

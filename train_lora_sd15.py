@@ -223,12 +223,14 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line: 236 the run: what happens, in which order · 565 the loop, and one step of it · 890 what is logged, and the
-# guard against learning nothing · 1016 data: images and captions · 1389 images: decoding, buckets, crops, batches ·
-# 1928 text: embeddings and new tokens · 2199 LoRA and optimizer · 2780 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3235 checkpoints and signals · 3454 pictures: validation, class images, comparison · 3674
-# probes: what was learned, what was forgotten · 3849 files that a run leaves · 4393 command line · 5073 base model:
-# loading, quantising, splitting · 5350 the machine · 5437 errors, lines, seeds, libraries
+# By line:
+
+# By line: 238 the run: what happens, in which order · 567 the loop, and one step of it · 892 what is logged, and the
+# guard against learning nothing · 1018 data: images and captions · 1391 images: decoding, buckets, crops, batches ·
+# 1930 text: embeddings and new tokens · 2201 LoRA and optimizer · 2782 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3237 checkpoints and signals · 3456 pictures: validation, class images, comparison · 3676
+# probes: what was learned, what was forgotten · 3851 files that a run leaves · 4395 command line · 5075 base model:
+# loading, quantising, splitting · 5352 the machine · 5439 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 

@@ -289,12 +289,14 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 302 the run: what happens, in which order · 631 the loop, and one step of it · 956 what is logged, and the
-# guard against learning nothing · 1082 data: images and captions · 1455 images: decoding, buckets, crops, batches ·
-# 1994 text: embeddings and new tokens · 2265 LoRA and optimizer · 2846 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3301 checkpoints and signals · 3520 pictures: validation, class images, comparison · 3740
-# probes: what was learned, what was forgotten · 3915 files that a run leaves · 4459 command line · 5139 base model:
-# loading, quantising, splitting · 5416 the machine · 5503 errors, lines, seeds, libraries
+# By line:
+
+# By line: 304 the run: what happens, in which order · 633 the loop, and one step of it · 958 what is logged, and the
+# guard against learning nothing · 1084 data: images and captions · 1457 images: decoding, buckets, crops, batches ·
+# 1996 text: embeddings and new tokens · 2267 LoRA and optimizer · 2848 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3303 checkpoints and signals · 3522 pictures: validation, class images, comparison · 3742
+# probes: what was learned, what was forgotten · 3917 files that a run leaves · 4461 command line · 5141 base model:
+# loading, quantising, splitting · 5418 the machine · 5505 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 

@@ -281,12 +281,14 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 294 the run: what happens, in which order · 623 the loop, and one step of it · 948 what is logged, and the
-# guard against learning nothing · 1074 data: images and captions · 1447 images: decoding, buckets, crops, batches ·
-# 1986 text: embeddings and new tokens · 2257 LoRA and optimizer · 2838 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3293 checkpoints and signals · 3512 pictures: validation, class images, comparison · 3732
-# probes: what was learned, what was forgotten · 3907 files that a run leaves · 4451 command line · 5131 base model:
-# loading, quantising, splitting · 5408 the machine · 5495 errors, lines, seeds, libraries
+# By line:
+
+# By line: 296 the run: what happens, in which order · 625 the loop, and one step of it · 950 what is logged, and the
+# guard against learning nothing · 1076 data: images and captions · 1449 images: decoding, buckets, crops, batches ·
+# 1988 text: embeddings and new tokens · 2259 LoRA and optimizer · 2840 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3295 checkpoints and signals · 3514 pictures: validation, class images, comparison · 3734
+# probes: what was learned, what was forgotten · 3909 files that a run leaves · 4453 command line · 5133 base model:
+# loading, quantising, splitting · 5410 the machine · 5497 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 

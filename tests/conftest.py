@@ -39,7 +39,7 @@ class Family:
     steps: int
     extra: tuple[tuple[str, object], ...] = ()  # arguments that the pipeline needs to draw as was trained
     flags: tuple[object, ...] = ()  # flags that every run of the family gets
-    text_rates: tuple[float, float, int] = (5e-3, 4e-3, 400)  # with text encoder: learning rates and steps
+    text_rates: tuple[float, float, int] = (5e-3, 4e-3, 250)  # with text encoder: learning rates and steps
     token_rate: float = 2e-2
     token_caption: str = "TOK"  # what stands for a purple star where new tokens are learned alone
 
@@ -55,8 +55,8 @@ DIT_LAYERS = (
 )
 FLUX_LAYERS = (*DIT_LAYERS, "proj_mlp", "proj_out")
 FAMILIES = {
-    "sd15": Family("sd15", "train_lora_sd15.py", "StableDiffusionPipeline", UNET_LAYERS, 3.0, 8, 4e-3, 300),
-    "sdxl": Family("sdxl", "train_lora_sdxl.py", "StableDiffusionXLPipeline", UNET_LAYERS, 3.0, 8, 1e-3, 250),
+    "sd15": Family("sd15", "train_lora_sd15.py", "StableDiffusionPipeline", UNET_LAYERS, 3.0, 8, 4e-3, 200),
+    "sdxl": Family("sdxl", "train_lora_sdxl.py", "StableDiffusionXLPipeline", UNET_LAYERS, 3.0, 8, 1e-3, 150),
     "sd3": Family(
         "sd3",
         "train_lora_sd3.py",
@@ -65,9 +65,9 @@ FAMILIES = {
         3.0,
         8,
         8e-4,
-        250,
+        120,
         (("max_sequence_length", 77),),
-        text_rates=(2e-3, 2e-3, 250),
+        text_rates=(2e-3, 2e-3, 350),
         token_rate=1e-2,  # two CLIPs learn at once; at 2e-2 rows that keep their size turn too far each step
     ),
     "flux": Family(
@@ -78,10 +78,9 @@ FAMILIES = {
         3.5,
         8,
         5e-4,
-        250,
+        200,
         (("max_sequence_length", 77),),
         ("--max_sequence_length", 77),
-        text_rates=(1e-3, 2e-3, 400),
         token_caption="purple TOK",  # CLIP's pooled vector tells Flux the shape, hardly the colour
     ),
 }
@@ -137,23 +136,18 @@ def signals_restored():
 
 
 def quick_flags(family: Family, output: Path, *flags: object) -> list[str]:
-    """Flags of a small run without pictures; later ones win."""
+    """Flags of a small run without pictures; later ones win. One with pictures validates once, at its end, unless it says
+    when: what a validation measures takes longer than the steps before it.
+    """
+    words = [str(f) for f in flags]
+    drawn = "--num_validation_images" in words and words[words.index("--num_validation_images") + 1] != "0"
+    once = drawn and not {"--validation_steps", "--validation_epochs"} & set(words)
     return [
-        *(
-            "-m",
-            family.base,
-            "--resolution",
-            "64",
-            "--seed",
-            "3",
-            "--report_to",
-            "none",
-            "--num_validation_images",
-            "0",
-        ),
-        *("--max_train_steps", "3", "-o", str(output)),
+        *("-m", family.base, "--resolution", "64", "--seed", "3", "--report_to", "none"),
+        *("--num_validation_images", "0", "--max_train_steps", "3", "-o", str(output)),
+        *(("--validation_steps", "1000") if once else ()),
         *(str(f) for f in family.flags),
-        *(str(f) for f in flags),
+        *words,
     ]
 
 
@@ -291,12 +285,12 @@ class Studio:
         known[key] = sum(rights) / len(rights)
         return known[key]
 
-    def concept_score(self, pipeline, thing: str, wanted: tuple[str, str | None], avoid: tuple[str, ...]) -> float:
-        """64 images of "a {thing} on a … background"."""
+    def concept_score(self, pipeline, thing: str, wanted: tuple, avoid: tuple[str, ...], count: int = 64) -> float:
+        """So many images of "a {thing} on a … background"."""
         from scripts.toys.parts.toy_world import COLOR_NAMES
 
         backgrounds = [c for c in COLOR_NAMES if c not in avoid]
-        chosen = [backgrounds[i % len(backgrounds)] for i in range(64)]
+        chosen = [backgrounds[i % len(backgrounds)] for i in range(count)]
         return self.score(pipeline, [f"a {thing} on a {b} background" for b in chosen], [(*wanted, b) for b in chosen])
 
     def world_score(self, pipeline, shape: str | None = None) -> float:

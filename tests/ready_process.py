@@ -24,12 +24,14 @@ import peft  # noqa: F401
 import pytest
 import torch
 import transformers
+from transformers import conversion_mapping
 
 ROOT = Path(__file__).resolve().parent.parent
 LAZY = (  # modules that these packages import when they are asked for by name
     *(getattr(diffusers, f"{name}Pipeline") for name in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux")),
     *(transformers.CLIPTextModelWithProjection, transformers.T5EncoderModel, transformers.AutoTokenizer),
 )  # fmt: skip
+conversion_mapping.get_checkpoint_conversion_mapping("clip_text_model")  # compiles hundreds of patterns, once
 gc.freeze()  # runs collect garbage: there is none in the libraries
 
 
@@ -47,8 +49,6 @@ def run(
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     os.environ.update(environment)
-    if "START_METHOD" in environment:  # of the processes that the script starts
-        multiprocessing.set_start_method(environment["START_METHOD"], force=True)
     os.chdir(folder)
     mine = [p for p in sys.path if Path(p).is_relative_to(ROOT) and not Path(p).is_relative_to(sys.prefix)]
     sys.path[:] = [str(Path(script).parent), *(p for p in sys.path if p and p not in mine)]

@@ -127,8 +127,7 @@ def test_released_layout_is_that_of_the_released_models(name, sizes, vocabulary,
     assert scheduler.config.beta_schedule == "scaled_linear" and scheduler.config.steps_offset == 1
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize(("name", "suffix"), [("sd15", ".ckpt"), ("sdxl", ".safetensors")])
 def test_unpacked_with_the_known_configurations(name, suffix, vocabulary, tmp_path, capsys, monkeypatch):
     """With the toy's sizes in the released models' place: the folder has the weights that the file was made from."""
     family = FAMILIES[name]

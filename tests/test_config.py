@@ -43,18 +43,6 @@ def test_every_hardware_configuration_is_tested():
     assert files == set(HARDWARE)
 
 
-def test_launch_with_a_configuration_file(tmp_path):
-    family = FAMILIES["sd15"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [str(ROOT / "config" / "accelerate_config_cpu.yaml"), str(ROOT / family.script), "-m", family.base]
-    command += ["-d", str(SAMPLE), "--resolution", "64", "--max_train_steps", "1", "--num_validation_images", "0"]
-    result = subprocess.run(
-        [*command, "--report_to", "none", "-o", str(tmp_path / "x")], capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert weights(tmp_path / "x")
-
-
 CARDS = (8, 12, 16, 24, 80)
 
 

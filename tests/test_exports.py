@@ -121,30 +121,6 @@ def test_dora_merges_as_peft_applies_it(tmp_path):
     assert np.abs(draw(kind, family.base, family) - own).max() > 0.01
 
 
-def test_image_of_the_training_run_in_float32(family, studio, tmp_path, monkeypatch):
-    """The last latents of the run's own validation image, and of the plain pipeline with the saved files: within 1e-4."""
-    script = load_script(family.script)
-    seen, original = [], script.unpack_output
-
-    def recorded(latents, size):
-        seen.append(original(latents, size))
-        return seen[-1]
-
-    monkeypatch.setattr(script, "unpack_output", recorded)
-    prompt = "a sks circle on a blue background"
-    shown = ("--num_validation_images", 1, "--validation_inference_steps", 4, "--validation_prompt", prompt)
-    flags = ("-d", SAMPLE, "--learning_rate", 1e-2, "--train_text_encoder", *shown, "--validation_guidance_scale", 3)
-    assert run_here(family, tmp_path / "x", *flags) == 0
-    latents = studio.pipeline(tmp_path / "x")(
-        prompt, width=64, height=64, num_inference_steps=4, guidance_scale=3, output_type="latent",
-        generator=torch.Generator().manual_seed(script.sample_seed(3, 0, 0)), **dict(family.extra),
-    ).images  # fmt: skip
-    control, before, after = seen[:4], seen[4], seen[-5]  # four control pictures come first and last
-    assert len(seen) >= 10 and control[0].shape == before.shape
-    assert (original(latents, (64, 64)) - after).abs().max() < 1e-4
-    assert (before - after).abs().max() > 0.05
-
-
 # ------------------------------------------------------------------- the key lists of other tools, written from their formats
 
 
@@ -829,8 +805,9 @@ def test_embeddings_for_comfyui_and_back(tmp_path):
     assert back.keys() == ours.keys() and all(torch.equal(back[k], ours[k]) for k in ours)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("sd15", ".ckpt"), ("sd15", ".safetensors"), ("sdxl", ".safetensors"), ("sd3", ".safetensors")]
+)
 def test_single_file_base_trains_and_draws(name, suffix, tmp_path, monkeypatch):
     """A checkpoint in a folder of configurations: the run equals that on the diffusers folder, and pictures are drawn."""
     from conftest import losses

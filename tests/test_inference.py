@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import FAMILIES, ROOT, SAMPLE, load_script, run_here
+from conftest import FAMILIES, KINDS, ROOT, SAMPLE, load_script, run_here
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -68,6 +68,7 @@ def drawn(tmp_path) -> dict[str, np.ndarray]:
     return {f.name: np.asarray(Image.open(f)).astype(int) for f in sorted(folders[-1].glob("*.png"))}
 
 
+@pytest.mark.families(*KINDS)
 def test_prompts_scales_and_base_make_a_grid(write, tmp_path):
     infer = load_script("infer_lora.py")
     config = write(
@@ -100,6 +101,7 @@ def test_images_equal_the_plain_pipelines(family, write, tmp_path, studio, train
     assert np.abs(np.asarray(image).astype(int) - own).max() <= 1
 
 
+@pytest.mark.families(*KINDS)
 def test_several_loras_fusing_and_command_line(family, write, tmp_path, trained, capsys):
     infer = load_script("infer_lora.py")
     first = str(trained / "pytorch_lora_weights.safetensors")
@@ -127,6 +129,7 @@ def test_several_loras_fusing_and_command_line(family, write, tmp_path, trained,
     assert "knows <s0><s1>" in capsys.readouterr().out
 
 
+@pytest.mark.families("sd15")
 @pytest.mark.parametrize(
     ("changes", "flags", "words"),
     [
@@ -150,6 +153,7 @@ def test_mistakes_are_one_line(write, capsys, changes, flags, words):
     assert words in lines[-1]
 
 
+@pytest.mark.families("sd15")
 def test_pickled_weights_are_refused_unopened(write, tmp_path, capsys):
     (tmp_path / "bad.bin").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
     assert (
@@ -197,6 +201,7 @@ def as_trained(family, trained, target, **settings) -> Path:
     return target
 
 
+@pytest.mark.families(*KINDS)
 def test_a_folder_says_all_that_a_configuration_would(family, trained, write, tmp_path, capsys):
     """Base, size, steps, guidance and seed are the training's; TOK is its tokens; one flag takes several prompts."""
     infer = load_script("infer_lora.py")
@@ -291,6 +296,7 @@ def test_another_familys_folder_is_told_in_one_line(name, tmp_path, shelf, capsy
     assert len(lines) == 1 and "was trained for S" in lines[0] and lines[0].endswith("is FLUX.1")
 
 
+@pytest.mark.families(*KINDS)
 def test_checkpoints_make_a_grid(family, trained, tmp_path, capsys):
     """A row for each checkpoint in the order of steps; each is drawn as if its folder were given, tokens included."""
     infer = load_script("infer_lora.py")
@@ -371,7 +377,7 @@ def test_both_halves_are_encoded_as_training_does(name, negative, skip, length, 
     assert np.abs(pictures["usual"] - pictures["same"]).max() > 2
 
 
-@pytest.mark.parametrize("name", ["flux", "sd15", "sdxl"])  # SD3's default layers make no file for other tools
+@pytest.mark.parametrize("name", KINDS)
 def test_dora_of_both_files_draws_the_same(name, tmp_path, monkeypatch):
     """diffusers drops dora_scale of files with other tools' keys; the picture must not be the plain LoRA's."""
     infer, family = load_script("infer_lora.py"), FAMILIES[name]
@@ -385,7 +391,7 @@ def test_dora_of_both_files_draws_the_same(name, tmp_path, monkeypatch):
             monkeypatch.setattr(infer, "ROOT", tmp_path)
         file = run / f"{source.replace('alone', 'mine')}.safetensors"
         words = [str(file), "--prompt", "a red circle", "--paths.infer_path", str(tmp_path / source / "out")]
-        assert infer.main(words) == 0
+        assert infer.main([*words, "--num_inference_steps", "4"]) == 0
         pictures[source] = drawn(tmp_path / source)["000_scale1_000.png"]
     for source in ("mine", "alone"):
         assert np.abs(pictures[source] - pictures["pytorch_lora_weights"]).max() <= 1
@@ -622,10 +628,7 @@ def test_a_fault_of_ours_leaves_a_log(tmp_path, monkeypatch, capsys):
     assert "the memory does not suffice; in this order, try a lower batch_size" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("number", "moment"),
-    [(signal.SIGINT, "loading"), (signal.SIGTERM, "loading"), (signal.SIGINT, "seed 1 "), (signal.SIGTERM, "seed 1 ")],
-)
+@pytest.mark.parametrize(("number", "moment"), [(signal.SIGINT, "loading"), (signal.SIGTERM, "seed 1 ")])
 def test_signals_end_with_a_line(number, moment, tmp_path):
     """While libraries are imported, and between pictures."""
     command = [sys.executable, str(ROOT / "infer_lora.py"), *plain_words(tmp_path, "--seed", "0")]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, SAMPLE, load_script, losses, metrics, run_here, weights
+from conftest import FAMILIES, KINDS, ROOT, SAMPLE, load_script, losses, metrics, run_here, weights
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.run
@@ -12,8 +12,7 @@ WEIGHTING = {"sd15": ("--snr_gamma", 5), "sdxl": ("--snr_gamma", 5)}
 TOKENS = ("--train_text_encoder_ti", "--token_abstraction", "circle", "--text_encoder_lr", 1e-2)
 
 
-@pytest.mark.parametrize("text", [False, True], ids=["frozen text", "text encoder"])
-@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize(("batch", "text"), [(1, False), (3, True)], ids=["frozen text", "text encoder"])
 def test_prior_preservation_sums_two_weighted_means(family, script, shelf, tmp_path, monkeypatch, batch, text):
     """The logged loss is mean(instance) + 0.3 mean(class), each sample with its weight of the noise level; every caption
     has embeddings of its own row: none is folded into another's channels.
@@ -40,21 +39,6 @@ def test_prior_preservation_sums_two_weighted_means(family, script, shelf, tmp_p
     assert rows.shape[0] == 2 * batch and torch.isfinite(rows).all()
     assert torch.allclose(rows[is_class], rows[is_class][:1].expand_as(rows[is_class]), atol=1e-5)
     assert not torch.allclose(rows[is_class][0], rows[~is_class][0], atol=1e-3)
-
-
-def test_bf16_with_cached_latents_and_text_encoder(family, tmp_path):
-    flags = (
-        "-d",
-        SAMPLE,
-        "--mixed_precision",
-        "bf16",
-        "--cache_latents",
-        "--train_text_encoder",
-        "--train_batch_size",
-        2,
-    )
-    assert run_here(family, tmp_path / "x", *flags) == 0
-    assert all(0 < loss < 100 for loss in losses(tmp_path / "x"))
 
 
 def test_text_encoder_lora_is_in_the_file_and_loads(family, studio, tmp_path):
@@ -91,6 +75,7 @@ def test_frozen_parts_are_freed(family, script, tmp_path, monkeypatch):
     assert held == [{script.DENOISER} | own] * 2 + [{script.DENOISER}] * 2
 
 
+@pytest.mark.families(*KINDS)
 def test_one_epoch_is_enough_for_tokens_to_move(family, script, tmp_path):
     """The pivot is compared with the step: with one epoch in all, half of the steps still train the tokens."""
     from conftest import quick_flags
@@ -113,6 +98,7 @@ def test_prodigy_keeps_the_text_learning_rate(family, tmp_path):
     assert first["lr_embeddings"] / first["lr_denoiser"] == pytest.approx(0.25, rel=0.5)
 
 
+@pytest.mark.families(*KINDS)
 def test_only_what_is_trained_counts_in_the_clipping_norm(family, script, tmp_path, monkeypatch):
     """After the pivot the norm is that of the LoRA alone, and no other parameter has a gradient."""
     found, original = [], script.StepGuard.apply
@@ -145,8 +131,7 @@ def test_t5_reads_as_many_tokens_as_asked(name, tmp_path, monkeypatch):
     assert shapes == [120 + (77 if name == "sd3" else 0)]
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
-@pytest.mark.parametrize("frac", [0.4, 0.5, 0.8])
+@pytest.mark.parametrize(("name", "frac"), [("flux", 0.5), ("sd3", 0.8)])
 def test_t5_tokens_are_trained_and_resumed(name, frac, tmp_path):
     from conftest import same_weights
 
@@ -166,6 +151,7 @@ def test_t5_tokens_are_trained_and_resumed(name, frac, tmp_path):
     assert same_weights(tmp_path / "a" / "x", tmp_path / "b" / "x")
 
 
+@pytest.mark.families("sdxl")
 def test_folder_name_with_a_slash_names_the_files(family, tmp_path):
     assert run_here(family, f"{tmp_path}/name/", "-d", SAMPLE, *TOKENS, "--max_train_steps", 1) == 0
     names = {f.name for f in (tmp_path / "name").glob("*.safetensors")}
@@ -189,7 +175,7 @@ PIVOTAL += ("--text_encoder_lr=1.0", "--lr_scheduler=constant", "--lr_warmup_ste
     ids=["pivotal", "pivotal, T5", "inversion", "inversion, T5"],
 )
 def test_the_published_flux_commands_run(flags, tmp_path):
-    """As people type them for diffusers' Flux script, with local model and data set, and W&B offline."""
+    """As people type them for diffusers' Flux script, with local model and data set, and (once) W&B offline."""
 
     import datasets
 
@@ -202,8 +188,15 @@ def test_the_published_flux_commands_run(flags, tmp_path):
     command = ["--pretrained_model_name_or_path", FAMILIES["flux"].base, "--dataset_name", str(tmp_path / "3d-icon")]
     command += [*map(str, ICONS), *flags, "--output_dir", str(output), "--mixed_precision=bf16", "--resolution=64"]
     command += ["--train_batch_size=1", "--gradient_accumulation_steps=1", "--gradient_checkpointing", "--seed=0"]
-    command += ["--report_to=wandb", "--max_train_steps=4", "--checkpointing_steps=2000", "--max_sequence_length=77"]
+    tracker = "wandb" if flags == PIVOTAL else "none"  # which takes as long to start as the run
+    command += [
+        f"--report_to={tracker}",
+        "--max_train_steps=4",
+        "--checkpointing_steps=2000",
+        "--max_sequence_length=77",
+    ]
     command += ["--num_validation_images=1", "--validation_inference_steps=1", "--validation_prompt=a <s0><s1> icon"]
+    command += ["--validation_epochs=25"]
     script, log = ROOT / "train_dreambooth_lora_flux_advanced.py", tmp_path / "log"
     process = start(script, command, {"WANDB_MODE": "offline"}, log)
     process.join(200)
@@ -303,6 +296,7 @@ def test_fp16_becomes_bf16_and_says_so(name, monkeypatch, tmp_path, capsys):
     assert {v.dtype for v in weights(tmp_path / "x").values()} == {torch.bfloat16}
 
 
+@pytest.mark.families(*KINDS)
 def test_lora_layers_keep_no_float32_activations(family, script, tmp_path, monkeypatch):
     """In bf16, what autograd keeps of a LoRA layer's input is bf16: no copy in the LoRA's own float32."""
     kept, original = [], script.backward

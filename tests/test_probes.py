@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import FAMILIES, SAMPLE, load_script, metrics, quick_flags, run_here
+from conftest import FAMILIES, KINDS, SAMPLE, load_script, metrics, quick_flags, run_here
 
 SMILEY = ("sks circle", ("smiley", None), ("yellow",))
 RATES = {"sd15": 1e-2, "sd3": 1e-2}  # several times the usual ones: trained to ruin within these steps
@@ -52,6 +52,7 @@ def test_the_advised_step_is_the_judges(name, tmp_path):
 
 
 @pytest.mark.run
+@pytest.mark.families(*KINDS)
 def test_probes_cost_little_and_nothing_without_pictures(family, tmp_path, script, monkeypatch):
     """Each probe is 8 + 4 passes without gradients; with neither pictures nor held-out images there is none."""
     passes, original = [], script.Probe.look
@@ -70,6 +71,7 @@ def test_probes_cost_little_and_nothing_without_pictures(family, tmp_path, scrip
 
 
 @pytest.mark.run
+@pytest.mark.families(*KINDS)
 def test_a_run_says_what_to_do_with_it(family, tmp_path, capsys):
     """The last lines name files that are there; config.yaml runs again, with the same losses."""
     output = tmp_path / "my lora"

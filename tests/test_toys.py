@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image, ImageDraw, ImageFilter
 
+from scripts.toys import score_toy_bases
 from scripts.toys.parts.toy_outline import cleanness
 from scripts.toys.parts.toy_world import SHAPES, draw
 
@@ -70,12 +71,11 @@ def test_scores_say_what_is_wrong(words, says, tmp_path):
 
 
 @pytest.mark.run
-def test_scores_are_a_table_with_a_sheet_of_pictures(tmp_path):
+def test_scores_are_a_table_with_a_sheet_of_pictures(tmp_path, monkeypatch, capsys):
     base = ROOT / "assets" / "toy_flux"
-    words = [str(base), "--count", "4", "--pictures", "sheets"]
-    result = subprocess.run([*COMMAND, *words], capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert result.returncode == 0, result.stderr
-    head, rule, row = (line.strip("| ").split(" | ") for line in result.stdout.strip().splitlines())
+    monkeypatch.chdir(tmp_path)
+    assert score_toy_bases.main([str(base), "--count", "4", "--pictures", "sheets"]) == 0
+    head, rule, row = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.strip().splitlines())
     assert len(head) == len(rule) == len(row) and row[0] == "toy_flux"
     assert 0.5 < float(row[head.index("overlap")]) <= 1
     assert Image.open(tmp_path / "sheets" / "toy_flux.png").size == (16 * 132, 132)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import FAMILIES, KINDS, ROOT, SAMPLE, load_script, quick_flags, run_here, same_weights
+from conftest import FAMILIES, ROOT, SAMPLE, load_script, quick_flags, run_here, same_weights
 
 pytestmark = [pytest.mark.run, pytest.mark.xdist_group("processes")]
 
@@ -137,7 +137,7 @@ def run_line(line: str, folder: Path) -> str:
     return said
 
 
-@pytest.mark.families(*KINDS)
+@pytest.mark.families("flux")
 def test_the_last_lines_are_true_after_ctrl_c_at_the_end_and_of_a_finished_run(
     family, script, tmp_path, monkeypatch, capsys
 ):
