@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, KINDS, ROOT, SAMPLE, family_and, load_script, run_here
+from conftest import FAMILIES, ROOT, SAMPLE, family_and, load_script, run_here
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
