@@ -213,7 +213,7 @@ def test_a_mask_keeps_a_flaw_out(family, studio, tmp_path):
 TWO_CONCEPTS = """
 - {train_data_dir: DATA/smiley, masked_loss: DATA/masks, repeats: 2}
 - {train_data_dir: DATA/mushroom, masked_loss: -mask}
-- {train_data_dir: DATA/shapes, class_prompt: a shape, weight: 0.5}
+- {train_data_dir: DATA/shapes, class_prompt: a star, weight: 0.5}
 """
 PROMPTED = (("sks circle", "red"), ("ukj heart", "blue"), ("green star", "purple"))
 
