@@ -297,8 +297,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 1086 data: images and captions · 1459 images: decoding, buckets, crops, batches ·
 # 1998 text: embeddings and new tokens · 2269 LoRA and optimizer · 2850 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 3305 checkpoints and signals · 3524 pictures: validation, class images, comparison · 3744
-# probes: what was learned, what was forgotten · 3919 files that a run leaves · 4463 command line · 5143 base model:
-# loading, quantising, splitting · 5420 the machine · 5507 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 3920 files that a run leaves · 4464 command line · 5144 base model:
+# loading, quantising, splitting · 5421 the machine · 5508 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3840,11 +3840,12 @@ def draw_control(run: Run, step: int, keep: bool = True) -> list:
 
 
 def control_prompts(args: argparse.Namespace, examples: list[Example], abstractions: dict[str, list[str]]) -> list[str]:
-    """Prompts whose pictures should not change: --control_prompt, else the class prompt, else the captions without trigger
+    """Prompts whose pictures should not change: --control_prompt, else the class prompts, else the captions without trigger
     word and tokens, else two neutral ones.
     """
-    if args.control_prompt or args.class_prompt:
-        return args.control_prompt or [args.class_prompt]
+    classes = [args.class_prompt, *(own.default_caption for own in args.sets if own.is_class)]
+    if given := args.control_prompt or [prompt for prompt in classes if prompt]:
+        return given
     words, stripped = [*abstractions, *args.triggers], []
     for caption in (e.captions[0] for e in examples if words and not e.held_out):
         for word in words:

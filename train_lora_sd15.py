@@ -229,8 +229,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 1018 data: images and captions · 1391 images: decoding, buckets, crops, batches ·
 # 1930 text: embeddings and new tokens · 2201 LoRA and optimizer · 2782 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 3237 checkpoints and signals · 3456 pictures: validation, class images, comparison · 3676
-# probes: what was learned, what was forgotten · 3851 files that a run leaves · 4395 command line · 5075 base model:
-# loading, quantising, splitting · 5352 the machine · 5439 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 3852 files that a run leaves · 4396 command line · 5076 base model:
+# loading, quantising, splitting · 5353 the machine · 5440 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3772,11 +3772,12 @@ def draw_control(run: Run, step: int, keep: bool = True) -> list:
 
 
 def control_prompts(args: argparse.Namespace, examples: list[Example], abstractions: dict[str, list[str]]) -> list[str]:
-    """Prompts whose pictures should not change: --control_prompt, else the class prompt, else the captions without trigger
+    """Prompts whose pictures should not change: --control_prompt, else the class prompts, else the captions without trigger
     word and tokens, else two neutral ones.
     """
-    if args.control_prompt or args.class_prompt:
-        return args.control_prompt or [args.class_prompt]
+    classes = [args.class_prompt, *(own.default_caption for own in args.sets if own.is_class)]
+    if given := args.control_prompt or [prompt for prompt in classes if prompt]:
+        return given
     words, stripped = [*abstractions, *args.triggers], []
     for caption in (e.captions[0] for e in examples if words and not e.held_out):
         for word in words:

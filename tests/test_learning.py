@@ -150,10 +150,27 @@ def test_prior_preservation_keeps_the_class(family, studio, shelf):
     assert scores[1] <= scores[2] - 0.2
 
 
-@pytest.mark.families("sdxl")
+KEPT = {"sdxl": (2, 2e-3), "flux": (2, 2e-3)}  # --preserve_weight and learning rate: docs/preservation.md
+
+
+@pytest.mark.families(*KEPT)
 def test_a_class_is_kept_without_class_images(family, studio, tmp_path):
     """As with prior preservation: at the same steps without it "a circle" is a smiley, too (a score under 0.1)."""
+<<<<<<< HEAD
     kept = ("--preserve_class", "circle", "--preserve_weight", 0.7, "--max_train_steps", 300)
+=======
+    weight, rate = KEPT[family.name]
+    kept = (
+        "--preserve_class",
+        "circle",
+        "--preserve_weight",
+        weight,
+        "--max_train_steps",
+        250,
+        "--learning_rate",
+        rate,
+    )
+>>>>>>> h17
     output = train(family, tmp_path / "kept", "-d", SAMPLE, "--trigger_word", "sks", *kept)
     before, after = studio.pipeline(None, quick=True), studio.pipeline(output, quick=True)
     scores = [studio.score(p, ["a circle"] * 64, [("circle", None, None)] * 64) for p in (before, after)]
@@ -194,15 +211,16 @@ def test_a_mask_keeps_a_flaw_out(family, studio, tmp_path):
 
 
 TWO_CONCEPTS = """
-- {train_data_dir: DATA/smiley, masked_loss: DATA/masks}
+- {train_data_dir: DATA/smiley, masked_loss: DATA/masks, repeats: 2}
 - {train_data_dir: DATA/mushroom, masked_loss: -mask}
-- {train_data_dir: DATA/shapes, class_prompt: a shape, repeats: 2}
+- {train_data_dir: DATA/shapes, class_prompt: a star, weight: 0.5}
 """
+PROMPTED = (("sks circle", "red"), ("ukj heart", "blue"), ("green star", "purple"))
 
 
 @pytest.mark.families("sd15")
 def test_two_concepts_with_masks_and_regularisation_from_one_file(family, studio, tmp_path):
-    """Each is called by its word and not by the other's, without the flaw that all pictures share, and circles stay circles."""
+    """Each is called by its word and not by the other's, without the flaw that all pictures share; other shapes stay."""
     words = {"smiley": ("sks circle", SMILEY[1:]), "mushroom": ("ukj heart", (("mushroom", None), ("red", "white")))}
     for concept, (word, _) in words.items():
         write_concept(tmp_path / concept, concept, f"a {word} on a {{background}} background", 12, seed=0)
@@ -210,25 +228,22 @@ def test_two_concepts_with_masks_and_regularisation_from_one_file(family, studio
     with_flaw_and_masks(tmp_path / "mushroom", tmp_path / "mushroom", "-mask")
     (tmp_path / "shapes").mkdir()
     rng = random.Random(5)
-    for k in range(24):
-        scene = ("circle" if k % 2 else "heart", *random_scene(rng)[1:])
+    for k in range(48):
+        scene = (("star", "square", "triangle", "cross")[k % 4], *random_scene(rng)[1:])
         draw(*scene, rng, 256).save(tmp_path / "shapes" / f"{k}.png")
-        (tmp_path / "shapes" / f"{k}.txt").write_text(describe(*scene, rng if k % 3 else None))
+        (tmp_path / "shapes" / f"{k}.txt").write_text(describe(*scene))
     (tmp_path / "sets.yaml").write_text(TWO_CONCEPTS.replace("DATA", str(tmp_path)))
     prompts = [f"a {word} on a {colour} background" for word, colour in PROMPTED]
-    shown = ("--validation_prompt", *prompts, "--num_validation_images", 1, "--validation_steps", 10**6)
+    shown = ("--validation_prompt", *prompts, "--num_validation_images", 4, "--validation_steps", 10**6)
     shown += ("--validation_inference_steps", 20, "--validation_guidance_scale", family.guidance)
     sets = ("--dataset_config", tmp_path / "sets.yaml", "--unmasked_weight", 0)
-    output = train(family, tmp_path / "out", *sets, *shown, "--max_train_steps", 350)
+    steps = ("--max_train_steps", 350, "--train_batch_size", 6, "--learning_rate", 5e-3)
+    output = train(family, tmp_path / "out", *sets, *shown, *steps)
     before, after = studio.pipeline(None, quick=True), studio.pipeline(output, quick=True)
     for concept, (word, seen) in words.items():
         assert studio.concept_score(after, word, *seen) > 0.8, concept
         other = next(own for name, (_, own) in words.items() if name != concept)
         assert studio.concept_score(after, word, *other, UNKNOWN) < 0.1, concept
         assert bars(studio.draw(after, [f"a {word} on a blue background"] * 16)) == 0, concept
-    scores = [studio.score(p, ["a circle"] * 64, [("circle", None, None)] * 64) for p in (before, after)]
-    assert scores[1] >= 0.8 * scores[0], scores
+    assert studio.world_score(after, "star") >= studio.world_score(before, "star") - 0.1
     assert (output / "comparison.png").is_file() and len(list((output / "training_pictures").iterdir())) > 1
-
-
-PROMPTED = (("sks circle", "red"), ("ukj heart", "blue"), ("green circle", "purple"))

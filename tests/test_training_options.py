@@ -420,6 +420,18 @@ def test_a_file_of_several_sets(family, script, tmp_path):
     assert classes == {"an owl", "a photo of an animal"}
 
 
+def test_what_a_class_set_draws_should_not_change():
+    script = load_script("train_lora_sd15.py")
+    sets = [argparse.Namespace(is_class=c, default_caption=text) for c, text in ((True, "an animal"), (False, "a dog"))]
+    args = argparse.Namespace(control_prompt=None, class_prompt=None, sets=sets, triggers=["sks"])
+    example = argparse.Namespace(captions=["sks dog"], held_out=False)
+    assert script.control_prompts(args, [example], {}) == ["an animal"]
+    args.sets = sets[1:]
+    assert script.control_prompts(args, [example], {}) == ["dog"]
+    args.control_prompt = ["a cat"]
+    assert script.control_prompts(args, [example], {}) == ["a cat"]
+
+
 def test_kohyas_folders_say_repeats_and_caption(tmp_path):
     script = load_script("train_lora_sd15.py")
     pictures(tmp_path / "data" / "10_sks dog", [None, "sks dog in the sun"])
