@@ -291,12 +291,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out | {n: fuse_projections(parts, ([width] * 3 + [4 * width])[: len(parts)]) for n, parts in waiting.items()}
 
 
-# By line: 304 the run: what happens, in which order · 631 the loop, and one step of it · 960 what is logged, and the
-# guard against learning nothing · 1085 data: images and captions · 1458 images: decoding, buckets, crops, batches ·
-# 1997 text: embeddings and new tokens · 2268 LoRA and optimizer · 2833 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3248 checkpoints and signals · 3471 pictures: validation, class images, comparison · 3691
-# probes: what was learned, what was forgotten · 3866 files that a run leaves · 4396 command line · 5068 base model:
-# loading, quantising, splitting · 5347 the machine · 5434 errors, lines, seeds, libraries
+# By line: 304 the run: what happens, in which order · 632 the loop, and one step of it · 961 what is logged, and the
+# guard against learning nothing · 1086 data: images and captions · 1459 images: decoding, buckets, crops, batches ·
+# 1998 text: embeddings and new tokens · 2269 LoRA and optimizer · 2834 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3249 checkpoints and signals · 3472 pictures: validation, class images, comparison · 3692
+# probes: what was learned, what was forgotten · 3867 files that a run leaves · 4397 command line · 5069 base model:
+# loading, quantising, splitting · 5349 the machine · 5436 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -523,7 +523,8 @@ def open_base(run: Run) -> Components:
     components = Components(resolve_base(args), args, dtype, accelerator.device, sharded)
     with reading_base("a configuration"):
         check_base(components)
-        latent_shape((64, 64), components.config("vae"))
+        shape = latent_shape((64, 64), components.config("vae"))
+        draw_noise(torch.Generator(), shape, components.training_scheduler(), args)
     size = sum(file.stat().st_size for file in components.folder_of(DENOISER).glob("*.safetensors"))
     if accelerator.device.type == "cpu" and size < 100 << 20 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # for small matrices threads wait for each other, and for ever beside other work
@@ -1189,7 +1190,7 @@ def folder_examples(folder: Path, caption_column: str | None, missing: list[str]
             if not image.is_relative_to(folder):
                 raise UserError(f"{meta} line {line}: file_name {row['file_name']!r} leads out of the data folder")
             captions = caption_of_row(row, caption_column, f"{meta} line {line}")
-            if image.is_file():
+            if os.path.isfile(image):  # which takes names that are too long, too
                 if described.get(image, captions) != captions:
                     again.append(f"{meta.name} line {line}: {row['file_name']}")
                 described[image] = captions
@@ -5138,8 +5139,8 @@ class Components:
                 missing = sum(p.numel() for p in part.parameters()) - stored
                 if files and missing > 0:  # the libraries would draw them at random
                     raise UserError(f"{missing:,} of its weights are missing")
-        if "tokenizer" not in name and name != "scheduler":
-            part = part.requires_grad_(False).eval().to(device or self.device)
+            if "tokenizer" not in name and name != "scheduler":
+                part = part.requires_grad_(False).eval().to(device or self.device)
         self.loaded[name] = part
         return part
 
@@ -5185,7 +5186,8 @@ class Components:
         home = torch.device("cpu") if self.sharded or args.blocks_to_swap else self.device
         if args.quantize_base and fresh:
             place = (self.folder / DENOISER, args.quantize_base, self.dtype, self.device, args.variant, home)
-            self.loaded[DENOISER] = load_quantized(library_class(*self.index[DENOISER]), *place)
+            with reading_base(DENOISER):
+                self.loaded[DENOISER] = load_quantized(library_class(*self.index[DENOISER]), *place)
         denoiser = self.get(DENOISER, device=home)
         if args.blocks_to_swap and fresh:
             swap_blocks(denoiser, args.blocks_to_swap, self.device)

@@ -227,12 +227,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line: 240 the run: what happens, in which order · 567 the loop, and one step of it · 896 what is logged, and the
-# guard against learning nothing · 1021 data: images and captions · 1394 images: decoding, buckets, crops, batches ·
-# 1933 text: embeddings and new tokens · 2204 LoRA and optimizer · 2769 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3184 checkpoints and signals · 3407 pictures: validation, class images, comparison · 3627
-# probes: what was learned, what was forgotten · 3802 files that a run leaves · 4332 command line · 5004 base model:
-# loading, quantising, splitting · 5283 the machine · 5370 errors, lines, seeds, libraries
+# By line: 240 the run: what happens, in which order · 568 the loop, and one step of it · 897 what is logged, and the
+# guard against learning nothing · 1022 data: images and captions · 1395 images: decoding, buckets, crops, batches ·
+# 1934 text: embeddings and new tokens · 2205 LoRA and optimizer · 2770 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3185 checkpoints and signals · 3408 pictures: validation, class images, comparison · 3628
+# probes: what was learned, what was forgotten · 3803 files that a run leaves · 4333 command line · 5005 base model:
+# loading, quantising, splitting · 5285 the machine · 5372 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -459,7 +459,8 @@ def open_base(run: Run) -> Components:
     components = Components(resolve_base(args), args, dtype, accelerator.device, sharded)
     with reading_base("a configuration"):
         check_base(components)
-        latent_shape((64, 64), components.config("vae"))
+        shape = latent_shape((64, 64), components.config("vae"))
+        draw_noise(torch.Generator(), shape, components.training_scheduler(), args)
     size = sum(file.stat().st_size for file in components.folder_of(DENOISER).glob("*.safetensors"))
     if accelerator.device.type == "cpu" and size < 100 << 20 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # for small matrices threads wait for each other, and for ever beside other work
@@ -1125,7 +1126,7 @@ def folder_examples(folder: Path, caption_column: str | None, missing: list[str]
             if not image.is_relative_to(folder):
                 raise UserError(f"{meta} line {line}: file_name {row['file_name']!r} leads out of the data folder")
             captions = caption_of_row(row, caption_column, f"{meta} line {line}")
-            if image.is_file():
+            if os.path.isfile(image):  # which takes names that are too long, too
                 if described.get(image, captions) != captions:
                     again.append(f"{meta.name} line {line}: {row['file_name']}")
                 described[image] = captions
@@ -5074,8 +5075,8 @@ class Components:
                 missing = sum(p.numel() for p in part.parameters()) - stored
                 if files and missing > 0:  # the libraries would draw them at random
                     raise UserError(f"{missing:,} of its weights are missing")
-        if "tokenizer" not in name and name != "scheduler":
-            part = part.requires_grad_(False).eval().to(device or self.device)
+            if "tokenizer" not in name and name != "scheduler":
+                part = part.requires_grad_(False).eval().to(device or self.device)
         self.loaded[name] = part
         return part
 
@@ -5121,7 +5122,8 @@ class Components:
         home = torch.device("cpu") if self.sharded or args.blocks_to_swap else self.device
         if args.quantize_base and fresh:
             place = (self.folder / DENOISER, args.quantize_base, self.dtype, self.device, args.variant, home)
-            self.loaded[DENOISER] = load_quantized(library_class(*self.index[DENOISER]), *place)
+            with reading_base(DENOISER):
+                self.loaded[DENOISER] = load_quantized(library_class(*self.index[DENOISER]), *place)
         denoiser = self.get(DENOISER, device=home)
         if args.blocks_to_swap and fresh:
             swap_blocks(denoiser, args.blocks_to_swap, self.device)

@@ -286,12 +286,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line: 299 the run: what happens, in which order · 626 the loop, and one step of it · 955 what is logged, and the
-# guard against learning nothing · 1080 data: images and captions · 1453 images: decoding, buckets, crops, batches ·
-# 1992 text: embeddings and new tokens · 2263 LoRA and optimizer · 2828 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3243 checkpoints and signals · 3466 pictures: validation, class images, comparison · 3686
-# probes: what was learned, what was forgotten · 3861 files that a run leaves · 4391 command line · 5063 base model:
-# loading, quantising, splitting · 5342 the machine · 5429 errors, lines, seeds, libraries
+# By line: 299 the run: what happens, in which order · 627 the loop, and one step of it · 956 what is logged, and the
+# guard against learning nothing · 1081 data: images and captions · 1454 images: decoding, buckets, crops, batches ·
+# 1993 text: embeddings and new tokens · 2264 LoRA and optimizer · 2829 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3244 checkpoints and signals · 3467 pictures: validation, class images, comparison · 3687
+# probes: what was learned, what was forgotten · 3862 files that a run leaves · 4392 command line · 5064 base model:
+# loading, quantising, splitting · 5344 the machine · 5431 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -518,7 +518,8 @@ def open_base(run: Run) -> Components:
     components = Components(resolve_base(args), args, dtype, accelerator.device, sharded)
     with reading_base("a configuration"):
         check_base(components)
-        latent_shape((64, 64), components.config("vae"))
+        shape = latent_shape((64, 64), components.config("vae"))
+        draw_noise(torch.Generator(), shape, components.training_scheduler(), args)
     size = sum(file.stat().st_size for file in components.folder_of(DENOISER).glob("*.safetensors"))
     if accelerator.device.type == "cpu" and size < 100 << 20 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # for small matrices threads wait for each other, and for ever beside other work
@@ -1184,7 +1185,7 @@ def folder_examples(folder: Path, caption_column: str | None, missing: list[str]
             if not image.is_relative_to(folder):
                 raise UserError(f"{meta} line {line}: file_name {row['file_name']!r} leads out of the data folder")
             captions = caption_of_row(row, caption_column, f"{meta} line {line}")
-            if image.is_file():
+            if os.path.isfile(image):  # which takes names that are too long, too
                 if described.get(image, captions) != captions:
                     again.append(f"{meta.name} line {line}: {row['file_name']}")
                 described[image] = captions
@@ -5133,8 +5134,8 @@ class Components:
                 missing = sum(p.numel() for p in part.parameters()) - stored
                 if files and missing > 0:  # the libraries would draw them at random
                     raise UserError(f"{missing:,} of its weights are missing")
-        if "tokenizer" not in name and name != "scheduler":
-            part = part.requires_grad_(False).eval().to(device or self.device)
+            if "tokenizer" not in name and name != "scheduler":
+                part = part.requires_grad_(False).eval().to(device or self.device)
         self.loaded[name] = part
         return part
 
@@ -5180,7 +5181,8 @@ class Components:
         home = torch.device("cpu") if self.sharded or args.blocks_to_swap else self.device
         if args.quantize_base and fresh:
             place = (self.folder / DENOISER, args.quantize_base, self.dtype, self.device, args.variant, home)
-            self.loaded[DENOISER] = load_quantized(library_class(*self.index[DENOISER]), *place)
+            with reading_base(DENOISER):
+                self.loaded[DENOISER] = load_quantized(library_class(*self.index[DENOISER]), *place)
         denoiser = self.get(DENOISER, device=home)
         if args.blocks_to_swap and fresh:
             swap_blocks(denoiser, args.blocks_to_swap, self.device)
