@@ -283,12 +283,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line:
 
-# By line: 296 the run: what happens, in which order · 625 the loop, and one step of it · 950 what is logged, and the
-# guard against learning nothing · 1076 data: images and captions · 1449 images: decoding, buckets, crops, batches ·
-# 1988 text: embeddings and new tokens · 2259 LoRA and optimizer · 2840 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3295 checkpoints and signals · 3514 pictures: validation, class images, comparison · 3734
-# probes: what was learned, what was forgotten · 3910 files that a run leaves · 4454 command line · 5134 base model:
-# loading, quantising, splitting · 5411 the machine · 5498 errors, lines, seeds, libraries
+# By line: 296 the run: what happens, in which order · 625 the loop, and one step of it · 954 what is logged, and the
+# guard against learning nothing · 1080 data: images and captions · 1453 images: decoding, buckets, crops, batches ·
+# 1992 text: embeddings and new tokens · 2263 LoRA and optimizer · 2844 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3299 checkpoints and signals · 3520 pictures: validation, class images, comparison · 3740
+# probes: what was learned, what was forgotten · 3916 files that a run leaves · 4460 command line · 5140 base model:
+# loading, quantising, splitting · 5420 the machine · 5507 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # for captions that a console (Windows: cp1252) can't show
     try:
         args = parse_args(argv)
-        with temporary_output(args) if args.dry_run else locked_output(args):
+        with signals_given_back(), temporary_output(args) if args.dry_run else locked_output(args):
             if args.dry_run or not finished_before(args):
                 say(f"{FAMILY_TITLE}: importing torch and diffusers")
                 with waiting("importing"):
@@ -317,8 +317,7 @@ def main(argv: list[str] | None = None) -> int:
         # one that a loader's process has raised comes with its stack
         return fail(" ".join(str(error).split("UserError: ")[-1].split()), 2)
     except Interrupted as stop:
-        give_back_signals()
-        code, *lines = stop.args
+        StopSignal.raised, (code, *lines) = 0, stop.args
         latest = checkpoints_in(Path(args.output_dir))[:1] if lines else []
         for line in (*lines, *(f"{folder} is there: --resume_from_checkpoint latest goes on" for folder in latest)):
             say(line)
@@ -342,8 +341,6 @@ def main(argv: list[str] | None = None) -> int:
                 log.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
                 break
         return fail(f"a fault of this script ({brief(error)}); {log} has the traceback", 1)
-    finally:
-        give_back_signals()
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -517,7 +514,10 @@ def open_base(run: Run) -> Components:
         flags = "--quantize_base, --compile, --blocks_to_swap and --cuda_graphs"
         raise UserError(f"{flags} don't work with FSDP: use a configuration for several GPUs")
     components = Components(resolve_base(args), args, dtype, accelerator.device, sharded)
-    check_base(components)
+    with reading_base("a configuration"):
+        check_base(components)
+        shape = latent_shape((64, 64), components.config("vae"))
+        draw_noise(torch.Generator(), shape, components.training_scheduler(), args)
     size = sum(file.stat().st_size for file in components.folder_of(DENOISER).glob("*.safetensors"))
     if accelerator.device.type == "cpu" and size < 100 << 20 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # for small matrices threads wait for each other, and for ever beside other work
@@ -854,8 +854,12 @@ def batches_ahead(run: Run, first_step: int):
                 prepared = pool.submit(next, batches)
             yield batch
 
-    with ThreadPoolExecutor(1) as pool:
-        yield upcoming(pool)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            yield upcoming(pool)
+    finally:
+        if run.args.dataloader_num_workers:  # else Python waits at its end for them, who answer no signal
+            batches._shutdown_workers()
 
 
 def ready_worker(number: int) -> None:
@@ -1180,7 +1184,7 @@ def folder_examples(folder: Path, caption_column: str | None, missing: list[str]
             if not image.is_relative_to(folder):
                 raise UserError(f"{meta} line {line}: file_name {row['file_name']!r} leads out of the data folder")
             captions = caption_of_row(row, caption_column, f"{meta} line {line}")
-            if image.is_file():
+            if os.path.isfile(image):  # which takes names that are too long, too
                 if described.get(image, captions) != captions:
                     again.append(f"{meta.name} line {line}: {row['file_name']}")
                 described[image] = captions
@@ -1873,7 +1877,7 @@ def latent_shape(size: tuple[int, int], vae_config: dict) -> tuple[int, int, int
 
 def encode_image(pixels, vae):
     """Pixels (B, 3, H, W), uint8 -> moments (B, 2C, h, w): mean and standard deviation of the latents."""
-    with torch.no_grad():
+    with torch.no_grad(), reading_base("the vae"):
         distribution = vae.encode((pixels.to(vae.device).float() / 127.5 - 1).to(vae.dtype)).latent_dist
     return torch.cat([distribution.mean, distribution.std], dim=1).float()
 
@@ -3315,12 +3319,14 @@ class StopSignal:
         self.number = number
 
 
-def give_back_signals() -> int:
-    """When the run is over, so that none is an exception in what ends it; returns the one that it was to end for, or 0."""
-    for name in STOP_SIGNALS:
-        signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
-    number, StopSignal.raised = StopSignal.raised, 0
-    return number
+@contextlib.contextmanager
+def signals_given_back():
+    """After it, signals are Python's and the system's again: none is an exception in what is said at the end."""
+    try:
+        yield
+    finally:
+        for name in STOP_SIGNALS:
+            signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 
 
 def save_checkpoint(run: Run, step: int) -> None:
@@ -3595,7 +3601,7 @@ def sample_images(pipeline, components: Components, embeds: dict, seeds: list[in
 def decoded(pipeline, components: Components, latents) -> list:
     """Latents (B, C, H, W) as the denoiser works on them -> images."""
     vae, latents = components.vae(), unscaled(latents, components.config("vae"))
-    with torch.no_grad():
+    with torch.no_grad(), reading_base("the vae"):
         pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
     return pipeline.image_processor.postprocess(pixels.float())
 
@@ -5204,8 +5210,8 @@ class Components:
                 missing = sum(p.numel() for p in part.parameters()) - stored
                 if files and missing > 0:  # the libraries would draw them at random
                     raise UserError(f"{missing:,} of its weights are missing")
-        if "tokenizer" not in name and name != "scheduler":
-            part = part.requires_grad_(False).eval().to(device or self.device)
+            if "tokenizer" not in name and name != "scheduler":
+                part = part.requires_grad_(False).eval().to(device or self.device)
         self.loaded[name] = part
         return part
 
@@ -5251,7 +5257,8 @@ class Components:
         home = torch.device("cpu") if self.sharded or args.blocks_to_swap else self.device
         if args.quantize_base and fresh:
             place = (self.folder / DENOISER, args.quantize_base, self.dtype, self.device, args.variant, home)
-            self.loaded[DENOISER] = load_quantized(library_class(*self.index[DENOISER]), *place)
+            with reading_base(DENOISER):
+                self.loaded[DENOISER] = load_quantized(library_class(*self.index[DENOISER]), *place)
         denoiser = self.get(DENOISER, device=home)
         if args.blocks_to_swap and fresh:
             swap_blocks(denoiser, args.blocks_to_swap, self.device)
@@ -5266,9 +5273,11 @@ def reading_base(what: str):
     try:
         yield
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        if type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error) or str(error).startswith("--"):
             raise
-        raise UserError(f"--pretrained_model_name_or_path: {what} can't be loaded: {brief(error)}") from None
+        raise UserError(
+            f"--pretrained_model_name_or_path: {what} can't be loaded: {brief(error) or type(error).__name__}"
+        ) from None
 
 
 def read_json(file: Path) -> dict:
@@ -5511,7 +5520,7 @@ QUIET = int(os.environ.get("RANK", "0")) > 0  # the first process alone prints
 
 def fail(why: str, code: int) -> int:
     """Says why the run ends. Beside a first process that says it too, the launcher ends this one while it waits."""
-    number = give_back_signals()
+    number, StopSignal.raised = StopSignal.raised, 0
     if int(os.environ.get("RANK", "0")) > 0:
         time.sleep(10)
     if number:

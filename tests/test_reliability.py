@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -641,6 +642,7 @@ def test_a_loaders_process_that_dies_or_fails_is_one_line(script, tmp_path, monk
             assert run_here(SD15, tmp_path / name, *flags) == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
         assert len(lines) == 1 and words in lines[0]
+        assert not multiprocessing.active_children()  # for which Python would wait at its end
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
@@ -834,6 +836,9 @@ DAMAGED_BASES = {
     "a tensor of the denoiser gone": ("unet", "diffusion_pytorch_model.safetensors", lose_a_tensor),
     "configuration cut": ("unet", "config.json", lambda f: f.write_text(cut(f.read_text()))),
     "configuration a list": ("vae", "config.json", lambda f: f.write_text("[]")),
+    "a number for a list": ("vae", "config.json", lambda f: f.write_text('{"block_out_channels": 3}')),
+    "a text for a number": ("vae", "config.json", lambda f: f.write_text(f.read_text().replace(": 16,", ': "16",'))),
+    "no layers": ("vae", "config.json", lambda f: f.write_text(f.read_text().replace('block": 1', 'block": -1'))),
     "configuration gone": ("unet", "config.json", Path.unlink),
     "configuration not UTF-8": ("vae", "config.json", lambda f: f.write_bytes(b"\xff{}")),
     "another width": ("unet", "config.json", lambda f: f.write_text(f.read_text().replace("64", "32"))),

@@ -122,13 +122,13 @@ def fault(ended: Ended, allowed: tuple[int, ...] = (0, 2)) -> str | None:
             return f"traceback: {' / '.join(lines[-9:])}"
         if ours := re.search("a fault of th[^;]*", err):
             return ours[0]
-        if code not in allowed and not (code == 1 and "out of memory" in err):
+        if code not in allowed and not (code == 1 and re.search("out of memory|Is a directory", err)):
             return f"exit code {code}: {lines[-1] if lines else ''}"
         if code == 2 and not any(": error:" in line for line in lines):
             return f"exit code {code} without a line that says why"
         if code in (1, 2) and len(lines) > 1:
             return f"{len(lines)} lines: {lines[0]}"
-        if code == 2 and not re.search(r"--\w|/|\.\w\w|'|learned|finite", lines[0].split("error:", 1)[1]):
+        if code == 2 and not re.search(r"--\w|/|\.\w\w|'|learned|finite|NaN", lines[0].split("error:", 1)[1]):
             return f"it names nothing: {lines[0]}"
     return None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from scripts.parts.files import read_json
+
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 VAE = {
     "block_out_channels": (128, 256, 512, 512),
@@ -168,10 +170,7 @@ def denoiser_config(family: str, base: str | None) -> dict:
         )
         if folder is None:
             raise ValueError(f"{base}: no unet/config.json or transformer/config.json of a diffusers folder")
-        try:
-            return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{folder / 'config.json'}: damaged ({' '.join(str(error).split())[:200]})") from None
+        return read_json(folder / "config.json")
     with torch.device("meta"):
         return dict(real_denoiser(family).config)
 

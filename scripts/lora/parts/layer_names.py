@@ -9,7 +9,6 @@ Sources: the files of the tools, and the code with which they write them.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from scripts.lora.parts.low_rank import FileError
+from scripts.parts.files import read_json
 from scripts.parts.released_models import CLIP_G, CLIP_H, CLIP_L, T5_XXL, VARIANTS, denoiser_config, meta_denoiser
 from scripts.parts.training_scripts import SCRIPTS, load_script
 
@@ -237,14 +237,14 @@ def released_base(family: str, name: str) -> Base:
 @functools.cache
 def local_base(family: str, folder: str) -> Base:
     try:
-        config = denoiser_config(family, folder)
-    except (ValueError, OSError, json.JSONDecodeError) as error:
+        config, encoders = denoiser_config(family, folder), {}
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            file = Path(folder) / name / "config.json"
+            if file.is_file():
+                encoders[name] = read_json(file)
+    except (ValueError, OSError) as error:
         raise FileError(str(error)) from None
-    released, encoders = released_base(family, ""), {}
-    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-        file = Path(folder) / name / "config.json"
-        if file.is_file():
-            encoders[name] = json.loads(file.read_text(encoding="utf-8"))
+    released = released_base(family, "")
     base = Base(family, config, encoders, folder, folder)
     for key, shape in released.shapes.items():  # a folder without text encoders, as --shape may be
         if key[0].startswith("text_encoder") and not encoders:

@@ -87,7 +87,10 @@ def base_of_training(path: Path, metadata: dict[str, str]) -> str | None:
     if config.is_file():
         import yaml
 
-        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        try:
+            settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError, RecursionError):  # damaged; the metadata may say it too
+            settings = None
         named.insert(0, str(settings.get("pretrained_model_name_or_path")) if isinstance(settings, dict) else "")
     places = [folder for name in named for folder in (Path(name), ROOT / name)]
     return next((str(folder) for folder in places if (folder / "model_index.json").is_file()), None)

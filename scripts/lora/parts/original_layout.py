@@ -8,7 +8,6 @@ Sources: the state dicts of the released checkpoints, and ComfyUI's names for te
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 
 from scripts.lora.parts.layer_names import Place, original_places
 from scripts.lora.parts.low_rank import FileError
+from scripts.parts.files import read_json
 from scripts.parts.released_models import meta_denoiser
 from scripts.parts.training_scripts import load_script
 
@@ -247,10 +247,10 @@ def openclip_names(state: dict) -> dict[str, torch.Tensor]:
 def single_file(family: str, folder: Path) -> dict[str, torch.Tensor]:
     """A diffusers folder -> the tensors of one checkpoint with denoiser, VAE and text encoders."""
     script = load_script(family)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(folder / "model_index.json")
 
     def config(part: str) -> dict:
-        return json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+        return read_json(folder / part / "config.json")
 
     out = denoiser_to_original(family, read_weights(folder / script.DENOISER), config(script.DENOISER))
     out |= vae_to_original(family, read_weights(folder / "vae"), config("vae"))
