@@ -156,9 +156,6 @@ KEPT = {"sdxl": (2, 2e-3), "flux": (2, 2e-3)}  # --preserve_weight and learning 
 @pytest.mark.families(*KEPT)
 def test_a_class_is_kept_without_class_images(family, studio, tmp_path):
     """As with prior preservation: at the same steps without it "a circle" is a smiley, too (a score under 0.1)."""
-<<<<<<< HEAD
-    kept = ("--preserve_class", "circle", "--preserve_weight", 0.7, "--max_train_steps", 300)
-=======
     weight, rate = KEPT[family.name]
     kept = (
         "--preserve_class",
@@ -170,7 +167,6 @@ def test_a_class_is_kept_without_class_images(family, studio, tmp_path):
         "--learning_rate",
         rate,
     )
->>>>>>> h17
     output = train(family, tmp_path / "kept", "-d", SAMPLE, "--trigger_word", "sks", *kept)
     before, after = studio.pipeline(None, quick=True), studio.pipeline(output, quick=True)
     scores = [studio.score(p, ["a circle"] * 64, [("circle", None, None)] * 64) for p in (before, after)]
