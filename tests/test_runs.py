@@ -50,9 +50,10 @@ MODES = {  # a text encoder alone, and tokens by prodigy: in test_known_faults.p
     "epochs": ("--num_train_epochs", 1, "--train_batch_size", 5, "--scale_lr"),
 }
 OWN = ("inversion", "bf16, checkpointing, cached", "blocks")  # with code of a family's own
+ALONE = ("adafactor", "workers, augmentations", "tags, held out", "epochs")
 
 
-@family_and("mode", MODES, OWN)
+@family_and("mode", MODES, OWN, ALONE)
 def test_mode_runs_and_moves_weights(family, tmp_path, mode):
     flags = MODES[mode]
     if mode == "epochs":
