@@ -177,6 +177,7 @@ def test_prior_preservation_makes_keeps_and_counts_class_images(family, tmp_path
     assert len(second) == 5 and first.items() <= second.items()
 
 
+@pytest.mark.families(*KINDS)
 def test_caches_change_nothing_and_a_second_run_loads_no_encoder(family, pictures, tmp_path, script, monkeypatch):
     flags = ("-d", pictures, "--center_crop", "--random_flip", "--train_batch_size", 2)
     cached = (*flags, "--cache_latents", "--cache_folder", tmp_path / "cache")
