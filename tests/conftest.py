@@ -112,12 +112,12 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("family", [FAMILIES[n] for n in names], ids=names)
 
 
-def family_and(name: str, cases, own):
+def family_and(name: str, cases, own, alone=()):
     """Parametrises a test with a family and a case: the cases in `own` use a family's own code and run for every family,
-    the others, which test what the scripts share, for one of each kind.
+    the others, which test what the scripts share, for one of each kind, or for one `alone` where the model has no part in it.
     """
-    assert set(own) <= set(cases)
-    pairs = [(f, c) for c in cases for f in sorted(FAMILIES) if c in own or f in KINDS]
+    assert {*own, *alone} <= set(cases)
+    pairs = [(f, c) for c in cases for f in sorted(FAMILIES) if c in own or f in KINDS[: 1 if c in alone else None]]
     return pytest.mark.parametrize(("family", name), [pytest.param(FAMILIES[f], c, id=f"{f}-{c}") for f, c in pairs])
 
 

@@ -7,7 +7,7 @@ from conftest import FAMILIES, KINDS, SAMPLE, load_script, metrics, quick_flags,
 
 SMILEY = ("sks circle", ("smiley", None), ("yellow",))
 RATES = {"sd15": 1e-2, "sd3": 1e-2}  # several times the usual ones: trained to ruin within these steps
-STEPS = {"sd15": 200, "sd3": 200}
+STEPS = 150  # of docs/probes.md's 200: by then much is lost
 
 
 def ranks(values: list[float]) -> list[float]:
@@ -30,12 +30,12 @@ def test_the_advised_step_is_the_judges(name, tmp_path):
     family = FAMILIES[name]
     studio, output = Studio(family), tmp_path / "x"
     flags = ("-d", SAMPLE, "--rank", 16, "--lora_layers", *family.lora_layers, "--learning_rate", RATES[name])
-    flags += ("--max_train_steps", STEPS[name], "--validation_steps", 50, "--train_batch_size", 8, "--cache_latents")
+    flags += ("--max_train_steps", STEPS, "--validation_steps", 50, "--train_batch_size", 8, "--cache_latents")
     flags += ("--num_validation_images", 1, "--skip_final_inference", "--validation_guidance_scale", 3, "--seed", 1)
     flags += ("--control_prompt", "a red square on a blue background", "a green star on a white background")
     assert run_here(family, output, *flags, "--keep_best", "--validation_inference_steps", 8) == 0
     rows = [row for row in metrics(output) if "learned" in row]
-    assert [row["step"] for row in rows] == list(range(50, STEPS[name] + 1, 50))
+    assert [row["step"] for row in rows] == list(range(50, STEPS + 1, 50))
     worlds, means = [], []
     for row in rows:
         pipeline = studio.pipeline(output / f"checkpoint-{row['step']}", quick=True)

@@ -50,9 +50,10 @@ MODES = {  # a text encoder alone, and tokens by prodigy: in test_known_faults.p
     "epochs": ("--num_train_epochs", 1, "--train_batch_size", 5, "--scale_lr"),
 }
 OWN = ("inversion", "bf16, checkpointing, cached", "blocks")  # with code of a family's own
+ALONE = ("adafactor", "workers, augmentations", "tags, held out", "epochs")
 
 
-@family_and("mode", MODES, OWN)
+@family_and("mode", MODES, OWN, ALONE)
 def test_mode_runs_and_moves_weights(family, tmp_path, mode):
     flags = MODES[mode]
     if mode == "epochs":
@@ -176,6 +177,7 @@ def test_prior_preservation_makes_keeps_and_counts_class_images(family, tmp_path
     assert len(second) == 5 and first.items() <= second.items()
 
 
+@pytest.mark.families(*KINDS)
 def test_caches_change_nothing_and_a_second_run_loads_no_encoder(family, pictures, tmp_path, script, monkeypatch):
     flags = ("-d", pictures, "--center_crop", "--random_flip", "--train_batch_size", 2)
     cached = (*flags, "--cache_latents", "--cache_folder", tmp_path / "cache")
