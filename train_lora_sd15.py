@@ -232,7 +232,7 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # 1934 text: embeddings and new tokens · 2205 LoRA and optimizer · 2770 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 3185 checkpoints and signals · 3408 pictures: validation, class images, comparison · 3628
 # probes: what was learned, what was forgotten · 3803 files that a run leaves · 4333 command line · 5005 base model:
-# loading, quantising, splitting · 5285 the machine · 5372 errors, lines, seeds, libraries
+# loading, quantising, splitting · 5285 the machine · 5375 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -5326,7 +5326,7 @@ def try_kernels(args: argparse.Namespace, device) -> None:
     base, dtype = args.quantize_base, torch_dtype(args.mixed_precision)
     few = functools.partial(torch.zeros, 64, 64, device=device, dtype=dtype)
 
-    def eight_bits() -> None:
+    def one_step() -> None:
         part = Part("trial", {"weights": torch.nn.Parameter(few().float())}, 1e-3, 0.0, 1)
         part.allocate()
         make_optimizer(part, args).step()
@@ -5339,13 +5339,16 @@ def try_kernels(args: argparse.Namespace, device) -> None:
 
     for name, value, wanted, trial, instead in (
         ("quantize_base", base, base, lambda: product(FrozenLinear(few(), None, base, dtype), few()), None),
-        ("optimizer", args.optimizer, args.optimizer == "adamw8bit", eight_bits, "adamw"),
+        ("optimizer", args.optimizer, args.optimizer == "adamw8bit", one_step, "adamw"),
+        ("optimizer_args", "", bool(args.optimizer_args), one_step, None),  # which a class may take, and not its step
         ("compile", "", args.compile, compiler, False),
     ):
         try:
             if wanted:
                 trial()
         except Exception as error:  # whatever is missing: a package, its library, a kernel, a type of numbers
+            if name == "optimizer_args" and isinstance(error, UserError):
+                raise
             why = f"is not possible on this machine ({device.type}: {brief(error)[:160]})"
             problem = " ".join([f"--{name}", *[value] * bool(value), why])
             if instead is None or {name, "use_8bit_adam"} & args.ordered:
