@@ -293,10 +293,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 304 the run: what happens, in which order · 632 the loop, and one step of it · 961 what is logged, and the
 # guard against learning nothing · 1086 data: images and captions · 1459 images: decoding, buckets, crops, batches ·
-# 1998 text: embeddings and new tokens · 2269 LoRA and optimizer · 2834 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3249 checkpoints and signals · 3472 pictures: validation, class images, comparison · 3692
-# probes: what was learned, what was forgotten · 3867 files that a run leaves · 4397 command line · 5069 base model:
-# loading, quantising, splitting · 5349 the machine · 5439 errors, lines, seeds, libraries
+# 1998 text: embeddings and new tokens · 2269 LoRA and optimizer · 2837 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3252 checkpoints and signals · 3475 pictures: validation, class images, comparison · 3695
+# probes: what was learned, what was forgotten · 3870 files that a run leaves · 4400 command line · 5072 base model:
+# loading, quantising, splitting · 5352 the machine · 5442 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2406,9 +2406,12 @@ def read_initial_lora(run: Run) -> dict[str, dict]:
         start.setdefault(part, {})[name] = value
     if DENOISER not in start:
         raise UserError(f"--init_lora {file}: no layer of a {DENOISER} in it: is it a LoRA for another family?")
-    said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    try:
+        said = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"--init_lora {file}: its metadata is damaged: {brief(error)}") from None
     ranks = {len(value) for state in start.values() for key, value in state.items() if ".lora_A." in key}
-    alphas = {said.get(f"{part}.lora_alpha", max(ranks)) for part in start}
+    alphas = {said.get(f"{part}.lora_alpha", max(ranks, default=0)) for part in start}
     uneven = any(said.get(f"{part}.{name}") for part in start for name in ("rank_pattern", "alpha_pattern"))
     if len(ranks) != 1 or len(alphas) != 1 or uneven:
         raise UserError(

@@ -229,10 +229,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 240 the run: what happens, in which order · 568 the loop, and one step of it · 897 what is logged, and the
 # guard against learning nothing · 1022 data: images and captions · 1395 images: decoding, buckets, crops, batches ·
-# 1934 text: embeddings and new tokens · 2205 LoRA and optimizer · 2770 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3185 checkpoints and signals · 3408 pictures: validation, class images, comparison · 3628
-# probes: what was learned, what was forgotten · 3803 files that a run leaves · 4333 command line · 5005 base model:
-# loading, quantising, splitting · 5285 the machine · 5375 errors, lines, seeds, libraries
+# 1934 text: embeddings and new tokens · 2205 LoRA and optimizer · 2773 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3188 checkpoints and signals · 3411 pictures: validation, class images, comparison · 3631
+# probes: what was learned, what was forgotten · 3806 files that a run leaves · 4336 command line · 5008 base model:
+# loading, quantising, splitting · 5288 the machine · 5378 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2342,9 +2342,12 @@ def read_initial_lora(run: Run) -> dict[str, dict]:
         start.setdefault(part, {})[name] = value
     if DENOISER not in start:
         raise UserError(f"--init_lora {file}: no layer of a {DENOISER} in it: is it a LoRA for another family?")
-    said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    try:
+        said = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"--init_lora {file}: its metadata is damaged: {brief(error)}") from None
     ranks = {len(value) for state in start.values() for key, value in state.items() if ".lora_A." in key}
-    alphas = {said.get(f"{part}.lora_alpha", max(ranks)) for part in start}
+    alphas = {said.get(f"{part}.lora_alpha", max(ranks, default=0)) for part in start}
     uneven = any(said.get(f"{part}.{name}") for part in start for name in ("rank_pattern", "alpha_pattern"))
     if len(ranks) != 1 or len(alphas) != 1 or uneven:
         raise UserError(

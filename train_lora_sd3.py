@@ -288,10 +288,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 299 the run: what happens, in which order · 627 the loop, and one step of it · 956 what is logged, and the
 # guard against learning nothing · 1081 data: images and captions · 1454 images: decoding, buckets, crops, batches ·
-# 1993 text: embeddings and new tokens · 2264 LoRA and optimizer · 2829 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3244 checkpoints and signals · 3467 pictures: validation, class images, comparison · 3687
-# probes: what was learned, what was forgotten · 3862 files that a run leaves · 4392 command line · 5064 base model:
-# loading, quantising, splitting · 5344 the machine · 5434 errors, lines, seeds, libraries
+# 1993 text: embeddings and new tokens · 2264 LoRA and optimizer · 2832 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3247 checkpoints and signals · 3470 pictures: validation, class images, comparison · 3690
+# probes: what was learned, what was forgotten · 3865 files that a run leaves · 4395 command line · 5067 base model:
+# loading, quantising, splitting · 5347 the machine · 5437 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2401,9 +2401,12 @@ def read_initial_lora(run: Run) -> dict[str, dict]:
         start.setdefault(part, {})[name] = value
     if DENOISER not in start:
         raise UserError(f"--init_lora {file}: no layer of a {DENOISER} in it: is it a LoRA for another family?")
-    said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    try:
+        said = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"--init_lora {file}: its metadata is damaged: {brief(error)}") from None
     ranks = {len(value) for state in start.values() for key, value in state.items() if ".lora_A." in key}
-    alphas = {said.get(f"{part}.lora_alpha", max(ranks)) for part in start}
+    alphas = {said.get(f"{part}.lora_alpha", max(ranks, default=0)) for part in start}
     uneven = any(said.get(f"{part}.{name}") for part in start for name in ("rank_pattern", "alpha_pattern"))
     if len(ranks) != 1 or len(alphas) != 1 or uneven:
         raise UserError(

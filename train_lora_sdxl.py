@@ -287,10 +287,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 298 the run: what happens, in which order · 626 the loop, and one step of it · 955 what is logged, and the
 # guard against learning nothing · 1080 data: images and captions · 1453 images: decoding, buckets, crops, batches ·
-# 1992 text: embeddings and new tokens · 2263 LoRA and optimizer · 2828 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3243 checkpoints and signals · 3466 pictures: validation, class images, comparison · 3686
-# probes: what was learned, what was forgotten · 3861 files that a run leaves · 4391 command line · 5063 base model:
-# loading, quantising, splitting · 5343 the machine · 5433 errors, lines, seeds, libraries
+# 1992 text: embeddings and new tokens · 2263 LoRA and optimizer · 2831 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3246 checkpoints and signals · 3469 pictures: validation, class images, comparison · 3689
+# probes: what was learned, what was forgotten · 3864 files that a run leaves · 4394 command line · 5066 base model:
+# loading, quantising, splitting · 5346 the machine · 5436 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2400,9 +2400,12 @@ def read_initial_lora(run: Run) -> dict[str, dict]:
         start.setdefault(part, {})[name] = value
     if DENOISER not in start:
         raise UserError(f"--init_lora {file}: no layer of a {DENOISER} in it: is it a LoRA for another family?")
-    said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    try:
+        said = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"--init_lora {file}: its metadata is damaged: {brief(error)}") from None
     ranks = {len(value) for state in start.values() for key, value in state.items() if ".lora_A." in key}
-    alphas = {said.get(f"{part}.lora_alpha", max(ranks)) for part in start}
+    alphas = {said.get(f"{part}.lora_alpha", max(ranks, default=0)) for part in start}
     uneven = any(said.get(f"{part}.{name}") for part in start for name in ("rank_pattern", "alpha_pattern"))
     if len(ranks) != 1 or len(alphas) != 1 or uneven:
         raise UserError(
