@@ -295,10 +295,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 306 the run: what happens, in which order · 635 the loop, and one step of it · 964 what is logged, and the
 # guard against learning nothing · 1090 data: images and captions · 1463 images: decoding, buckets, crops, batches ·
-# 2002 text: embeddings and new tokens · 2273 LoRA and optimizer · 2854 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3309 checkpoints and signals · 3530 pictures: validation, class images, comparison · 3750
-# probes: what was learned, what was forgotten · 3926 files that a run leaves · 4470 command line · 5150 base model:
-# loading, quantising, splitting · 5430 the machine · 5517 errors, lines, seeds, libraries
+# 2002 text: embeddings and new tokens · 2273 LoRA and optimizer · 2859 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3314 checkpoints and signals · 3535 pictures: validation, class images, comparison · 3755
+# probes: what was learned, what was forgotten · 3931 files that a run leaves · 4475 command line · 5155 base model:
+# loading, quantising, splitting · 5435 the machine · 5525 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2395,9 +2395,10 @@ def read_initial_lora(run: Run) -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             weights, metadata = read_safetensors(file)
-            if not all(
+            spelled = all(
                 key.startswith(("unet.", "transformer.", "text_encoder")) for key in weights
-            ):  # not diffusers' spelling
+            )  # as diffusers does
+            if not spelled:
                 if not CONVERT.is_file():
                     raise UserError(f"--init_lora {file}: its keys aren't diffusers'; convert it with {CONVERT.name}")
                 words = ["--to", "diffusers", "--family", FAMILY, "--base", str(run.components.folder)]
@@ -2419,17 +2420,23 @@ def read_initial_lora(run: Run) -> dict[str, dict]:
         start.setdefault(part, {})[name] = value
     if DENOISER not in start:
         raise UserError(f"--init_lora {file}: no layer of a {DENOISER} in it: is it a LoRA for another family?")
-    said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    kind = said.get(f"{DENOISER}.peft_type", "LORA").lower()
-    ranks = {len(value) for state in start.values() for key, value in state.items() if ".lora_A." in key}
-    ranks |= {said.get(f"{part}.r", 0) for part in start if kind != "lora"}
-    alphas = {said.get(f"{part}.{'lora_' * (kind == 'lora')}alpha", max(ranks, default=0)) for part in start}
+    try:
+        said = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+        kind = said.get(f"{DENOISER}.peft_type", "LORA").lower()
+        ranks = {len(value) for state in start.values() for key, value in state.items() if ".lora_A." in key}
+        ranks |= {said.get(f"{part}.r", 0) for part in start if kind != "lora"}
+        name = f"{'lora_' * (kind == 'lora')}alpha"
+        alphas = {float(said.get(f"{part}.{name}", max(ranks, default=0))) for part in start}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"--init_lora {file}: its metadata is damaged: {brief(error)}") from None
+    if kind not in LORA_TYPES:
+        raise UserError(f"--init_lora {file}: {kind} is none of {', '.join(LORA_TYPES.values())}")
     uneven = any(said.get(f"{part}.{name}") for part in start for name in ("rank_pattern", "alpha_pattern"))
     if len(ranks) != 1 or len(alphas) != 1 or uneven:
         raise UserError(
             f"--init_lora {file}: layers of several ranks or alphas; scripts/lora/resize_lora.py makes them equal"
         )
-    found = {"rank": ranks.pop(), "lora_alpha": float(alphas.pop())}
+    found = {"rank": ranks.pop(), "lora_alpha": alphas.pop()}
     found |= {"use_dora": any("magnitude" in key for key in start[DENOISER]), "lora_type": kind}
     found["lokr_factor"] = said.get(f"{DENOISER}.decompose_factor", -1)
     found |= {"lora_dropout": 0.0, "loraplus_lr_ratio": 1.0, "merge_lora": False} if kind != "lora" else {}
@@ -5471,7 +5478,7 @@ def try_kernels(args: argparse.Namespace, device) -> None:
     base, dtype = args.quantize_base, torch_dtype(args.mixed_precision)
     few = functools.partial(torch.zeros, 64, 64, device=device, dtype=dtype)
 
-    def eight_bits() -> None:
+    def one_step() -> None:
         part = Part("trial", {"weights": torch.nn.Parameter(few().float())}, 1e-3, 0.0, 1)
         part.allocate()
         make_optimizer(part, args).step()
@@ -5484,13 +5491,16 @@ def try_kernels(args: argparse.Namespace, device) -> None:
 
     for name, value, wanted, trial, instead in (
         ("quantize_base", base, base, lambda: product(FrozenLinear(few(), None, base, dtype), few()), None),
-        ("optimizer", args.optimizer, args.optimizer == "adamw8bit", eight_bits, "adamw"),
+        ("optimizer", args.optimizer, args.optimizer == "adamw8bit", one_step, "adamw"),
+        ("optimizer_args", "", bool(args.optimizer_args), one_step, None),  # which a class may take, and not its step
         ("compile", "", args.compile, compiler, False),
     ):
         try:
             if wanted:
                 trial()
         except Exception as error:  # whatever is missing: a package, its library, a kernel, a type of numbers
+            if name == "optimizer_args" and isinstance(error, UserError):
+                raise
             why = f"is not possible on this machine ({device.type}: {brief(error)[:160]})"
             problem = " ".join([f"--{name}", *[value] * bool(value), why])
             if instead is None or {name, "use_8bit_adam"} & args.ordered:

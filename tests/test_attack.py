@@ -122,6 +122,7 @@ def test_programs_are_run_killed_and_timed_in_forked_processes(tmp_path):
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
+from scripts.measuring.attack import become
 from scripts.measuring.parts.forked_runs import Job, run_cases
 WAIT = {str(tmp_path / "wait.py")!r}
 def case(folder):
@@ -130,7 +131,7 @@ def case(folder):
     slow = yield Job(WAIT, [], limit=0.3)
     two = yield Job(WAIT, [], processes=2, after=0.3)
     return [first.codes, killed.codes, killed.out, slow.hung, two.codes, "usage" in first.out[0]]
-run_cases([case, case], 2, lambda place, found: print(place, found))
+run_cases([case, case], 2, lambda place, found: print(place, found), become)
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     line = "[[0], [143], ['begun\\n'], True, [137, 143], True]"

@@ -856,3 +856,19 @@ def test_single_file_base_trains_and_draws(name, suffix, tmp_path, monkeypatch):
         ]
         assert infer.main(words) == 0
         assert list((tmp_path / "pictures").rglob("*.png"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_not_passed_on(tmp_path, capsys, value):
+    """Of a LoRA and of embeddings: a converted file would only hide where they came from."""
+    from conftest import FAMILIES
+
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    files = {"lora": {f"{layer}.lora.down.weight": torch.ones(2, 48), f"{layer}.lora.up.weight": torch.ones(48, 2)}}
+    files["emb"] = {"clip_l": torch.ones(2, 64)}
+    for name, tensors in files.items():
+        next(iter(tensors.values()))[0, 0] = value
+        source, target = tmp_path / f"{name}.safetensors", tmp_path / f"{name}_out.safetensors"
+        save_file(tensors, source)
+        assert convert_lora.main([str(source), str(target), "--family", "sd15", "--base", FAMILIES["sd15"].base]) == 2
+        assert "not finite" in capsys.readouterr().err and not target.exists()

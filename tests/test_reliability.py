@@ -1052,6 +1052,21 @@ def test_an_error_about_a_name_with_a_line_end_is_one_line_that_names_the_flag(t
     assert len(said.splitlines()) == 1 and "--validation_prompts_file a" in said
 
 
+@pytest.mark.parametrize("argument", ["eps=1e-6", "decay_rate='a'", "clip_threshold=()"])
+def test_an_argument_that_only_an_optimizers_step_refuses(tmp_path, capsys, argument):
+    flags = ("-d", SAMPLE, "--optimizer", "adafactor", "--optimizer_args", argument)
+    assert run_here(SD15, tmp_path / "x", *flags) == 2
+    assert "--optimizer_args" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["null", "{", "[1]", '"a"', "[" * 5000])
+def test_damaged_metadata_of_a_lora_to_start_from_is_named(begun, tmp_path, capsys, text):
+    file = tmp_path / "a.safetensors"
+    save_file(load_file(begun / "x" / "checkpoint-2" / LORA), file, metadata={"lora_adapter_metadata": text})
+    assert run_here(SD15, tmp_path / "x", "-d", SAMPLE, "--init_lora", file) == 2
+    assert f"--init_lora {file}: its metadata is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [("", ""), (" ",), ("\t", "x")])
 def test_words_that_belong_to_no_flag(tmp_path, capsys, words):
     with pytest.raises(SystemExit) as end:

@@ -22,6 +22,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
@@ -83,6 +84,8 @@ def embedding_keys(path: Path) -> set[str]:
 def convert_embedding(source: Path, target: Path, to: str | None) -> str:
     """Token embeddings with ComfyUI's keys for ours, and the other way. Returns what was written."""
     tensors, metadata = read_tensors(source)
+    if bad := [key for key, value in tensors.items() if not torch.isfinite(value.float()).all()]:
+        raise FileError(f"{source}: {bad[0]} has numbers that are not finite")
     back = {theirs: ours for ours, theirs in EMBEDDING_KEYS.items()} | {"emb_params": "clip_l"}
     ours = {back.get(key, key): value for key, value in tensors.items()}
     to = to or ("diffusers" if set(tensors) - set(EMBEDDING_KEYS) else "kohya")

@@ -20,21 +20,24 @@ hangs, or leaves a weight that is not finite or a file that is not whole. --comp
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
 
 from scripts.measuring.parts.damage import damage, linked_copy
-from scripts.measuring.parts.forked_runs import Case, Ended, Job, preload, run_cases
+from scripts.measuring.parts.forked_runs import MEMORY, Case, Ended, Job, preload, run_cases
 from scripts.measuring.parts.hostile_values import BUNDLES, PROMPTS, SETS, as_config, draw_flags, fill
 from scripts.parts.training_scripts import ROOT, SCRIPTS, bare_script
 
@@ -83,6 +86,47 @@ def train_words(family: str, output: Path | str, *flags: object) -> list[str]:
     return [*map(str, ("-m", base_of(family), *QUICK, *own, "--seed", "3", "-o", output, *flags))]
 
 
+# ---- a program in a forked process ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled(program: str):
+    """A program's code; four training scripts are compiled thousands of times otherwise."""
+    return compile((ROOT / program).read_text(encoding="utf-8"), str(ROOT / program), "exec")
+
+
+def become(job: Job, log: Path, told: dict[str, str]) -> None:
+    """In a forked process: runs the program as the main one of this process, and ends it."""
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    for number, ending in ((1, "out"), (2, "err")):
+        os.dup2(os.open(log.with_suffix(f".{ending}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(told)
+    path = str(ROOT / job.program)
+    os.chdir(log.parent)
+    if job.torchrun:
+        words = ["--nproc_per_node", str(job.processes), "--master_port", told["MASTER_PORT"], path, *job.words]
+        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *words])
+    sys.argv, sys.path[0] = [path, *job.words], str(Path(path).parent)
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    main.__file__ = path
+    status = 0
+    try:
+        exec(compiled(job.program), main.__dict__)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else end.code is not None
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    for end in (sys.stdout.flush, sys.stderr.flush, functools.partial(os._exit, status)):
+        with contextlib.suppress(Exception):
+            end()
+
+
 # ---- what is prepared: trained folders of each family, and unbroken runs --------------------------------------------
 
 
@@ -106,7 +150,7 @@ def prepare(stage: Path, kinds: list[str], at_once: int) -> None:
             raise SystemExit(f"{family}, {name}: {ended.err}")
         (stage / family / name / "done").write_text(str(ended.seconds))
 
-    run_cases([functools.partial(run, *place, *job) for place, job in wanted.items()], at_once, lambda *_: None)
+    run_cases([functools.partial(run, *place, *job) for place, job in wanted.items()], at_once, lambda *_: None, become)
 
 
 # ---- the verdict ----------------------------------------------------------------------------------------------------
@@ -596,6 +640,8 @@ KINDS = {"configurations": configuration, "files": damaged_files, "kills": kills
 def attack(args: argparse.Namespace) -> list[dict]:
     """Runs what is asked for and not yet in --results; returns all results there."""
     preload()
+    for program in SCRIPTS.values():
+        compiled(program)  # here, once
     stage = args.results.parent.resolve() / "attack_stage"
     numbers = {kind: range(args.count if kind != "kills" else 4 * args.kills) for kind in args.kinds}
     names = args.only or [f"{kind}-{number}" for kind in args.kinds for number in numbers[kind]]
@@ -632,7 +678,7 @@ def attack(args: argparse.Namespace) -> list[dict]:
             print(f"{place + 1} of {len(todo)}", flush=True)
 
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    run_cases([begin(name) for name in todo], args.at_once, done)
+    run_cases([begin(name) for name in todo], args.at_once, done, become)
     return list(results.values())
 
 

@@ -5,24 +5,18 @@ what the programs do with tiny models.
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import importlib
 import os
-import resource
 import signal
 import socket
-import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-
-from scripts.parts.training_scripts import ROOT
 
 LIBRARIES = (
     "accelerate",
@@ -81,51 +75,13 @@ def preload() -> None:
     gc.freeze()
 
 
-@functools.cache
-def compiled(program: str):
-    """A program's code; four training scripts are compiled thousands of times otherwise."""
-    return compile((ROOT / program).read_text(encoding="utf-8"), str(ROOT / program), "exec")
-
-
-def become(job: Job, code, log: Path, told: dict[str, str]) -> None:
-    """In a forked process: runs the program as the main one of this process, and ends it."""
-    os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    for number, ending in ((1, "out"), (2, "err")):
-        os.dup2(os.open(log.with_suffix(f".{ending}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    os.environ.update(told)
-    path = str(ROOT / job.program)
-    os.chdir(log.parent)
-    if job.torchrun:
-        words = ["--nproc_per_node", str(job.processes), "--master_port", told["MASTER_PORT"], path, *job.words]
-        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *words])
-    sys.argv, sys.path[0] = [path, *job.words], str(Path(path).parent)
-    sys.stdout = os.fdopen(os.dup(1), "w")
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-    main = sys.modules["__main__"] = types.ModuleType("__main__")
-    main.__file__ = path
-    status = 0
-    try:
-        exec(code, main.__dict__)
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else end.code is not None
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        status = 1
-    for end in (sys.stdout.flush, sys.stderr.flush, functools.partial(os._exit, status)):
-        with contextlib.suppress(Exception):
-            end()
-
-
 class Running:
     """A job's processes."""
 
-    def __init__(self, job: Job, folder: Path) -> None:
+    def __init__(self, job: Job, folder: Path, become: Callable) -> None:
         self.job, self.ended, self.begun, self.sent, self.logs = job, Ended(), time.monotonic(), None, []
         self.told = False  # those that the signal has left alive, that it is over
-        self.left, codes = {}, compiled(job.program)
+        self.left = {}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -137,7 +93,7 @@ class Running:
             pid = os.fork()
             if pid == 0:
                 try:
-                    become(job, codes, log, {k: str(v) for k, v in told.items()} if job.processes > 1 else {})
+                    become(job, log, {k: str(v) for k, v in told.items()} if job.processes > 1 else {})
                 finally:
                     os._exit(1)
             self.left[pid] = rank
@@ -186,9 +142,12 @@ class Running:
         return True
 
 
-def run_cases(cases: list[Callable[[Path], Case]], at_once: int, done: Callable[[int, object], None]) -> None:
+def run_cases(
+    cases: list[Callable[[Path], Case]], at_once: int, done: Callable[[int, object], None], become: Callable
+) -> None:
     """Runs cases, at most so many processes at once. A case is given a folder that goes after it; it yields jobs, gets how they
-    ended, and returns its verdict, which `done` gets with the case's place in the list.
+    ended, and returns its verdict, which `done` gets with the case's place in the list. become(job, log, environment) makes a
+    forked process the job's program.
     """
     waiting, active = list(enumerate(cases))[::-1], {}
     while waiting or active:
@@ -196,20 +155,20 @@ def run_cases(cases: list[Callable[[Path], Case]], at_once: int, done: Callable[
             place, case = waiting.pop()
             folder = tempfile.TemporaryDirectory(prefix="attack-", ignore_cleanup_errors=True)
             work = case(Path(folder.name))
-            active[place] = (folder, work, step(work, None, folder.name, place, done))
+            active[place] = (folder, work, step(work, None, folder.name, place, done, become))
         for place, (folder, work, running) in list(active.items()):
             if running is not None and running.look():
-                active[place] = (folder, work, step(work, running.ended, folder.name, place, done))
+                active[place] = (folder, work, step(work, running.ended, folder.name, place, done, become))
             if active[place][2] is None:
                 folder.cleanup()
                 del active[place]
         time.sleep(0.005)
 
 
-def step(work: Case, ended: Ended | None, folder: str, place: int, done: Callable[[int, object], None]):
+def step(work: Case, ended: Ended | None, folder: str, place: int, done: Callable, become: Callable):
     """A case's next job, running; None if it is over, and its verdict handed on."""
     try:
-        return Running(work.send(ended), Path(folder))
+        return Running(work.send(ended), Path(folder), become)
     except StopIteration as end:
         done(place, end.value)
         return None
