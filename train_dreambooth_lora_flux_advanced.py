@@ -291,14 +291,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out | {n: fuse_projections(parts, ([width] * 3 + [4 * width])[: len(parts)]) for n, parts in partial.items()}
 
 
-# By line:
-
-# By line: 306 the run: what happens, in which order · 635 the loop, and one step of it · 964 what is logged, and the
-# guard against learning nothing · 1090 data: images and captions · 1463 images: decoding, buckets, crops, batches ·
-# 2002 text: embeddings and new tokens · 2273 LoRA and optimizer · 2861 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3316 checkpoints and signals · 3537 pictures: validation, class images, comparison · 3757
-# probes: what was learned, what was forgotten · 3933 files that a run leaves · 4477 command line · 5157 base model:
-# loading, quantising, splitting · 5437 the machine · 5527 errors, lines, seeds, libraries
+# By line: 304 the run: what happens, in which order · 633 the loop, and one step of it · 962 what is logged, and the
+# guard against learning nothing · 1088 data: images and captions · 1461 images: decoding, buckets, crops, batches ·
+# 2000 text: embeddings and new tokens · 2271 LoRA and optimizer · 2859 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3314 checkpoints and signals · 3535 pictures: validation, class images, comparison · 3755
+# probes: what was learned, what was forgotten · 3931 files that a run leaves · 4475 command line · 5155 base model:
+# loading, quantising, splitting · 5435 the machine · 5525 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 

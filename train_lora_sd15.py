@@ -223,14 +223,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return modules
 
 
-# By line:
-
-# By line: 238 the run: what happens, in which order · 567 the loop, and one step of it · 896 what is logged, and the
-# guard against learning nothing · 1022 data: images and captions · 1395 images: decoding, buckets, crops, batches ·
-# 1934 text: embeddings and new tokens · 2205 LoRA and optimizer · 2793 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3248 checkpoints and signals · 3469 pictures: validation, class images, comparison · 3689
-# probes: what was learned, what was forgotten · 3865 files that a run leaves · 4409 command line · 5089 base model:
-# loading, quantising, splitting · 5369 the machine · 5459 errors, lines, seeds, libraries
+# By line: 236 the run: what happens, in which order · 565 the loop, and one step of it · 894 what is logged, and the
+# guard against learning nothing · 1020 data: images and captions · 1393 images: decoding, buckets, crops, batches ·
+# 1932 text: embeddings and new tokens · 2203 LoRA and optimizer · 2791 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3246 checkpoints and signals · 3467 pictures: validation, class images, comparison · 3687
+# probes: what was learned, what was forgotten · 3863 files that a run leaves · 4407 command line · 5087 base model:
+# loading, quantising, splitting · 5367 the machine · 5457 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 

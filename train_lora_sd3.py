@@ -289,14 +289,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line:
-
-# By line: 304 the run: what happens, in which order · 633 the loop, and one step of it · 962 what is logged, and the
-# guard against learning nothing · 1088 data: images and captions · 1461 images: decoding, buckets, crops, batches ·
-# 2000 text: embeddings and new tokens · 2271 LoRA and optimizer · 2859 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3314 checkpoints and signals · 3535 pictures: validation, class images, comparison · 3755
-# probes: what was learned, what was forgotten · 3931 files that a run leaves · 4475 command line · 5155 base model:
-# loading, quantising, splitting · 5435 the machine · 5525 errors, lines, seeds, libraries
+# By line: 302 the run: what happens, in which order · 631 the loop, and one step of it · 960 what is logged, and the
+# guard against learning nothing · 1086 data: images and captions · 1459 images: decoding, buckets, crops, batches ·
+# 1998 text: embeddings and new tokens · 2269 LoRA and optimizer · 2857 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3312 checkpoints and signals · 3533 pictures: validation, class images, comparison · 3753
+# probes: what was learned, what was forgotten · 3929 files that a run leaves · 4473 command line · 5153 base model:
+# loading, quantising, splitting · 5433 the machine · 5523 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 

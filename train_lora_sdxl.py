@@ -281,14 +281,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out
 
 
-# By line:
-
-# By line: 296 the run: what happens, in which order · 625 the loop, and one step of it · 954 what is logged, and the
-# guard against learning nothing · 1080 data: images and captions · 1453 images: decoding, buckets, crops, batches ·
-# 1992 text: embeddings and new tokens · 2263 LoRA and optimizer · 2851 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3306 checkpoints and signals · 3527 pictures: validation, class images, comparison · 3747
-# probes: what was learned, what was forgotten · 3923 files that a run leaves · 4467 command line · 5147 base model:
-# loading, quantising, splitting · 5427 the machine · 5517 errors, lines, seeds, libraries
+# By line: 294 the run: what happens, in which order · 623 the loop, and one step of it · 952 what is logged, and the
+# guard against learning nothing · 1078 data: images and captions · 1451 images: decoding, buckets, crops, batches ·
+# 1990 text: embeddings and new tokens · 2261 LoRA and optimizer · 2849 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3304 checkpoints and signals · 3525 pictures: validation, class images, comparison · 3745
+# probes: what was learned, what was forgotten · 3921 files that a run leaves · 4465 command line · 5145 base model:
+# loading, quantising, splitting · 5425 the machine · 5515 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
