@@ -225,10 +225,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 236 the run: what happens, in which order · 565 the loop, and one step of it · 894 what is logged, and the
 # guard against learning nothing · 1020 data: images and captions · 1393 images: decoding, buckets, crops, batches ·
-# 1932 text: embeddings and new tokens · 2203 LoRA and optimizer · 2791 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3246 checkpoints and signals · 3467 pictures: validation, class images, comparison · 3687
-# probes: what was learned, what was forgotten · 3863 files that a run leaves · 4407 command line · 5087 base model:
-# loading, quantising, splitting · 5367 the machine · 5457 errors, lines, seeds, libraries
+# 1932 text: embeddings and new tokens · 2203 LoRA and optimizer · 2789 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3244 checkpoints and signals · 3465 pictures: validation, class images, comparison · 3685
+# probes: what was learned, what was forgotten · 3861 files that a run leaves · 4405 command line · 5085 base model:
+# loading, quantising, splitting · 5365 the machine · 5455 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2325,10 +2325,8 @@ def read_initial_lora(run: Run) -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             weights, metadata = read_safetensors(file)
-            spelled = all(
-                key.startswith(("unet.", "transformer.", "text_encoder")) for key in weights
-            )  # as diffusers does
-            if not spelled:
+            diffusers = ("unet.", "transformer.", "text_encoder")
+            if not all(key.startswith(diffusers) for key in weights):
                 if not CONVERT.is_file():
                     raise UserError(f"--init_lora {file}: its keys aren't diffusers'; convert it with {CONVERT.name}")
                 words = ["--to", "diffusers", "--family", FAMILY, "--base", str(run.components.folder)]

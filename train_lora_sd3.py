@@ -291,10 +291,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 302 the run: what happens, in which order · 631 the loop, and one step of it · 960 what is logged, and the
 # guard against learning nothing · 1086 data: images and captions · 1459 images: decoding, buckets, crops, batches ·
-# 1998 text: embeddings and new tokens · 2269 LoRA and optimizer · 2857 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3312 checkpoints and signals · 3533 pictures: validation, class images, comparison · 3753
-# probes: what was learned, what was forgotten · 3929 files that a run leaves · 4473 command line · 5153 base model:
-# loading, quantising, splitting · 5433 the machine · 5523 errors, lines, seeds, libraries
+# 1998 text: embeddings and new tokens · 2269 LoRA and optimizer · 2855 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3310 checkpoints and signals · 3531 pictures: validation, class images, comparison · 3751
+# probes: what was learned, what was forgotten · 3927 files that a run leaves · 4471 command line · 5151 base model:
+# loading, quantising, splitting · 5431 the machine · 5521 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2391,10 +2391,8 @@ def read_initial_lora(run: Run) -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             weights, metadata = read_safetensors(file)
-            spelled = all(
-                key.startswith(("unet.", "transformer.", "text_encoder")) for key in weights
-            )  # as diffusers does
-            if not spelled:
+            diffusers = ("unet.", "transformer.", "text_encoder")
+            if not all(key.startswith(diffusers) for key in weights):
                 if not CONVERT.is_file():
                     raise UserError(f"--init_lora {file}: its keys aren't diffusers'; convert it with {CONVERT.name}")
                 words = ["--to", "diffusers", "--family", FAMILY, "--base", str(run.components.folder)]

@@ -283,10 +283,10 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 # By line: 294 the run: what happens, in which order · 623 the loop, and one step of it · 952 what is logged, and the
 # guard against learning nothing · 1078 data: images and captions · 1451 images: decoding, buckets, crops, batches ·
-# 1990 text: embeddings and new tokens · 2261 LoRA and optimizer · 2849 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3304 checkpoints and signals · 3525 pictures: validation, class images, comparison · 3745
-# probes: what was learned, what was forgotten · 3921 files that a run leaves · 4465 command line · 5145 base model:
-# loading, quantising, splitting · 5425 the machine · 5515 errors, lines, seeds, libraries
+# 1990 text: embeddings and new tokens · 2261 LoRA and optimizer · 2847 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3302 checkpoints and signals · 3523 pictures: validation, class images, comparison · 3743
+# probes: what was learned, what was forgotten · 3919 files that a run leaves · 4463 command line · 5143 base model:
+# loading, quantising, splitting · 5423 the machine · 5513 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2383,10 +2383,8 @@ def read_initial_lora(run: Run) -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             weights, metadata = read_safetensors(file)
-            spelled = all(
-                key.startswith(("unet.", "transformer.", "text_encoder")) for key in weights
-            )  # as diffusers does
-            if not spelled:
+            diffusers = ("unet.", "transformer.", "text_encoder")
+            if not all(key.startswith(diffusers) for key in weights):
                 if not CONVERT.is_file():
                     raise UserError(f"--init_lora {file}: its keys aren't diffusers'; convert it with {CONVERT.name}")
                 words = ["--to", "diffusers", "--family", FAMILY, "--base", str(run.components.folder)]
