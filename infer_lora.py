@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"infer_lora.py: error: {error}", file=sys.stderr)
         return 2
     except Exception as error:  # the net under everything: what is left is this program's fault, or the memory
-        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        if out_of_memory(error):
             advice = "a lower batch_size or resolution, offload: model, quantize: nf4"
             print(f"infer_lora.py: error: the memory does not suffice; in this order, try {advice}", file=sys.stderr)
             return 2
@@ -190,6 +190,11 @@ def draw_all(settings) -> None:
     if settings.grid and len(images) > 1:
         write(folder / "grid.png", as_png(make_grid(images, prompts_of(settings))))
         print(folder / "grid.png")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error is about memory, the GPU's or the CPU's."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|can't allocate memory", str(error)))
 
 
 def end_at_once(number: int, frame: object) -> None:
@@ -848,8 +853,12 @@ def check_whole(pipeline, base: str, report: list) -> None:
     made_up = [re.findall(r"([A-Z]\w+) LOAD REPORT", text)[0] for text in messages if "MISSING" in text]
     for name, part in pipeline.components.items():
         if name.startswith("tokenizer") and part is not None:
-            unknown = part.unk_token_id in part("a", add_special_tokens=False).input_ids
-            if unknown or part.model_max_length > 10**6:  # the value that stands for none
+            length = part.model_max_length  # beyond 10**6: the value that stands for none
+            if (
+                not isinstance(length, int)
+                or length > 10**6
+                or part.unk_token_id in part("a", add_special_tokens=False).input_ids
+            ):
                 raise UserError(f"paths.base_model_path: {base}: {name} has no vocabulary or no configuration")
         if hasattr(part, "parameters") and any(p.is_meta for p in part.parameters()):
             made_up.append(name)
@@ -1170,11 +1179,12 @@ def draw(
                         output_type="np",
                         **fixed,
                     ).images
-                except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-                    what = f"scheduler: {settings.scheduler}" if settings.scheduler else type(pipeline).__name__
-                    if isinstance(error, ValueError) or settings.scheduler:  # how the pipelines refuse arguments
-                        raise UserError(f"{what} can't draw this: {one_line(error)}") from None
-                    raise
+                except Exception as error:  # all of it the libraries' work, on a base and arguments that are a person's
+                    if out_of_memory(error):
+                        raise
+                    own = f"{settings.paths.base_model_path} ({type(pipeline).__name__})"
+                    what = f"scheduler: {settings.scheduler}" if settings.scheduler else own
+                    raise UserError(f"{what} can't draw this: {one_line(error)}") from None
                 for k, seed, image in zip(numbers, seeds, as_images(pipeline, drawn, settings), strict=True):
                     file = folder / row.file_name(p, k)
                     about = {

@@ -5493,7 +5493,7 @@ def try_kernels(args: argparse.Namespace, device) -> None:
             if wanted:
                 trial()
         except Exception as error:  # whatever is missing: a package, its library, a kernel, a type of numbers
-            if name == "optimizer_args" and isinstance(error, UserError):
+            if name == "optimizer_args" and isinstance(error, UserError):  # which names the argument
                 raise
             why = f"is not possible on this machine ({device.type}: {brief(error)[:160]})"
             problem = " ".join([f"--{name}", *[value] * bool(value), why])
@@ -5649,8 +5649,8 @@ def import_image_libraries() -> None:
     import numpy as np
     from PIL import Image, ImageCms, ImageEnhance, ImageOps, PngImagePlugin
 
-    for origin in (r"PIL\.", r"diffusers\.image_processor"):  # large pictures, odd metadata, what a damaged base draws
-        warnings.filterwarnings("ignore", module=origin)
+    # of large pictures, odd metadata, and what a damaged base draws
+    warnings.filterwarnings("ignore", module=r"PIL\.|diffusers\.image_processor")
 
 
 def import_logging_quietly() -> None:

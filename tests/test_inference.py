@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import FAMILIES, KINDS, ROOT, SAMPLE, load_script, run_here
+from conftest import FAMILIES, KINDS, ROOT, SAMPLE, copy_of, load_script, run_here
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -585,6 +585,25 @@ def test_broken_settings_are_one_line(text, flags, words, tmp_path, capfd, monke
     assert load_script("infer_lora.py").main(words_) == 2
     lines = capfd.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and words in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("tokenizer/tokenizer_config.json", "model_max_length", "many"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 0),
+        ("unet/config.json", "norm_eps", "small"),
+    ],
+)
+def test_a_base_that_shows_its_damage_while_it_draws_is_named(file, key, value, tmp_path, capfd):
+    base = copy_of(ROOT / FAMILIES["sd15"].base, tmp_path / "base")
+    settings = json.loads((base / file).read_text()) | {key: value}
+    (base / file).unlink()
+    (base / file).write_text(json.dumps(settings))
+    words = plain_words(tmp_path, "--paths.base_model_path", str(base))
+    assert load_script("infer_lora.py").main(words) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and str(base) in lines[0]
 
 
 def plain_words(tmp_path, *more: str) -> list[str]:
