@@ -142,8 +142,7 @@ def draw_noise(generator, shape: tuple, scheduler, args: argparse.Namespace, qua
     if config.use_dynamic_shifting:  # sigma' = e^mu / (e^mu + 1/sigma - 1), mu linear in the number of image tokens
         tokens = shape[1] * shape[2] // 4
         ends = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
-        mu = calculate_shift(tokens, *ends)
-        sigma = scheduler.time_shift(mu, 1.0, sigma)
+        sigma = scheduler.time_shift(calculate_shift(tokens, *ends), 1.0, sigma)
     return {"noise": noise, "sigmas": sigma, "timesteps": sigma * steps}
 
 
@@ -232,12 +231,15 @@ def lighten(denoiser) -> None:
     """Has attention turn its queries and keys as complex numbers: half the operations and float32 copies of diffusers' way."""
     from diffusers.models import embeddings, transformers
 
+    @functools.lru_cache(1)  # one table turns the queries and keys of all blocks
+    def turns(cos, sin):
+        return torch.complex(cos[:, None, ::2], sin[:, None, ::2])  # (S, D), each number twice -> (S, 1, D/2)
+
     def turned(x, angles, sequence_dim: int):
         if torch.compiler.is_compiling() or x.is_mps:
             return embeddings.apply_rotary_emb(x, angles, sequence_dim=sequence_dim)
-        cos, sin = (table[:, None, ::2] for table in angles)  # (S, D), each number twice -> (S, 1, D/2)
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, S, heads, D/2)
-        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+        return torch.view_as_real(pairs * turns(*angles)).flatten(-2).to(x.dtype)
 
     transformers.transformer_flux.apply_rotary_emb = turned
 
@@ -254,9 +256,7 @@ def base_version(config: dict, schedule: dict) -> tuple[str, str, str]:
 
 
 def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
-    """The transformer's modules under the names of the original checkpoint, where q, k, v (and the MLP) are one layer:
-    single_transformer_blocks.N.{attn.to_q,attn.to_k,attn.to_v,proj_mlp} -> single_blocks.N.linear1, and so on.
-    """
+    """The transformer's modules under the original checkpoint's names, where q, k, v (and a single block's MLP) are one layer."""
     double = """attn.to_out.0=img_attn.proj attn.to_add_out=txt_attn.proj ff.net.0.proj=img_mlp.0 ff.net.2=img_mlp.2
         ff_context.net.0.proj=txt_mlp.0 ff_context.net.2=txt_mlp.2 norm1.linear=img_mod.lin norm1_context.linear=txt_mod.lin"""
     single = {
