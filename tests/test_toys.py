@@ -8,11 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 from PIL import Image, ImageDraw, ImageFilter
 
-from scripts.toys import train_toy_base
 from scripts.toys.parts.toy_outline import cleanness
 from scripts.toys.parts.toy_world import SHAPES, draw
 
@@ -81,35 +79,3 @@ def test_scores_are_a_table_with_a_sheet_of_pictures(tmp_path):
     assert len(head) == len(rule) == len(row) and row[0] == "toy_flux"
     assert 0.5 < float(row[head.index("overlap")]) <= 1
     assert Image.open(tmp_path / "sheets" / "toy_flux.png").size == (16 * 132, 132)
-
-
-@pytest.mark.unit
-def test_a_channel_that_is_there_twice_is_read_by_halves():
-    torch.manual_seed(0)
-    weight, width, wider = torch.randn(5, 8), 4, 6
-    there = [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 4, 5]  # two parts of four channels, the first two of each again
-    x = torch.randn(3, 8)
-    new = train_toy_base.widened(weight, 1, 8, 12, width, wider)
-    assert torch.allclose(x[:, there] @ new.T, x @ weight.T, atol=1e-5)
-    kept = train_toy_base.widened(weight.T, 0, 8, 12, width, wider)[[0, 1, 2, 3, 6, 7, 8, 9]]
-    assert torch.equal(kept, weight.T)
-
-
-@pytest.mark.unit
-def test_a_widened_denoiser_does_about_what_the_narrower_one_did():
-    torch.manual_seed(0)
-    todays = train_toy_base.make_denoiser("flux", train_toy_base.FAMILIES["flux"])
-    old = type(todays).from_config({**todays.config, "num_attention_heads": 4}).eval()
-    new = train_toy_base.grown("flux", old).eval()
-    assert train_toy_base.grown("flux", todays) is todays
-    assert {k: v.shape for k, v in new.state_dict().items()} == {k: v.shape for k, v in todays.state_dict().items()}
-
-    def loss(denoiser):
-        texts = torch.randn(4, 16, 64, generator=torch.Generator().manual_seed(1))
-        noise = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            return train_toy_base.loss_of(
-                "flux", denoiser, None, torch.zeros(4, 16, 8, 8), texts, texts[:, 0], None, noise
-            )
-
-    assert abs(loss(new) / loss(old) - 1) < 0.3
