@@ -42,6 +42,7 @@ ONE_OF = {  # no code of a family's own: a family for each, of either kind
     "schedule-free": "flux",
     "before the pivot": "sdxl",
     "at the pivot": "flux",
+    "lokr, ema": "sdxl",
     "buckets, repeats": "flux",
 }
 

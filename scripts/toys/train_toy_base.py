@@ -51,7 +51,7 @@ CHANNELS = 16  # of a latent
 LATENT_STD = 2.0  # of the autoencoder's own latents; scaling_factor brings them to 1
 T5_LENGTHS = (16, 16, 32, 77, 128)  # T5 attends to its padding, so the base must know several lengths
 T5_LENGTHS_CONTINUED = (*(16,) * 9, 32, 77, 128)  # a short one costs a third of a long one
-CLIP_CUT = 24  # of 77 tokens, which hold any caption: what SD3 reads while it is trained on, up to the last quarter
+CLIP_CUT = 24  # of 77 tokens, which hold any caption: what is read while trained on, by SD3 up to the last quarter
 
 
 @dataclass
@@ -589,10 +589,11 @@ def train_base(name: str, vae, work: Path, steps: int, device: str, begun: Path 
         captions = ["" if d else describe(*scenes[r], rng) for r, d in zip(rows, dropped.tolist(), strict=True)]
         lengths = T5_LENGTHS_CONTINUED if begun else T5_LENGTHS
         ids = [i.to(device) for i in tokenize(name, tokenizers, veiled(name, captions, rng), rng.choice(lengths))]
+        if begun and (name == "flux" or name == "sd3" and step < 0.75 * steps):
+            clips = len(family.clips)
+            ids = [*(i[:, :CLIP_CUT] for i in ids[:clips]), *ids[clips:]]
         with torch.set_grad_enabled(not begun):
             embeds, pooled = encode(name, encoders, ids)
-        if begun and name == "sd3" and step < 0.75 * steps:
-            embeds = torch.cat([embeds[:, :CLIP_CUT], embeds[:, 77:]], dim=1)
         loss = loss_of(name, denoiser, scheduler, latents[rows], embeds, pooled, dropped, generator)
         optimizer.zero_grad()
         loss.backward()
