@@ -1139,10 +1139,10 @@ def source_examples(args: argparse.Namespace, missing: list[str] | None = None) 
     tables = (".arrow", ".parquet", "dataset_dict.json", "state.json", "dataset_infos.json")
     if args.dataset_name and not (folder.is_dir() and not any(f.name.endswith(tables) for f in folder.rglob("*"))):
         return dataset_examples(args)
-    examples = folder_examples(folder, args.caption_column, missing, vars(args).get("caption_per_line", False))
+    examples = folder_examples(folder, args.caption_column, missing, args.caption_per_line)
     if not examples:
         raise UserError(f"no images in {folder} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    return with_masks(examples, folder, vars(args).get("masked_loss"))
+    return with_masks(examples, folder, args.masked_loss)
 
 
 def with_masks(examples: list[Example], folder: Path, where: str | None) -> list[Example]:
@@ -1314,9 +1314,9 @@ def dataset_examples(args: argparse.Namespace) -> list[Example]:
     captions = map(as_captions, table[column] if column else [None] * len(table))
     reader = functools.partial(read_cell, table, args.image_column)  # a spawned worker can take it along
     examples = [Example(f"row {i}", own, functools.partial(reader, i)) for i, own in enumerate(captions)]
-    if vars(args).get("masked_loss") not in (None, "alpha"):
+    if args.masked_loss not in (None, "alpha"):
         raise UserError(f"--masked_loss {args.masked_loss}: a data set's masks are its pictures' alpha channels: alpha")
-    for example in examples if vars(args).get("masked_loss") else ():
+    for example in examples if args.masked_loss else ():
         example.read_mask = example.read
     return examples
 

@@ -393,6 +393,7 @@ def source_args(settings) -> argparse.Namespace:
         instance_data_dir=None,
         image_column=settings.image_column,
         caption_column=settings.caption_column,
+        caption_per_line=False,
         masked_loss=settings.masked_loss,
         cache_dir=settings.cache_dir,
     )
