@@ -1060,7 +1060,7 @@ def test_a_signal_at_any_time_ends_with_a_line(number, code, tmp_path):
         "-o",
         str(out),
     ]
-    command += ["--image_resizing", "target_resolution=512", "--num_workers", "1"]
+    command += ["--image_resizing", "target_resolution=1024", "--num_workers", "1"]
     # Python has started and imports libraries; the folder is there; some pictures are
     moments = [lambda: cpu_seconds(process.pid) > 0.15, out.exists, lambda: len(list(out.glob("*.jpg"))) > 5]
     for moment in moments:
@@ -1074,7 +1074,7 @@ def test_a_signal_at_any_time_ends_with_a_line(number, code, tmp_path):
         assert f"stopped by {number}" in err and "Traceback" not in err
     assert prepare(*command[2:]) == 0
     assert len(rows(out)) == 60 and not list(out.rglob(".*.partial"))
-    assert all(Image.open(out / row["file_name"]).size == (512, 512) for row in rows(out))
+    assert all(Image.open(out / row["file_name"]).size == (1024, 1024) for row in rows(out))
 
 
 # ---- masks ----
