@@ -702,7 +702,7 @@ def test_family_is_found_out(family, tmp_path):
 def test_toy_configurations_parse(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     script = load_script(FAMILIES[name.removeprefix("toy_").removesuffix(".yaml")].script)
-    assert script.parse_args(["--config", f"config/{name}"]).max_train_steps in (350, 400)
+    assert script.parse_args(["--config", f"config/{name}"]).max_train_steps == 400
 
 
 @pytest.mark.parametrize("prompt", ["a" * 30000, "a\x00b", "x/" * 3000, "."])
