@@ -227,8 +227,8 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # guard against learning nothing · 1020 data: images and captions · 1393 images: decoding, buckets, crops, batches ·
 # 1932 text: embeddings and new tokens · 2203 LoRA and optimizer · 2789 the step's layers: LoRA products, frozen
 # weights in 8 and 4 bits · 3244 checkpoints and signals · 3465 pictures: validation, class images, comparison · 3685
-# probes: what was learned, what was forgotten · 3861 files that a run leaves · 4405 command line · 5085 base model:
-# loading, quantising, splitting · 5365 the machine · 5455 errors, lines, seeds, libraries
+# probes: what was learned, what was forgotten · 3862 files that a run leaves · 4406 command line · 5086 base model:
+# loading, quantising, splitting · 5366 the machine · 5456 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3809,20 +3809,21 @@ def verdict(run: Run) -> dict | None:
     seen = "learned_held_out" if "learned_held_out" in rows[-1] else "learned"
     most = max(row[seen] for row in rows)
     worth = [max(0.0, row[seen]) / max(most, 1e-9) * (1 - min(1.0, row["forgotten"])) ** 2 for row in rows]
-    last = rows[-1]
-    best = rows[worth.index(max(worth))] if worth[-1] < 0.85 * max(worth) else last  # clearly better, or the last
+    last, faint = rows[-1], most < 0.005
+    clearly = not faint and worth[-1] < 0.85 * max(worth)
+    best = rows[worth.index(max(worth))] if clearly else last
     text = f"take step {best['step']}, the last: nothing speaks for an earlier one"
     if best is not last:
         less = 1 - best["forgotten"] / last["forgotten"] if last["forgotten"] else 0.0
         text = f"take step {best['step']} of {run.max_steps}: {best[seen] / most:.0%} of what was learned"
         text += f", and {less:.0%} less forgotten" if less > 0 else ""
     warnings = []
-    if most < 0.005:
+    if last["learned"] < -0.005 or (not faint and last["learned"] < 0.5 * max(row["learned"] for row in rows)):
+        warnings.append("the loss has risen far above its best: the --learning_rate is too high")
+    elif faint:
         warnings.append(
             "hardly anything was learned: a higher --learning_rate, more steps, or captions with the trigger word"
         )
-    if last["learned"] < 0 or last["learned"] < 0.5 * max(row["learned"] for row in rows):
-        warnings.append("the loss has risen far above its best: the --learning_rate is too high")
     if "held_out_loss" in last:
         low = min(rows, key=lambda row: row["held_out_loss"])
         if last["held_out_loss"] > 1.02 * low["held_out_loss"]:

@@ -106,6 +106,8 @@ def test_verdict_in_words(script, tmp_path):
     assert last["step"] == 400 and not last["warnings"]
     none = judged((200, 0.001, 0.2, {}), (400, 0.002, 0.2, {}))
     assert "hardly anything was learned" in none["warnings"][0]
+    chance = judged((200, 0.0004, 0.5, {}), (400, 0.0001, 0.9, {}))  # nothing to choose from, and one advice
+    assert chance["step"] == 400 and ["hardly" in line for line in chance["warnings"]] == [True]
     burnt = judged((200, 0.2, 0.2, {}), (400, -0.5, 0.9, {}))
     assert burnt["step"] == 200 and "--learning_rate is too high" in burnt["warnings"][0]
     held = [{"held_out_loss": loss, "learned_held_out": share} for loss, share in ((0.10, 0.2), (0.12, 0.1))]
