@@ -294,9 +294,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 304 the run: what happens, in which order · 633 the loop, and one step of it · 962 what is logged, and the
 # guard against learning nothing · 1088 data: images and captions · 1461 images: decoding, buckets, crops, batches ·
 # 2000 text: embeddings and new tokens · 2271 LoRA and optimizer · 2857 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3312 checkpoints and signals · 3533 pictures: validation, class images, comparison · 3753
-# probes: what was learned, what was forgotten · 3930 files that a run leaves · 4474 command line · 5154 base model:
-# loading, quantising, splitting · 5434 the machine · 5524 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3312 checkpoints and signals · 3533 pictures: validation, class images, comparison · 3754
+# probes: what was learned, what was forgotten · 3931 files that a run leaves · 4475 command line · 5155 base model:
+# loading, quantising, splitting · 5435 the machine · 5523 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3565,8 +3565,9 @@ def draw_samples(run: Run, step: int) -> list[Path]:
 @contextlib.contextmanager
 def weakened(parts: list[Part], scale: float):
     """While inside, the LoRA's update counts `scale` times."""
-    with restored(parts):
-        for part in parts:
+    changed = parts if scale != 1 else []
+    with restored(changed):
+        for part in changed:
             for name, view in part.split(part.weights.data).items():
                 view.mul_(scale if any(factor in name for factor in LINEAR_FACTORS) else 1.0)
             part.publish()
@@ -5496,8 +5497,6 @@ def try_kernels(args: argparse.Namespace, device) -> None:
             if wanted:
                 trial()
         except Exception as error:  # whatever is missing: a package, its library, a kernel, a type of numbers
-            if name == "optimizer_args" and isinstance(error, UserError):  # which names the argument
-                raise
             why = f"is not possible on this machine ({device.type}: {brief(error)[:160]})"
             problem = " ".join([f"--{name}", *[value] * bool(value), why])
             if instead is None or {name, "use_8bit_adam"} & args.ordered:

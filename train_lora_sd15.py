@@ -226,9 +226,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 236 the run: what happens, in which order · 565 the loop, and one step of it · 894 what is logged, and the
 # guard against learning nothing · 1020 data: images and captions · 1393 images: decoding, buckets, crops, batches ·
 # 1932 text: embeddings and new tokens · 2203 LoRA and optimizer · 2789 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3244 checkpoints and signals · 3465 pictures: validation, class images, comparison · 3685
-# probes: what was learned, what was forgotten · 3862 files that a run leaves · 4406 command line · 5086 base model:
-# loading, quantising, splitting · 5366 the machine · 5456 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3244 checkpoints and signals · 3465 pictures: validation, class images, comparison · 3686
+# probes: what was learned, what was forgotten · 3863 files that a run leaves · 4407 command line · 5087 base model:
+# loading, quantising, splitting · 5367 the machine · 5455 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3497,8 +3497,9 @@ def draw_samples(run: Run, step: int) -> list[Path]:
 @contextlib.contextmanager
 def weakened(parts: list[Part], scale: float):
     """While inside, the LoRA's update counts `scale` times."""
-    with restored(parts):
-        for part in parts:
+    changed = parts if scale != 1 else []
+    with restored(changed):
+        for part in changed:
             for name, view in part.split(part.weights.data).items():
                 view.mul_(scale if any(factor in name for factor in LINEAR_FACTORS) else 1.0)
             part.publish()
@@ -5428,8 +5429,6 @@ def try_kernels(args: argparse.Namespace, device) -> None:
             if wanted:
                 trial()
         except Exception as error:  # whatever is missing: a package, its library, a kernel, a type of numbers
-            if name == "optimizer_args" and isinstance(error, UserError):  # which names the argument
-                raise
             why = f"is not possible on this machine ({device.type}: {brief(error)[:160]})"
             problem = " ".join([f"--{name}", *[value] * bool(value), why])
             if instead is None or {name, "use_8bit_adam"} & args.ordered:

@@ -292,9 +292,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 302 the run: what happens, in which order · 631 the loop, and one step of it · 960 what is logged, and the
 # guard against learning nothing · 1086 data: images and captions · 1459 images: decoding, buckets, crops, batches ·
 # 1998 text: embeddings and new tokens · 2269 LoRA and optimizer · 2855 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3310 checkpoints and signals · 3531 pictures: validation, class images, comparison · 3751
-# probes: what was learned, what was forgotten · 3928 files that a run leaves · 4472 command line · 5152 base model:
-# loading, quantising, splitting · 5432 the machine · 5522 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3310 checkpoints and signals · 3531 pictures: validation, class images, comparison · 3752
+# probes: what was learned, what was forgotten · 3929 files that a run leaves · 4473 command line · 5153 base model:
+# loading, quantising, splitting · 5433 the machine · 5521 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3563,8 +3563,9 @@ def draw_samples(run: Run, step: int) -> list[Path]:
 @contextlib.contextmanager
 def weakened(parts: list[Part], scale: float):
     """While inside, the LoRA's update counts `scale` times."""
-    with restored(parts):
-        for part in parts:
+    changed = parts if scale != 1 else []
+    with restored(changed):
+        for part in changed:
             for name, view in part.split(part.weights.data).items():
                 view.mul_(scale if any(factor in name for factor in LINEAR_FACTORS) else 1.0)
             part.publish()
@@ -5494,8 +5495,6 @@ def try_kernels(args: argparse.Namespace, device) -> None:
             if wanted:
                 trial()
         except Exception as error:  # whatever is missing: a package, its library, a kernel, a type of numbers
-            if name == "optimizer_args" and isinstance(error, UserError):  # which names the argument
-                raise
             why = f"is not possible on this machine ({device.type}: {brief(error)[:160]})"
             problem = " ".join([f"--{name}", *[value] * bool(value), why])
             if instead is None or {name, "use_8bit_adam"} & args.ordered:

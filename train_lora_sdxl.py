@@ -284,9 +284,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 294 the run: what happens, in which order · 623 the loop, and one step of it · 952 what is logged, and the
 # guard against learning nothing · 1078 data: images and captions · 1451 images: decoding, buckets, crops, batches ·
 # 1990 text: embeddings and new tokens · 2261 LoRA and optimizer · 2847 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3302 checkpoints and signals · 3523 pictures: validation, class images, comparison · 3743
-# probes: what was learned, what was forgotten · 3920 files that a run leaves · 4464 command line · 5144 base model:
-# loading, quantising, splitting · 5424 the machine · 5514 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3302 checkpoints and signals · 3523 pictures: validation, class images, comparison · 3744
+# probes: what was learned, what was forgotten · 3921 files that a run leaves · 4465 command line · 5145 base model:
+# loading, quantising, splitting · 5425 the machine · 5513 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3555,8 +3555,9 @@ def draw_samples(run: Run, step: int) -> list[Path]:
 @contextlib.contextmanager
 def weakened(parts: list[Part], scale: float):
     """While inside, the LoRA's update counts `scale` times."""
-    with restored(parts):
-        for part in parts:
+    changed = parts if scale != 1 else []
+    with restored(changed):
+        for part in changed:
             for name, view in part.split(part.weights.data).items():
                 view.mul_(scale if any(factor in name for factor in LINEAR_FACTORS) else 1.0)
             part.publish()
@@ -5486,8 +5487,6 @@ def try_kernels(args: argparse.Namespace, device) -> None:
             if wanted:
                 trial()
         except Exception as error:  # whatever is missing: a package, its library, a kernel, a type of numbers
-            if name == "optimizer_args" and isinstance(error, UserError):  # which names the argument
-                raise
             why = f"is not possible on this machine ({device.type}: {brief(error)[:160]})"
             problem = " ".join([f"--{name}", *[value] * bool(value), why])
             if instead is None or {name, "use_8bit_adam"} & args.ordered:

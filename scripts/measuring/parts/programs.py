@@ -78,11 +78,8 @@ def tried(family: str, flags: list[str]):
     """While inside, what a case tries (TRIALS) is so: a UNet's pictures with their channels last, cuDNN's attention alone."""
     import torch
 
-    script = script_of(family)
-    lighten, others = (
-        script.lighten,
-        (torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_mem_efficient_sdp),
-    )
+    script, cuda = script_of(family), torch.backends.cuda
+    lighten, others = script.lighten, (cuda.enable_flash_sdp, cuda.enable_mem_efficient_sdp)
 
     def channels_last(denoiser) -> None:
         lighten(denoiser)
