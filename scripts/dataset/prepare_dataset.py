@@ -21,10 +21,8 @@ import json
 import os
 import re
 import sys
-import tempfile
 import threading
 import time
-import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -43,6 +41,7 @@ from scripts.dataset.parts.image_steps import in_parallel
 from scripts.dataset.parts.looks import picture_findings
 from scripts.dataset.parts.settings import RESOLUTIONS, STATE, read_settings, source_args
 from scripts.parts.files import portable
+from scripts.parts.netted import netted
 from scripts.parts.training_scripts import load_script
 
 MASK = "-mask"  # the end of a mask's name, as --masked_loss=-mask of the training scripts finds it
@@ -497,6 +496,7 @@ def with_tags(caption: str, tags: str) -> str:
     return ", ".join([caption, *(t for t in tags.split(", ") if t and t.lower() not in there)])
 
 
+@netted
 def main(argv: list[str] | None = None) -> int:
     """Runs the program; what a person can mend ends as one line. Returns the exit code."""
     script = load_script("sd15", libraries=False)
@@ -528,12 +528,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
-    except Exception as error:  # the net under everything: what is left is this program's fault
-        log = Path(tempfile.gettempdir()) / f"{Path(__file__).stem}-crash.log"
-        log.write_text(traceback.format_exc(), encoding="utf-8", errors="replace")
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        print(f"{program}: this is a fault of the program ({readable(what)}); {log} holds the details", file=sys.stderr)
-        return 1
 
 
 def prepare(settings, script) -> int:
