@@ -140,9 +140,8 @@ def draw_noise(generator, shape: tuple, scheduler, args: argparse.Namespace, qua
     config, steps = scheduler.config, scheduler.config.num_train_timesteps
     sigma = scheduler.sigmas[min(int(draw_level(generator, args, quantile) * steps), steps - 1)].clone()
     if config.use_dynamic_shifting:  # sigma' = e^mu / (e^mu + 1/sigma - 1), mu linear in the number of image tokens
-        tokens = shape[1] * shape[2] // 4
         ends = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
-        sigma = scheduler.time_shift(calculate_shift(tokens, *ends), 1.0, sigma)
+        sigma = scheduler.time_shift(calculate_shift(shape[1] * shape[2] // 4, *ends), 1.0, sigma)
     return {"noise": noise, "sigmas": sigma, "timesteps": sigma * steps}
 
 
@@ -169,10 +168,7 @@ def compute_loss(batch: dict, latents, embeds: dict, denoiser, scheduler, args: 
 
 
 def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: argparse.Namespace) -> dict:
-    """Prompts -> T5's {"hidden": (B, T, D)} (T: --max_sequence_length) or CLIP's {"pooled": (B, P)}, as the pipeline encodes them.
-
-    Differentiable in the text encoder.
-    """
+    """Prompts -> T5's {"hidden": (B, T, D)}, T --max_sequence_length, or CLIP's {"pooled": (B, P)}, as the pipeline; differentiable."""
     length = args.max_sequence_length if key == "t5" else tokenizer.model_max_length
     padded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     output = text_encoder(padded.input_ids.to(text_encoder.device))
@@ -211,8 +207,7 @@ def unpack_output(latents, size: tuple[int, int]):
 
 def pack(latents):
     """(B, C, H, W) -> (B, H/2 * W/2, 4C): 2 x 2 patches as tokens."""
-    patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, H/2, 2, W/2, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpack(tokens, height: int, width: int):
@@ -223,17 +218,17 @@ def unpack(tokens, height: int, width: int):
 
 def position_ids(height: int, width: int, device):
     """(H/2 * W/2, 3): (0, row, column) of each image token. Text tokens have (0, 0, 0)."""
-    rows, columns = (torch.arange(side // 2, device=device) for side in (height, width))
-    return torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns).float()
+    return torch.cartesian_prod(*(torch.arange(n, device=device) for n in (1, height // 2, width // 2))).float()
 
 
 def lighten(denoiser) -> None:
-    """Has attention turn its queries and keys as complex numbers: half the operations and float32 copies of diffusers' way."""
+    """Has queries and keys turned as complex numbers, in half the operations, and a single block's MLP follow its attention:
+    backwards the MLP's gradient is gone when attention's are made.
+    """
     from diffusers.models import embeddings, transformers
 
-    @functools.lru_cache(1)  # one table turns the queries and keys of all blocks
-    def turns(cos, sin):
-        return torch.complex(cos[:, None, ::2], sin[:, None, ::2])  # (S, D), each number twice -> (S, 1, D/2)
+    # one table turns the queries and keys of all blocks; (S, D), each number twice -> (S, 1, D/2)
+    turns = functools.lru_cache(1)(lambda cos, sin: torch.complex(cos[:, None, ::2], sin[:, None, ::2]))
 
     def turned(x, angles, sequence_dim: int):
         if torch.compiler.is_compiling() or x.is_mps:
@@ -241,7 +236,16 @@ def lighten(denoiser) -> None:
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, S, heads, D/2)
         return torch.view_as_real(pairs * turns(*angles)).flatten(-2).to(x.dtype)
 
+    def single(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
+        joined = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        normed, gate = block.norm(joined, emb=temb)
+        attended = block.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb)
+        mixed = joined_gelu(attended, block.proj_mlp(normed))
+        joined = joined + gate.unsqueeze(1) * block.proj_out(mixed)
+        return joined.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+
     transformers.transformer_flux.apply_rotary_emb = turned
+    transformers.transformer_flux.FluxSingleTransformerBlock.forward = single
 
 
 def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
@@ -251,25 +255,21 @@ def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
 
 def base_version(config: dict, schedule: dict) -> tuple[str, str, str]:
     """(version, architecture, implementation) as kohya's files name this base; config: the transformer's."""
-    architecture = "flux-1-dev" if config["guidance_embeds"] else "flux-1-schnell"
-    return "flux1", architecture, "https://github.com/black-forest-labs/flux"
+    kind = "dev" if config["guidance_embeds"] else "schnell"
+    return "flux1", f"flux-1-{kind}", "https://github.com/black-forest-labs/flux"
 
 
 def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     """The transformer's modules under the original checkpoint's names, where q, k, v (and a single block's MLP) are one layer."""
     double = """attn.to_out.0=img_attn.proj attn.to_add_out=txt_attn.proj ff.net.0.proj=img_mlp.0 ff.net.2=img_mlp.2
         ff_context.net.0.proj=txt_mlp.0 ff_context.net.2=txt_mlp.2 norm1.linear=img_mod.lin norm1_context.linear=txt_mod.lin"""
-    single = {
-        "transformer_blocks": dict(pair.split("=") for pair in double.split()),
-        "single_transformer_blocks": {"proj_out": "linear2", "norm.linear": "modulation.lin"},
+    single = "proj_out=linear2 norm.linear=modulation.lin"
+    double, single = (dict(pair.split("=") for pair in pairs.split()) for pairs in (double, single))
+    image, text = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+    layout = {
+        "transformer_blocks": ("double_blocks", double, {"img_attn.qkv": image, "txt_attn.qkv": text}),
+        "single_transformer_blocks": ("single_blocks", single, {"linear1": (*image, "proj_mlp")}),
     }
-    image = ("attn.to_q", "attn.to_k", "attn.to_v")
-    text = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-    fused = {
-        "transformer_blocks": {"img_attn.qkv": image, "txt_attn.qkv": text},
-        "single_transformer_blocks": {"linear1": (*image, "proj_mlp")},
-    }
-    groups = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
     embedders = {"timestep_embedder": "time_in", "text_embedder": "vector_in", "guidance_embedder": "guidance_in"}
     ends = {"linear_1": "in_layer", "linear_2": "out_layer"}
     outer = {f"time_text_embed.{e}.{n}": f"{o}.{end}" for e, o in embedders.items() for n, end in ends.items()}
@@ -282,21 +282,21 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
             out[outer[name]] = halves_swapped(tensors) if name == "norm_out.linear" else tensors  # shift first there
             continue
         group, number, rest = name.split(".", 2)
-        block = f"{groups[group]}.{number}"
-        if rest in single[group]:
-            out[f"{block}.{single[group][rest]}"] = tensors
+        blocks, alone, fused = layout[group]
+        if rest in alone:
+            out[f"{blocks}.{number}.{alone[rest]}"] = tensors
             continue
-        target, parts = next(pair for pair in fused[group].items() if rest in pair[1])
-        partial.setdefault(f"{block}.{target}", [None] * len(parts))[parts.index(rest)] = tensors
+        target, parts = next(pair for pair in fused.items() if rest in pair[1])
+        partial.setdefault(f"{blocks}.{number}.{target}", [None] * len(parts))[parts.index(rest)] = tensors
     return out | {n: fuse_projections(parts, ([width] * 3 + [4 * width])[: len(parts)]) for n, parts in partial.items()}
 
 
 # By line: 304 the run: what happens, in which order · 633 the loop, and one step of it · 962 what is logged, and the
 # guard against learning nothing · 1088 data: images and captions · 1461 images: decoding, buckets, crops, batches ·
 # 2000 text: embeddings and new tokens · 2271 LoRA and optimizer · 2857 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3312 checkpoints and signals · 3533 pictures: validation, class images, comparison · 3754
-# probes: what was learned, what was forgotten · 3931 files that a run leaves · 4475 command line · 5155 base model:
-# loading, quantising, splitting · 5435 the machine · 5523 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3338 checkpoints and signals · 3559 pictures: validation, class images, comparison · 3780
+# probes: what was learned, what was forgotten · 3957 files that a run leaves · 4501 command line · 5181 base model:
+# loading, quantising, splitting · 5461 the machine · 5549 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2940,7 +2940,7 @@ def adjacent(layers: list) -> bool:
 
 def define_layers() -> None:
     """Defines the classes that derive from torch's, once torch is imported."""
-    global FrozenLinear, FrozenProduct, LoraProducts, GatedGelu
+    global FrozenLinear, FrozenProduct, LoraProducts, GatedGelu, JoinedGelu
 
     class FrozenLinear(torch.nn.Linear):
         """A linear layer that isn't trained: its weights in 8 bits (a scale per row), 4 (a scale per 64 values), or as they are.
@@ -3063,6 +3063,32 @@ def define_layers() -> None:
             torch.mul(gradient, F.gelu(gate), out=of_value)
             torch.ops.aten.gelu_backward.grad_input(gradient * value, gate, grad_input=of_gate)
             return out
+
+    class JoinedGelu(torch.autograd.Function):
+        """What joined_gelu computes, written where it stays; the gradients too."""
+
+        @staticmethod
+        def forward(ctx, a, x):
+            ctx.save_for_backward(x)
+            joined = x.new_empty(*x.shape[:-1], a.shape[-1] + x.shape[-1])
+            first, second = joined.tensor_split([a.shape[-1]], dim=-1)
+            torch.ops.aten.gelu.out(x, approximate="tanh", out=second)
+            first.copy_(a)
+            return joined
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            (x,) = ctx.saved_tensors
+            of_a, of_x = gradient.split([gradient.shape[-1] - x.shape[-1], x.shape[-1]], dim=-1)
+            torch.ops.aten.gelu_backward.grad_input(of_x, x, approximate="tanh", grad_input=of_x)
+            return of_a, of_x
+
+
+def joined_gelu(a, x):
+    """a (..., A) and x (..., C) -> a and gelu(x) in one tensor, (..., A + C), to be given to a product."""
+    plain = torch.compiler.is_compiling()
+    return torch.cat([a, F.gelu(x, approximate="tanh")], dim=-1) if plain else JoinedGelu.apply(a, x)
 
 
 def rows_like(x, columns: int):

@@ -284,9 +284,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 294 the run: what happens, in which order · 623 the loop, and one step of it · 952 what is logged, and the
 # guard against learning nothing · 1078 data: images and captions · 1451 images: decoding, buckets, crops, batches ·
 # 1990 text: embeddings and new tokens · 2261 LoRA and optimizer · 2847 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3302 checkpoints and signals · 3523 pictures: validation, class images, comparison · 3744
-# probes: what was learned, what was forgotten · 3921 files that a run leaves · 4465 command line · 5145 base model:
-# loading, quantising, splitting · 5425 the machine · 5513 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3328 checkpoints and signals · 3549 pictures: validation, class images, comparison · 3770
+# probes: what was learned, what was forgotten · 3947 files that a run leaves · 4491 command line · 5171 base model:
+# loading, quantising, splitting · 5451 the machine · 5539 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -2930,7 +2930,7 @@ def adjacent(layers: list) -> bool:
 
 def define_layers() -> None:
     """Defines the classes that derive from torch's, once torch is imported."""
-    global FrozenLinear, FrozenProduct, LoraProducts, GatedGelu
+    global FrozenLinear, FrozenProduct, LoraProducts, GatedGelu, JoinedGelu
 
     class FrozenLinear(torch.nn.Linear):
         """A linear layer that isn't trained: its weights in 8 bits (a scale per row), 4 (a scale per 64 values), or as they are.
@@ -3053,6 +3053,32 @@ def define_layers() -> None:
             torch.mul(gradient, F.gelu(gate), out=of_value)
             torch.ops.aten.gelu_backward.grad_input(gradient * value, gate, grad_input=of_gate)
             return out
+
+    class JoinedGelu(torch.autograd.Function):
+        """What joined_gelu computes, written where it stays; the gradients too."""
+
+        @staticmethod
+        def forward(ctx, a, x):
+            ctx.save_for_backward(x)
+            joined = x.new_empty(*x.shape[:-1], a.shape[-1] + x.shape[-1])
+            first, second = joined.tensor_split([a.shape[-1]], dim=-1)
+            torch.ops.aten.gelu.out(x, approximate="tanh", out=second)
+            first.copy_(a)
+            return joined
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            (x,) = ctx.saved_tensors
+            of_a, of_x = gradient.split([gradient.shape[-1] - x.shape[-1], x.shape[-1]], dim=-1)
+            torch.ops.aten.gelu_backward.grad_input(of_x, x, approximate="tanh", grad_input=of_x)
+            return of_a, of_x
+
+
+def joined_gelu(a, x):
+    """a (..., A) and x (..., C) -> a and gelu(x) in one tensor, (..., A + C), to be given to a product."""
+    plain = torch.compiler.is_compiling()
+    return torch.cat([a, F.gelu(x, approximate="tanh")], dim=-1) if plain else JoinedGelu.apply(a, x)
 
 
 def rows_like(x, columns: int):

@@ -771,3 +771,48 @@ def test_queries_and_keys_are_turned_as_the_library_does():
     (exact, same), (theirs, ours) = found.values()
     torch.testing.assert_close(same[1], exact[1])
     assert (ours[1] - exact[1]).norm() < (theirs[1] - exact[1]).norm()
+
+
+@pytest.mark.parametrize("targets", [("to_q", "to_k", "to_v"), ("to_q", "proj_mlp", "proj_out")])
+def test_a_single_block_computes_what_the_librarys_does(targets):
+    """FLUX.1's: attention first, the MLP's gelu and its gradient in place; compiled, checkpointed, with a LoRA on either side."""
+    from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
+
+    flux = load_script("train_dreambooth_lora_flux_advanced.py")
+    flux.lighten(None)
+    plain, trained, fused, part = exact(FluxSingleTransformerBlock(32, 2, 16), targets)
+    states = [torch.randn(2, n, 32, dtype=torch.float64) for n in (6, 4)]
+    temb, gradients = torch.randn(2, 32, dtype=torch.float64), [torch.randn_like(x) for x in states]
+
+    def library(block, image, text, temb):
+        joined = torch.cat([text, image], dim=1)
+        normed, gate = block.norm(joined, emb=temb)
+        attended = block.attn(hidden_states=normed)
+        mixed = torch.cat([attended, block.act_mlp(block.proj_mlp(normed))], dim=2)
+        return (joined + gate.unsqueeze(1) * block.proj_out(mixed)).split([4, 6], dim=1)
+
+    def checkpointed(block, *given):
+        return checkpoint(block, *given, use_reentrant=False)
+
+    def compiled(block, *given):
+        torch._dynamo.reset()
+        block.compile(backend="eager", fullgraph=True)
+        return block(*given)
+
+    def found(run, block, trained: dict) -> list:
+        given = [x.clone().requires_grad_() for x in states]
+        results = run(block, *given, temb)
+        torch.autograd.backward(results, gradients[::-1])
+        of_weights = [p.grad.clone() for _, p in sorted(trained.items())]
+        for parameter in trained.values():
+            parameter.grad.zero_()
+        return [*results, *(x.grad for x in given), *of_weights]
+
+    wanted = found(library, plain, trained)
+    assert all(gradient.any() for gradient in wanted)
+    for run, block, weights in (
+        (type(fused).__call__, fused, part.parameters),
+        (checkpointed, fused, part.parameters),
+        (compiled, plain, trained),
+    ):
+        torch.testing.assert_close(found(run, block, weights), wanted, rtol=1e-6, atol=1e-9)
