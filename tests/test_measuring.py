@@ -22,6 +22,7 @@ COSINES = {  # of gradients to those in bf16, of the same batch and the same wei
     "sd15:64:2:blocks_to_swap=1": 0.999,
     "sdxl:64:1:channels_last": 0.999,
     "flux:64:1:gradient_checkpointing": 0.999,
+    "flux:64:1:gradient_checkpointing,kept_attention": 0.999,
     "flux:64:1:compile": 0.999,
     "flux:64:1:blocks_to_swap=2": 0.999,
     "flux:64:1:quantize_base=int8": 0.99,

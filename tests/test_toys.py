@@ -8,11 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
+from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw, ImageFilter
 
-from scripts.toys import score_toy_bases
-from scripts.toys.parts.toy_outline import cleanness
+from scripts.toys import score_toy_bases, train_toy_base
+from scripts.toys.parts.toy_outline import cleanness, nearest_picture
 from scripts.toys.parts.toy_world import SHAPES, draw
 
 COMMAND = [sys.executable, str(ROOT / "scripts" / "toys" / "score_toy_bases.py")]
@@ -35,13 +37,15 @@ def test_the_worlds_own_pictures_are_clean(drawn):
     assert np.abs(cleanness(large)[0] - overlap).max() < 0.03
 
 
+def spiked(image: Image.Image) -> Image.Image:
+    """A picture whose shape has a tail to the upper right."""
+    image = image.copy()
+    ImageDraw.Draw(image).line([(32, 32), (60, 6)], fill=image.getpixel((32, 32)), width=5)
+    return image
+
+
 @pytest.mark.unit
 def test_spikes_and_tails_lower_the_overlap(drawn):
-    def spiked(image):
-        image = image.copy()
-        ImageDraw.Draw(image).line([(32, 32), (60, 6)], fill=image.getpixel((32, 32)), width=5)
-        return image
-
     before, after = cleanness(drawn)[0], cleanness([spiked(image) for image in drawn])[0]
     assert (after < before - 0.02).all()
 
@@ -79,3 +83,45 @@ def test_scores_are_a_table_with_a_sheet_of_pictures(tmp_path, monkeypatch, caps
     assert len(head) == len(rule) == len(row) and row[0] == "toy_flux"
     assert 0.5 < float(row[head.index("overlap")]) <= 1
     assert Image.open(tmp_path / "sheets" / "toy_flux.png").size == (16 * 132, 132)
+
+
+@pytest.mark.unit
+def test_what_a_drawing_should_have_been(drawn):
+    """The ideal picture under a drawing: of the shape that its caption names, in the colours that it names, or its own."""
+    captions = [f"a {color} {shape}" for shape in SHAPES for color in ("red", "white")]
+    right = [nearest_picture(spiked(image), caption) for image, caption in zip(drawn, captions, strict=True)]
+    apart = [np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(drawn, right, strict=True)]
+    assert max(apart) < 8 and cleanness(right)[0].min() > 0.98
+    assert nearest_picture(drawn[0], "a vkx circle").getpixel((32, 32)) == drawn[0].getpixel((32, 32))
+    recoloured = nearest_picture(drawn[0], "a green circle on a blue background")
+    assert recoloured.getpixel((32, 32)) != drawn[0].getpixel((32, 32))
+    assert nearest_picture(drawn[0], "a star on a blue background") is None  # nothing like a star there
+    assert nearest_picture(Image.new("RGB", (64, 64), "red"), "a circle") is None
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_a_base_is_shown_its_own_drawings(name, monkeypatch):
+    """The last states are the drawing, nearly; a base that turned straight to the ideal picture would have no loss on them."""
+    monkeypatch.setattr(train_toy_base, "OWN_DRAWINGS", 8)
+    tokenizers, encoders, denoiser = train_toy_base.loaded(name, ROOT / "assets" / f"toy_{name}")
+    vae = AutoencoderKL.from_pretrained(ROOT / "assets" / f"toy_{name}" / "vae", dtype=torch.float32)
+    pipeline = train_toy_base.make_pipeline(name, vae, tokenizers, encoders, denoiser.eval())
+    pipeline.set_progress_bar_config(disable=True)
+    own = train_toy_base.draw_own(name, pipeline, tokenizers, encoders, seed=0)
+    assert len(own.captions) == len(own.states) == len(own.ideals) >= 8
+    assert own.states.shape[1] == len(own.levels) == 19 and (own.levels.diff() < 0).all()
+    apart = (own.states - own.ideals[:, None]).square().mean((0, 2, 3, 4))
+    assert (apart[:15].diff() < 0).all() and apart[-1] < 0.45 < 1.2 < apart[0]
+    captions, (states, levels, ideals) = own.some(16, random.Random(0))
+    assert len(captions) == 16 and states.shape == ideals.shape == (16, 16, 8, 8)
+    assert levels.min() >= 0.12 and levels.max() <= 0.8
+
+    def straight(name, denoiser, noisy, sigmas, *rest):
+        return (noisy - ideals) / sigmas.view(-1, 1, 1, 1)
+
+    monkeypatch.setattr(train_toy_base, "velocity", straight)
+    nothing = torch.zeros(0, 16, 8, 8)
+    given = (name, denoiser, None, nothing, None, None, None, torch.Generator())
+    assert train_toy_base.loss_of(*given, (states, levels, ideals)) < 1e-10
+    assert train_toy_base.loss_of(*given, (states, levels, ideals.flip(0))) > 0.1

@@ -7,10 +7,11 @@
     python scripts/measuring/measure_gpu.py --json gpu.json --table docs/gpu.md      measures nothing, writes the table
     python scripts/measuring/measure_gpu.py --tiny                                   all of it on toy sizes, also on a CPU
 
-A case is family:size:batch[:flag[=value],...] with the training script's own flags, or channels_last and cudnn_attention, which
-are tried here alone; a beginning of listed cases stands for all of them. Weights are random: what a step costs depends on sizes alone, and nothing is downloaded. In each case the programs
-take turns (ours, plain, example, example, plain, ours), each from its first line until so many steps are timed, with one wait
-for the GPU before and one after them. What is compared with what, and what the columns mean: docs/gpu.md.
+A case is family:size:batch[:flag[=value],...] with the training script's own flags, or channels_last, cudnn_attention and
+kept_attention, which are tried here alone; a beginning of listed cases stands for all of them. Weights are random: what a step
+costs depends on sizes alone, and nothing is downloaded. In each case the programs take turns (ours, plain, example, example,
+plain, ours), each from its first line until so many steps are timed, with one wait for the GPU before and one after them. What
+is compared with what, and what the columns mean: docs/gpu.md.
 
 Needs diffusers and peft beside torch, transformers and accelerate; prodigyopt and bitsandbytes only for the cases with them.
 """
@@ -43,7 +44,8 @@ CASES = [
     *("sdxl:1024:1:channels_last", "sdxl:1024:1:cudnn_attention"),
     *("sd3:1024:1", "sd3:1024:1:gradient_checkpointing"),
     *(FLUX, f"{FLUX},quantize_base=fp8", f"{FLUX},quantize_base=nf4", f"{FLUX},quantize_base=int8"),
-    *(f"{FLUX},compile", f"{FLUX},cudnn_attention", "flux:512:1:gradient_checkpointing", "flux:1024:1"),
+    *(f"{FLUX},compile", f"{FLUX},cudnn_attention", f"{FLUX},kept_attention", "flux:512:1:gradient_checkpointing"),
+    *("flux:1024:1", "sd3:1024:1:gradient_checkpointing,kept_attention"),
 ]
 TINY_CASES = [
     "sd15:64:2:optimizer=prodigy",
@@ -69,7 +71,7 @@ EXPECTED = {  # milliseconds on an H100, thought out from the counts before anyt
 }
 # Flags that change nothing but rounding
 SAME_RESULT = ("compile", "cuda_graphs", "gradient_checkpointing", "blocks_to_swap", "quantize_base")
-SAME_RESULT += ("channels_last", "cudnn_attention")
+SAME_RESULT += ("channels_last", "cudnn_attention", "kept_attention")
 PACKAGES = {"optimizer=prodigy": "prodigyopt", "optimizer=schedulefree": "schedulefree"}
 PACKAGES |= dict.fromkeys(("optimizer=adamw8bit", "quantize_base=nf4"), "bitsandbytes")
 # Flags that diffusers' examples know too

@@ -2,6 +2,7 @@
 
     python scripts/toys/train_toy_base.py --family sd15
     python scripts/toys/train_toy_base.py --family sd15 --continue_from assets/toy_sd15 --steps 3000   # the denoiser alone
+    python scripts/toys/train_toy_base.py --family flux --continue_from assets/toy_flux --own_drawings --steps 2000
 
 One command per family does everything, on a CPU (under 45 minutes on two cores) or a GPU. It saves its state in
 --work_dir every few hundred steps and continues there when it is started again. The autoencoder is made once and
@@ -13,6 +14,9 @@ How the pieces are made:
 * Latents have unit variance per channel after scaling; otherwise the loss does not see outlines.
 * Text encoders are trained along with the denoiser. One caption in eight has a nonsense word in it, so that the
   pieces of a trigger word such as "sks" are not untrained embeddings.
+* A base that has met noise on perfect pictures alone doesn't know its own half-finished ones, and its errors add up on the
+  way to a picture. With --own_drawings half of what a flow base is trained on are states from its own sampling, and the
+  answer to each is the ideal picture nearest to what it drew (DAgger, https://arxiv.org/abs/1011.0686).
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
 
 from scripts.parts.training_scripts import ROOT
-from scripts.toys.parts.toy_scores import scores, table
+from scripts.toys.parts.toy_outline import nearest_picture
+from scripts.toys.parts.toy_scores import SAMPLING, scores, table
 from scripts.toys.parts.toy_world import (
     COLOR_NAMES,
     SHAPES,
@@ -52,6 +57,8 @@ LATENT_STD = 2.0  # of the autoencoder's own latents; scaling_factor brings them
 T5_LENGTHS = (16, 16, 32, 77, 128)  # T5 attends to its padding, so the base must know several lengths
 T5_LENGTHS_CONTINUED = (*(16,) * 9, 32, 77, 128)  # a short one costs a third of a long one
 CLIP_CUT = 24  # of 77 tokens, which hold any caption: what is read while trained on, by SD3 up to the last quarter
+OWN_DRAWINGS, REDRAWN_AFTER = 1024, 500  # how many there are at a time; steps until they are drawn anew
+OWN_LEVELS = (0.12, 0.8)  # noise at which they are shown: outlines are decided there, and little is left to chance
 
 
 @dataclass
@@ -428,8 +435,11 @@ def tokenize(name: str, tokenizers: list, captions: list[list[str]], t5_length: 
     ]
 
 
-def loss_of(name, denoiser, scheduler, latents, embeds, pooled, dropped, generator) -> torch.Tensor:
-    """Noise prediction with min-SNR weights for UNets, rectified flow with logit-normal times for transformers."""
+def loss_of(name, denoiser, scheduler, latents, embeds, pooled, dropped, generator, own=None) -> torch.Tensor:
+    """Noise prediction with min-SNR weights for UNets, rectified flow with logit-normal times for transformers.
+
+    own: (states, noise levels, ideal latents) of drawings of its own, whose embeddings are the last of all.
+    """
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     count = len(latents)
     if name in ("sd15", "sdxl"):
@@ -450,26 +460,37 @@ def loss_of(name, denoiser, scheduler, latents, embeds, pooled, dropped, generat
         weight = snr.clamp(max=5.0) / snr * (1 + 1 / (snr + 0.05))
         return (weight * F.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3))).mean()
     sigmas = torch.randn(count, generator=generator).sigmoid().to(latents.device)
-    broad = sigmas[:, None, None, None]
-    noisy = (1 - broad) * latents + broad * noise
-    if name == "sd3":
-        prediction = denoiser(noisy, embeds, pooled, sigmas * 1000).sample
-    else:
-        from diffusers import FluxPipeline
+    noisy, velocities = torch.lerp(latents, noise, sigmas.view(-1, 1, 1, 1)), noise - latents
+    weight = torch.ones_like(sigmas)
+    if own:
+        states, levels, ideals = own
+        noisy, sigmas = torch.cat([noisy, states]), torch.cat([sigmas, levels])
+        velocities = torch.cat([velocities, (states - ideals) / levels.view(-1, 1, 1, 1)])
+        weight = torch.cat(
+            [weight, (levels / 0.4).clamp(max=1) ** 2]
+        )  # a velocity is as wrong as a state is, over its level
+    guidance = (1 + 5 * torch.rand(len(noisy), generator=generator)).to(latents.device)
+    prediction = velocity(name, denoiser, noisy, sigmas, embeds, pooled, guidance)
+    return (weight * F.mse_loss(prediction, velocities, reduction="none").mean((1, 2, 3))).mean()
 
-        h, w = latents.shape[2:]
-        packed = FluxPipeline._pack_latents(noisy, count, CHANNELS, h, w)
-        prediction = denoiser(
-            packed,
-            timestep=sigmas,
-            guidance=(1 + 5 * torch.rand(count, generator=generator)).to(latents.device),
-            pooled_projections=pooled,
-            encoder_hidden_states=embeds,
-            txt_ids=torch.zeros(embeds.shape[1], 3, device=latents.device),
-            img_ids=FluxPipeline._prepare_latent_image_ids(count, h // 2, w // 2, latents.device, latents.dtype),
-        ).sample
-        prediction = FluxPipeline._unpack_latents(prediction, h * 8, w * 8, 8)
-    return F.mse_loss(prediction, noise - latents)
+
+def velocity(name: str, denoiser, noisy, sigmas, embeds, pooled, guidance) -> torch.Tensor:
+    """What a transformer predicts, noise - latents, (B, C, H, W), of noisy latents at the noise levels `sigmas`, (B,)."""
+    if name == "sd3":
+        return denoiser(noisy, embeds, pooled, sigmas * 1000).sample
+    from diffusers import FluxPipeline
+
+    count, _, h, w = noisy.shape
+    prediction = denoiser(
+        FluxPipeline._pack_latents(noisy, count, CHANNELS, h, w),
+        timestep=sigmas,
+        guidance=guidance,
+        pooled_projections=pooled,
+        encoder_hidden_states=embeds,
+        txt_ids=torch.zeros(embeds.shape[1], 3, device=noisy.device),
+        img_ids=FluxPipeline._prepare_latent_image_ids(count, h // 2, w // 2, noisy.device, noisy.dtype),
+    ).sample
+    return FluxPipeline._unpack_latents(prediction, h * 8, w * 8, 8)
 
 
 def make_scheduler(name: str):
@@ -510,6 +531,62 @@ def make_pipeline(name: str, vae, tokenizers, encoders, denoiser):
     return diffusers.FluxPipeline(scheduler, vae, encoders[0], tokenizers[0], encoders[1], tokenizers[1], denoiser)
 
 
+# --------------------------------------------------------------------------------------------------- own drawings
+
+
+@dataclass
+class OwnDrawings:
+    """What a flow base drew, and what it should have drawn."""
+
+    captions: list[str]
+    states: torch.Tensor  # (N, S, C, H, W): latents on the way
+    levels: torch.Tensor  # (S,): the noise in them
+    ideals: torch.Tensor  # (N, C, H, W): latents of the ideal pictures nearest to what was drawn
+
+    def some(self, count: int, rng: random.Random) -> tuple[list[str], tuple[torch.Tensor, ...]]:
+        """`count` captions; and one state of each drawing, (count, C, H, W), its level, (count,), and the ideal one."""
+        rows = [rng.randrange(len(self.captions)) for _ in range(count)]
+        low, high = OWN_LEVELS
+        steps = rng.choices([i for i, level in enumerate(self.levels.tolist()) if low <= level <= high], k=count)
+        return [self.captions[r] for r in rows], (self.states[rows, steps], self.levels[steps], self.ideals[rows])
+
+
+@torch.no_grad()
+def draw_own(name: str, pipeline, tokenizers, encoders, seed: int) -> OwnDrawings:
+    """Has a flow base draw captions of the world. Where nothing like its caption came out, a drawing is left out."""
+    rng, device = random.Random(seed), pipeline.vae.device
+    generator = torch.Generator().manual_seed(seed)
+    sampling = SAMPLING[type(pipeline).__name__]
+    captions, states, ideals, way = [], [], [], []
+
+    def keep(pipeline, i, timestep, values):
+        latents = values["latents"]
+        way.append(latents if name == "sd3" else pipeline._unpack_latents(latents, SIZE, SIZE, 8))
+        return {}
+
+    while len(captions) < OWN_DRAWINGS:
+        asked = [describe(*random_scene(rng), rng) for _ in range(64)]
+        length, given = rng.choice(T5_LENGTHS_CONTINUED), {}
+        for prefix, texts in (("", asked), ("negative_", [""] * 64))[: 1 + (name == "sd3")]:
+            *clips, t5 = tokenize(name, tokenizers, [texts] * len(tokenizers), length)
+            ids = [i.to(device) for i in (*(i[:, :CLIP_CUT] for i in clips), t5)]
+            given |= zip(
+                (f"{prefix}prompt_embeds", f"{prefix}pooled_prompt_embeds"), encode(name, encoders, ids), strict=True
+            )
+        way.clear()
+        images = pipeline(
+            **given, **sampling, height=SIZE, width=SIZE, generator=generator, callback_on_step_end=keep
+        ).images
+        for row, (image, caption) in enumerate(zip(images, asked, strict=True)):
+            if ideal := nearest_picture(image, caption):
+                captions.append(caption)
+                states.append(torch.stack([latents[row] for latents in way[:-1]]))
+                ideals.append(torch.from_numpy(np.array(ideal)).permute(2, 0, 1))
+    latents = latents_of(pipeline.vae, torch.stack(ideals), device) * pipeline.vae.config.scaling_factor
+    levels = pipeline.scheduler.sigmas[1 : len(way)].to(device)
+    return OwnDrawings(captions, torch.stack(states), levels, latents)
+
+
 # -------------------------------------------------------------------------------------------------------- training
 
 
@@ -544,11 +621,12 @@ def world_latents(vae, work: Path, seed: int, device: str) -> tuple[torch.Tensor
     return world["latents"].to(device) * vae.config.scaling_factor, world["scenes"]
 
 
-def train_base(name: str, vae, work: Path, steps: int, device: str, begun: Path | None = None):
+def train_base(name: str, vae, work: Path, steps: int, device: str, begun: Path | None = None, own: bool = False):
     """Trains text encoders and denoiser on the autoencoder's latents; returns (tokenizers, encoders, denoiser).
 
     With `begun`, a finished base's folder, its denoiser alone is trained on: from half the learning rate to 0, on other
-    pictures. Its text encoders stay as they are, so a step costs less and prompts keep their meaning.
+    pictures. Its text encoders stay as they are, so a step costs less and prompts keep their meaning. `own`: half of these
+    pictures are drawings of its own.
     """
     from diffusers.training_utils import EMAModel
 
@@ -578,15 +656,24 @@ def train_base(name: str, vae, work: Path, steps: int, device: str, begun: Path 
         ema.load_state_dict(state["ema"])
         start = state["step"]
         print(f"continuing at step {start}", flush=True)
-    began = time.monotonic()
+    pipeline = make_pipeline(name, vae, tokenizers, encoders, denoiser)
+    pipeline.set_progress_bar_config(disable=True)
+    drawings, began = None, time.monotonic()
     for step in range(start, steps):
         rng = random.Random(f"{name} {step}")
         generator = torch.Generator().manual_seed(step)
+        if own and (drawings is None or step % REDRAWN_AFTER == 0):
+            ema.store(parameters)
+            ema.copy_to(parameters)
+            drawings = draw_own(name, pipeline, tokenizers, encoders, seed=step)
+            ema.restore(parameters)
         for group in optimizer.param_groups:
             group["lr"] = family.learning_rate * rate_at(step, steps, bool(begun))
-        rows = [rng.randrange(len(scenes)) for _ in range(64)]
+        rows = [rng.randrange(len(scenes)) for _ in range(32 if own else 64)]
         dropped = torch.tensor([rng.random() < 0.1 for _ in rows], device=device)
         captions = ["" if d else describe(*scenes[r], rng) for r, d in zip(rows, dropped.tolist(), strict=True)]
+        drawn, states = drawings.some(32, rng) if own else ([], None)
+        captions += drawn
         lengths = T5_LENGTHS_CONTINUED if begun else T5_LENGTHS
         ids = [i.to(device) for i in tokenize(name, tokenizers, veiled(name, captions, rng), rng.choice(lengths))]
         if begun and (name == "flux" or name == "sd3" and step < 0.75 * steps):
@@ -594,7 +681,7 @@ def train_base(name: str, vae, work: Path, steps: int, device: str, begun: Path 
             ids = [*(i[:, :CLIP_CUT] for i in ids[:clips]), *ids[clips:]]
         with torch.set_grad_enabled(not begun):
             embeds, pooled = encode(name, encoders, ids)
-        loss = loss_of(name, denoiser, scheduler, latents[rows], embeds, pooled, dropped, generator)
+        loss = loss_of(name, denoiser, scheduler, latents[rows], embeds, pooled, dropped, generator, states)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -641,10 +728,17 @@ def main() -> None:
         type=Path,
         help="a base whose denoiser is trained on; default: everything is trained from nothing",
     )
+    parser.add_argument(
+        "--own_drawings",
+        action="store_true",
+        help="with --continue_from, sd3 or flux: half of what it is trained on are its own drawings, put right",
+    )
     parser.add_argument("--evaluate_only", action="store_true", help="only score what stands in --output_dir")
     args = parser.parse_args()
     output, begun = args.output_dir or ROOT / "assets" / f"toy_{args.family}", args.continue_from
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.own_drawings and not (begun and args.family in ("sd3", "flux")):
+        parser.error("--own_drawings: only with --continue_from, and for sd3 or flux")
     for folder in filter(None, (begun, output if args.evaluate_only else None)):
         if not (folder / "model_index.json").exists():
             parser.error(f"{folder}: not a base's folder, it has no model_index.json")
@@ -657,7 +751,7 @@ def main() -> None:
         else:
             vae = make_autoencoder(args.work_dir / "autoencoder", args.autoencoder_steps, device)
         steps = args.steps or FAMILIES[args.family].steps
-        parts = train_base(args.family, vae, args.work_dir, steps, device, begun)
+        parts = train_base(args.family, vae, args.work_dir, steps, device, begun, args.own_drawings)
         save_base(args.family, output, vae.cpu(), *parts)
         if begun:  # what was made may be trained on in its turn
             (args.work_dir / f"{args.family}_continued_state.pt").unlink()

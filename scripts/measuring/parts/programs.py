@@ -65,7 +65,7 @@ def begin_lora(module) -> None:
             parameter.data.copy_(value * (0.1 if "lora_B" in name else 1.0))
 
 
-TRIALS = ("channels_last", "cudnn_attention")  # what a case can try that is no flag of the scripts
+TRIALS = ("channels_last", "cudnn_attention", "kept_attention")  # what a case can try that is no flag of the scripts
 
 
 def case_words(flags: list[str]) -> list[str]:
@@ -75,24 +75,46 @@ def case_words(flags: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def tried(family: str, flags: list[str]):
-    """While inside, what a case tries (TRIALS) is so: a UNet's pictures with their channels last, cuDNN's attention alone."""
-    import torch
+    """While inside, what a case tries (TRIALS) is so: a UNet's pictures with their channels last, cuDNN's attention alone,
+    checkpointing that keeps what attention gave.
+    """
+    import torch.utils.checkpoint
 
-    script, cuda = script_of(family), torch.backends.cuda
+    script, cuda, library = script_of(family), torch.backends.cuda, torch.utils.checkpoint
     lighten, others = script.lighten, (cuda.enable_flash_sdp, cuda.enable_mem_efficient_sdp)
 
     def channels_last(denoiser) -> None:
         lighten(denoiser)
         denoiser.to(memory_format=torch.channels_last)
 
+    def keeping(*given, checkpoint=library.checkpoint, context_fn=library.noop_context_fn, **options):
+        kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+        kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in kinds]
+
+        def contexts():
+            pairs = zip(library.create_selective_checkpoint_contexts(kept), context_fn(), strict=True)
+            return tuple(both(*pair) for pair in pairs)
+
+        return checkpoint(*given, context_fn=contexts, **options)
+
     for switch in others:
         switch("cudnn_attention" not in flags)
     try:
-        with patch.object(script, "lighten", channels_last if "channels_last" in flags else lighten):
+        with (
+            patch.object(script, "lighten", channels_last if "channels_last" in flags else lighten),
+            patch.object(library, "checkpoint", keeping if "kept_attention" in flags else library.checkpoint),
+        ):
             yield
     finally:
         for switch in others:
             switch(True)
+
+
+@contextlib.contextmanager
+def both(outer, inner):
+    """Two contexts as one."""
+    with outer, inner:
+        yield
 
 
 def common_words(output: Path, base: Path, pictures: Path, size: int, batch: int) -> list[str]:

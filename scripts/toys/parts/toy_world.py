@@ -27,12 +27,13 @@ COLORS = {
     "black": (25, 25, 25),
 }
 COLOR_NAMES = tuple(COLORS)
+JITTER = 10  # of 255: how far each channel of a shade may be from its colour's
 MIDDLES, RADII = (0.44, 0.56), (0.30, 0.34)  # where a shape's centre lies and how large it is, of the width
 
 
-def jittered(color: str, rng: random.Random, amount: int = 10) -> tuple[int, int, int]:
-    """The RGB value of a named colour, each channel moved by at most `amount` of 255."""
-    return tuple(min(255, max(0, c + rng.randint(-amount, amount))) for c in COLORS[color])
+def jittered(color: str, rng: random.Random) -> tuple[int, int, int]:
+    """A shade of a named colour."""
+    return tuple(min(255, max(0, c + rng.randint(-JITTER, JITTER))) for c in COLORS[color])
 
 
 def outline(shape: str, cx: float, cy: float, r: float) -> list[tuple[float, float]]:
