@@ -284,9 +284,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 294 the run: what happens, in which order · 623 the loop, and one step of it · 952 what is logged, and the
 # guard against learning nothing · 1078 data: images and captions · 1451 images: decoding, buckets, crops, batches ·
 # 1990 text: embeddings and new tokens · 2261 LoRA and optimizer · 2847 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3328 checkpoints and signals · 3549 pictures: validation, class images, comparison · 3770
-# probes: what was learned, what was forgotten · 3947 files that a run leaves · 4491 command line · 5171 base model:
-# loading, quantising, splitting · 5451 the machine · 5539 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3332 checkpoints and signals · 3553 pictures: validation, class images, comparison · 3774
+# probes: what was learned, what was forgotten · 3951 files that a run leaves · 4495 command line · 5175 base model:
+# loading, quantising, splitting · 5455 the machine · 5543 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3088,9 +3088,13 @@ def rows_like(x, columns: int):
 
 
 def to_fp8(x):
-    """(M, K) -> the same in e4m3, row by row in memory, and float32 scales (M, 1) that make it x again."""
-    scale = torch.linalg.vector_norm(x, math.inf, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12).div_(448)
-    return (x / scale).to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), scale
+    """(M, K) -> the same in e4m3, row by row in memory, and float32 scales (M, 1) that make it x again.
+
+    Scales are powers of two, the least that leave e4m3's largest, 448, unreached: x is divided in its own precision, exactly.
+    """
+    scale = torch.linalg.vector_norm(x, math.inf, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12).div_(224)
+    scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent alone
+    return (x / scale.to(x.dtype)).to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), scale
 
 
 def to_int8(x, dtype):

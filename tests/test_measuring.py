@@ -108,7 +108,7 @@ def test_words_that_mean_no_case(tmp_path):
     (tmp_path / "broken.json").write_text("[]")
     with pytest.raises(SystemExit, match="not a file that this program has written"):
         measure_gpu.main(["--tiny", "--json", str(tmp_path / "broken.json")])
-    assert len(measure_gpu.chosen_cases(["flux", "flux:512:1:gradient_checkpointing"], False)) == 8
+    assert len(measure_gpu.chosen_cases(["flux", "flux:512:1:gradient_checkpointing"], False)) == 9
     assert measure_gpu.chosen_cases(["sdxl:1024:2:compile"], False) == ["sdxl:1024:2:compile"]
 
 
