@@ -57,15 +57,15 @@ COUNTED = {
     "sd3:1024:1:gradient_checkpointing": 5.25,
     "sd3:1024:4:gradient_checkpointing,rank=16,optimizer=adamw8bit": 7.16,
     "sd3:1024:8:rank=64": 60.07,
-    "flux:1024:1:gradient_checkpointing": 24.63,
-    "flux:1024:1": 46.86,
-    "flux:512:1:gradient_checkpointing": 23.13,
-    "flux:512:1": 30.54,
-    "flux:1024:4:gradient_checkpointing,rank=32": 32.84,
+    "flux:1024:1:gradient_checkpointing": 24.45,
+    "flux:1024:1": 46.71,
+    "flux:512:1:gradient_checkpointing": 23.07,
+    "flux:512:1": 30.49,
+    "flux:1024:4:gradient_checkpointing,rank=32": 32.11,
     "flux:512:1:gradient_checkpointing,quantize_base=nf4": 6.80,
-    "flux:1024:1:gradient_checkpointing,quantize_base=fp8": 13.62,
-    "flux:1024:1:gradient_checkpointing,quantize_base=nf4": 8.27,
-    "flux:1024:1:gradient_checkpointing,quantize_base=int8": 13.61,
+    "flux:1024:1:gradient_checkpointing,quantize_base=fp8": 13.57,
+    "flux:1024:1:gradient_checkpointing,quantize_base=nf4": 8.18,
+    "flux:1024:1:gradient_checkpointing,quantize_base=int8": 13.52,
 }
 
 
@@ -272,10 +272,10 @@ def estimate(family: str, args, script) -> Estimate:
             parameter.data = parameter.data.to(torch.bfloat16)
         inputs = inputs_of(family, rows, size, getattr(args, "max_sequence_length", 0))
         kept, inside = kept_bytes(denoiser, inputs, args.gradient_checkpointing)
-    if args.quantize_base == "fp8" and script.PREDICTS_FLOW:  # the widest input, in float32 and in fp8
+    if args.quantize_base == "fp8" and script.PREDICTS_FLOW:  # the widest input, in bf16 and in fp8
         tokens = size[0] * size[1] // 256 + inputs["encoder_hidden_states"].shape[1]
         layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear) and ".norm" not in n}
-        unpacked += rows * tokens * max(m.in_features for n, m in layers.items() if "block" in n) * 5
+        unpacked += rows * tokens * max(m.in_features for n, m in layers.items() if "block" in n) * 3
     lora = sum(p.numel() for p in trained)
     state = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0.1, "schedulefree": 8}.get(args.optimizer, 8)
     weights = lora * ((12 if half else 8) + state + 4 * args.use_ema)
