@@ -120,8 +120,8 @@ FAULTS = tuple(
         ("guidance of 1", "flux", "args.guidance_scale, device", "1.0, device", "loss", (f"{UNIT} -k 'flux and loss'",)),
         ("timesteps of 1000", "flux", 'batch["timesteps"] / scheduler.config.num_train_timesteps', 'batch["timesteps"]', "loss", (f"{UNIT} -k 'flux and loss'",)),
         ("channels first in tokens", "flux", ".permute(0, 2, 4, 1, 3, 5)", ".permute(0, 2, 4, 3, 5, 1)", "tokens", (f"{UNIT} -k flux",)),
-        ("tokens counted as pixels", "flux", "tokens = shape[1] * shape[2] // 4", "tokens = shape[1] * shape[2]", "noise", (f"{UNIT} -k 'flux and sigmas'",)),
-        ("rows and columns turned", "flux", "rows, columns).float()", "columns, rows).float()", "tokens", (f"{UNIT} -k flux", FORMULAS)),
+        ("tokens counted as pixels", "flux", "calculate_shift(shape[1] * shape[2] // 4,", "calculate_shift(shape[1] * shape[2],", "noise", (f"{UNIT} -k 'flux and sigmas'",)),
+        ("rows and columns turned", "flux", "(1, height // 2, width // 2))).float()", "(1, width // 2, height // 2))).float()", "tokens", (f"{UNIT} -k flux", FORMULAS)),
         ("FLUX.1's flow turned", "flux", "noise - latents  # dz_t", "latents - noise  # dz_t", "loss", (f"{UNIT} -k 'flux and loss'",)),
     )
 )  # fmt: skip
