@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,28 +101,36 @@ def test_what_a_drawing_should_have_been(drawn):
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize("name", ["flux", "sd3"])
+@pytest.mark.parametrize("name", ["flux", "sd15", "sd3", "sdxl"])
 def test_a_base_is_shown_its_own_drawings(name, monkeypatch):
-    """The last states are the drawing, nearly; a base that turned straight to the ideal picture would have no loss on them."""
+    """Late states are the drawing, nearly; a base that turned straight to the ideal picture would have no loss on them."""
     monkeypatch.setattr(train_toy_base, "OWN_DRAWINGS", 8)
-    tokenizers, encoders, denoiser = train_toy_base.loaded(name, ROOT / "assets" / f"toy_{name}")
-    vae = AutoencoderKL.from_pretrained(ROOT / "assets" / f"toy_{name}" / "vae", dtype=torch.float32)
+    folder = ROOT / "assets" / f"toy_{name}"
+    tokenizers, encoders, denoiser = train_toy_base.loaded(name, folder)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
     pipeline = train_toy_base.make_pipeline(name, vae, tokenizers, encoders, denoiser.eval())
     pipeline.set_progress_bar_config(disable=True)
     own = train_toy_base.draw_own(name, pipeline, tokenizers, encoders, seed=0)
     assert len(own.captions) == len(own.states) == len(own.ideals) >= 8
-    assert own.states.shape[1] == len(own.levels) == 19 and (own.levels.diff() < 0).all()
     apart = (own.states - own.ideals[:, None]).square().mean((0, 2, 3, 4))
-    assert (apart[:15].diff() < 0).all() and apart[-1] < 0.45 < 1.2 < apart[0]
-    captions, (states, levels, ideals) = own.some(16, random.Random(0))
+    assert len(apart) == len(own.times) and (own.times.diff() < 0).all()
+    assert (apart[:15].diff() < 0).all() and apart[-1] < 0.45 < 0.8 < apart[0]
+    captions, (states, times, ideals) = own.some(16, random.Random(0))
     assert len(captions) == 16 and states.shape == ideals.shape == (16, 16, 8, 8)
-    assert levels.min() >= 0.12 and levels.max() <= 0.8
+    assert set(times.tolist()) <= set(own.times[own.shown].tolist()) and own.times[0] not in times
 
-    def straight(name, denoiser, noisy, sigmas, *rest):
-        return (noisy - ideals) / sigmas.view(-1, 1, 1, 1)
+    scheduler = train_toy_base.make_scheduler(name)
 
-    monkeypatch.setattr(train_toy_base, "velocity", straight)
-    nothing = torch.zeros(0, 16, 8, 8)
-    given = (name, denoiser, None, nothing, None, None, None, torch.Generator())
-    assert train_toy_base.loss_of(*given, (states, levels, ideals)) < 1e-10
-    assert train_toy_base.loss_of(*given, (states, levels, ideals.flip(0))) > 0.1
+    def straight(noisy, times) -> torch.Tensor:
+        """What a transformer, or a UNet, would predict."""
+        if not hasattr(scheduler, "alphas_cumprod"):
+            return (noisy - ideals) / times.view(-1, 1, 1, 1)
+        clear = scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
+        return (noisy - clear.sqrt() * ideals) / (1 - clear).sqrt()
+
+    monkeypatch.setattr(train_toy_base, "velocity", lambda name, denoiser, noisy, times, *rest: straight(noisy, times))
+    unet = lambda noisy, times, *rest, **conditions: SimpleNamespace(sample=straight(noisy, times))  # noqa: E731
+    nothing, embeds, pooled = torch.zeros(0, 16, 8, 8), torch.zeros(16, 1, 1), torch.zeros(16, 1)
+    given = (name, unet, scheduler, nothing, embeds, pooled, torch.zeros(0, dtype=torch.bool), torch.Generator())
+    assert train_toy_base.loss_of(*given, (states, times, ideals)) < 1e-8
+    assert train_toy_base.loss_of(*given, (states, times, ideals.flip(0))) > 0.1

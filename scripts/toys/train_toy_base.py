@@ -15,8 +15,8 @@ How the pieces are made:
 * Text encoders are trained along with the denoiser. One caption in eight has a nonsense word in it, so that the
   pieces of a trigger word such as "sks" are not untrained embeddings.
 * A base that has met noise on perfect pictures alone doesn't know its own half-finished ones, and its errors add up on the
-  way to a picture. With --own_drawings half of what a flow base is trained on are states from its own sampling, and the
-  answer to each is the ideal picture nearest to what it drew (DAgger, https://arxiv.org/abs/1011.0686).
+  way to a picture. With --own_drawings half of what a base is trained on are states from its own sampling, and the answer
+  to each is the ideal picture nearest to what it drew (DAgger, https://arxiv.org/abs/1011.0686).
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ T5_LENGTHS = (16, 16, 32, 77, 128)  # T5 attends to its padding, so the base mus
 T5_LENGTHS_CONTINUED = (*(16,) * 9, 32, 77, 128)  # a short one costs a third of a long one
 CLIP_CUT = 24  # of 77 tokens, which hold any caption: what is read while trained on, by SD3 up to the last quarter
 OWN_DRAWINGS, REDRAWN_AFTER = 1024, 500  # how many there are at a time; steps until they are drawn anew
-OWN_LEVELS = (0.12, 0.8)  # noise at which they are shown: outlines are decided there, and little is left to chance
+OWN_LEVELS = (
+    0.12,
+    0.8,
+)  # shares of noise at which they are shown: outlines are decided there, and little is left to chance
 
 
 @dataclass
@@ -438,7 +441,7 @@ def tokenize(name: str, tokenizers: list, captions: list[list[str]], t5_length: 
 def loss_of(name, denoiser, scheduler, latents, embeds, pooled, dropped, generator, own=None) -> torch.Tensor:
     """Noise prediction with min-SNR weights for UNets, rectified flow with logit-normal times for transformers.
 
-    own: (states, noise levels, ideal latents) of drawings of its own, whose embeddings are the last of all.
+    own: (states, their timesteps or noise levels, ideal latents) of drawings of its own, whose embeddings are the last.
     """
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     count = len(latents)
@@ -447,11 +450,17 @@ def loss_of(name, denoiser, scheduler, latents, embeds, pooled, dropped, generat
 
         timesteps = torch.randint(0, 1000, (count,), generator=generator).to(latents.device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
+        if own:
+            states, times, ideals = own
+            clear = scheduler.alphas_cumprod.to(latents.device)[times].view(-1, 1, 1, 1)
+            noise = torch.cat([noise, (states - clear.sqrt() * ideals) / (1 - clear).sqrt()])
+            noisy, timesteps = torch.cat([noisy, states]), torch.cat([timesteps, times])
         added = None
         if name == "sdxl":
+            dropped = F.pad(dropped, (0, len(noisy) - count))
             embeds = torch.where(dropped[:, None, None], torch.zeros_like(embeds), embeds)
             pooled = torch.where(dropped[:, None], torch.zeros_like(pooled), pooled)
-            sizes = torch.tensor((64, 64, 128, 256, 512))[torch.randint(0, 5, (count,), generator=generator)]
+            sizes = torch.tensor((64, 64, 128, 256, 512))[torch.randint(0, 5, (len(noisy),), generator=generator)]
             ids = torch.tensor([[s, s, 0, 0, SIZE, SIZE] for s in sizes.tolist()], dtype=torch.float32)
             added = {"text_embeds": pooled, "time_ids": ids.to(latents.device)}
         prediction = denoiser(noisy, timesteps, embeds, added_cond_kwargs=added).sample
@@ -536,24 +545,26 @@ def make_pipeline(name: str, vae, tokenizers, encoders, denoiser):
 
 @dataclass
 class OwnDrawings:
-    """What a flow base drew, and what it should have drawn."""
+    """What a base drew, and what it should have drawn."""
 
     captions: list[str]
     states: torch.Tensor  # (N, S, C, H, W): latents on the way
-    levels: torch.Tensor  # (S,): the noise in them
+    times: torch.Tensor  # (S,): what the denoiser is told of each: a UNet the timestep, a transformer the noise level
+    shown: list[int]  # of these states, those at OWN_LEVELS
     ideals: torch.Tensor  # (N, C, H, W): latents of the ideal pictures nearest to what was drawn
 
     def some(self, count: int, rng: random.Random) -> tuple[list[str], tuple[torch.Tensor, ...]]:
-        """`count` captions; and one state of each drawing, (count, C, H, W), its level, (count,), and the ideal one."""
-        rows = [rng.randrange(len(self.captions)) for _ in range(count)]
-        low, high = OWN_LEVELS
-        steps = rng.choices([i for i, level in enumerate(self.levels.tolist()) if low <= level <= high], k=count)
-        return [self.captions[r] for r in rows], (self.states[rows, steps], self.levels[steps], self.ideals[rows])
+        """`count` captions; and one state of each drawing, (count, C, H, W), its time, (count,), and the ideal one."""
+        rows, steps = [rng.randrange(len(self.captions)) for _ in range(count)], rng.choices(self.shown, k=count)
+        return [self.captions[r] for r in rows], (self.states[rows, steps], self.times[steps], self.ideals[rows])
 
 
 @torch.no_grad()
 def draw_own(name: str, pipeline, tokenizers, encoders, seed: int) -> OwnDrawings:
-    """Has a flow base draw captions of the world. Where nothing like its caption came out, a drawing is left out."""
+    """Has a base draw captions of the world. Where nothing like its caption came out, a drawing is left out."""
+    from diffusers.training_utils import compute_snr
+
+    unet = name in ("sd15", "sdxl")
     rng, device = random.Random(seed), pipeline.vae.device
     generator = torch.Generator().manual_seed(seed)
     sampling = SAMPLING[type(pipeline).__name__]
@@ -561,18 +572,21 @@ def draw_own(name: str, pipeline, tokenizers, encoders, seed: int) -> OwnDrawing
 
     def keep(pipeline, i, timestep, values):
         latents = values["latents"]
-        way.append(latents if name == "sd3" else pipeline._unpack_latents(latents, SIZE, SIZE, 8))
+        way.append(pipeline._unpack_latents(latents, SIZE, SIZE, 8) if name == "flux" else latents)
         return {}
 
     while len(captions) < OWN_DRAWINGS:
         asked = [describe(*random_scene(rng), rng) for _ in range(64)]
         length, given = rng.choice(T5_LENGTHS_CONTINUED), {}
-        for prefix, texts in (("", asked), ("negative_", [""] * 64))[: 1 + (name == "sd3")]:
-            *clips, t5 = tokenize(name, tokenizers, [texts] * len(tokenizers), length)
-            ids = [i.to(device) for i in (*(i[:, :CLIP_CUT] for i in clips), t5)]
-            given |= zip(
-                (f"{prefix}prompt_embeds", f"{prefix}pooled_prompt_embeds"), encode(name, encoders, ids), strict=True
-            )
+        guided = name in ("sd15", "sd3")  # SDXL's pipeline is guided away from zeros, FLUX.1's not at all
+        for prefix, texts in (("", asked), ("negative_", [""] * 64))[: 1 + guided]:
+            ids = [i.to(device) for i in tokenize(name, tokenizers, [texts] * len(tokenizers), length)]
+            if not unet:
+                ids = [*(i[:, :CLIP_CUT] for i in ids[:-1]), ids[-1]]
+            hidden, pooled = encode(name, encoders, ids)
+            given[f"{prefix}prompt_embeds"] = hidden
+            if pooled is not None:
+                given[f"{prefix}pooled_prompt_embeds"] = pooled
         way.clear()
         images = pipeline(
             **given, **sampling, height=SIZE, width=SIZE, generator=generator, callback_on_step_end=keep
@@ -583,8 +597,14 @@ def draw_own(name: str, pipeline, tokenizers, encoders, seed: int) -> OwnDrawing
                 states.append(torch.stack([latents[row] for latents in way[:-1]]))
                 ideals.append(torch.from_numpy(np.array(ideal)).permute(2, 0, 1))
     latents = latents_of(pipeline.vae, torch.stack(ideals), device) * pipeline.vae.config.scaling_factor
-    levels = pipeline.scheduler.sigmas[1 : len(way)].to(device)
-    return OwnDrawings(captions, torch.stack(states), levels, latents)
+    if unet:
+        times = pipeline.scheduler.timesteps[1:].to(device)
+        noise = compute_snr(pipeline.scheduler, times).rsqrt()
+        levels = noise / (1 + noise)
+    else:
+        levels = times = pipeline.scheduler.sigmas[1 : len(way)].to(device)
+    shown = [i for i, level in enumerate(levels.tolist()) if OWN_LEVELS[0] <= level <= OWN_LEVELS[1]]
+    return OwnDrawings(captions, torch.stack(states), times, shown, latents)
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -731,14 +751,14 @@ def main() -> None:
     parser.add_argument(
         "--own_drawings",
         action="store_true",
-        help="with --continue_from, sd3 or flux: half of what it is trained on are its own drawings, put right",
+        help="with --continue_from: half of what it is trained on are its own drawings, put right",
     )
     parser.add_argument("--evaluate_only", action="store_true", help="only score what stands in --output_dir")
     args = parser.parse_args()
     output, begun = args.output_dir or ROOT / "assets" / f"toy_{args.family}", args.continue_from
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.own_drawings and not (begun and args.family in ("sd3", "flux")):
-        parser.error("--own_drawings: only with --continue_from, and for sd3 or flux")
+    if args.own_drawings and not begun:
+        parser.error("--own_drawings: only with --continue_from, for a base that draws already")
     for folder in filter(None, (begun, output if args.evaluate_only else None)):
         if not (folder / "model_index.json").exists():
             parser.error(f"{folder}: not a base's folder, it has no model_index.json")
