@@ -58,10 +58,7 @@ T5_LENGTHS = (16, 16, 32, 77, 128)  # T5 attends to its padding, so the base mus
 T5_LENGTHS_CONTINUED = (*(16,) * 9, 32, 77, 128)  # a short one costs a third of a long one
 CLIP_CUT = 24  # of 77 tokens, which hold any caption: what is read while trained on, by SD3 up to the last quarter
 OWN_DRAWINGS, REDRAWN_AFTER = 1024, 500  # how many there are at a time; steps until they are drawn anew
-OWN_LEVELS = (
-    0.12,
-    0.8,
-)  # shares of noise at which they are shown: outlines are decided there, and little is left to chance
+OWN_LEVELS = 0.12, 0.8  # shares of noise at which they are shown; with more a base is sharper, and a LoRA learns worse
 
 
 @dataclass
