@@ -168,7 +168,7 @@ def compute_loss(batch: dict, latents, embeds: dict, denoiser, scheduler, args: 
 
 
 def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: argparse.Namespace) -> dict:
-    """Prompts -> T5's {"hidden": (B, T, D)}, T --max_sequence_length, or CLIP's {"pooled": (B, P)}, as the pipeline; differentiable."""
+    """Prompts -> T5's {"hidden": (B, --max_sequence_length, D)} or CLIP's {"pooled": (B, P)}; differentiable in the encoder."""
     length = args.max_sequence_length if key == "t5" else tokenizer.model_max_length
     padded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     output = text_encoder(padded.input_ids.to(text_encoder.device))
@@ -222,16 +222,14 @@ def position_ids(height: int, width: int, device):
 
 
 def lighten(denoiser) -> None:
-    """Has queries and keys turned as complex numbers, in half the operations, and a single block's MLP follow its attention:
-    backwards the MLP's gradient is gone when attention's are made.
-    """
+    """Fewer operations: queries and keys as complex numbers. Less memory: a single block's MLP after its attention, so backwards before."""
     from diffusers.models import embeddings, transformers
 
     # one table turns the queries and keys of all blocks; (S, D), each number twice -> (S, 1, D/2)
     turns = functools.lru_cache(1)(lambda cos, sin: torch.complex(cos[:, None, ::2], sin[:, None, ::2]))
 
     def turned(x, angles, sequence_dim: int):
-        if torch.compiler.is_compiling() or x.is_mps:
+        if x.is_mps:
             return embeddings.apply_rotary_emb(x, angles, sequence_dim=sequence_dim)
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, S, heads, D/2)
         return torch.view_as_real(pairs * turns(*angles)).flatten(-2).to(x.dtype)
@@ -240,12 +238,13 @@ def lighten(denoiser) -> None:
         joined = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         normed, gate = block.norm(joined, emb=temb)
         attended = block.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb)
-        mixed = joined_gelu(attended, block.proj_mlp(normed))
+        mixed = JoinedGelu.apply(attended, block.proj_mlp(normed))
         joined = joined + gate.unsqueeze(1) * block.proj_out(mixed)
         return joined.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
 
     transformers.transformer_flux.apply_rotary_emb = turned
-    transformers.transformer_flux.FluxSingleTransformerBlock.forward = single
+    for block in denoiser.single_transformer_blocks:
+        block.forward = functools.partial(single, block)
 
 
 def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
@@ -291,12 +290,12 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
     return out | {n: fuse_projections(parts, ([width] * 3 + [4 * width])[: len(parts)]) for n, parts in partial.items()}
 
 
-# By line: 304 the run: what happens, in which order · 633 the loop, and one step of it · 962 what is logged, and the
-# guard against learning nothing · 1088 data: images and captions · 1461 images: decoding, buckets, crops, batches ·
-# 2000 text: embeddings and new tokens · 2271 LoRA and optimizer · 2857 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3342 checkpoints and signals · 3563 pictures: validation, class images, comparison · 3784
-# probes: what was learned, what was forgotten · 3961 files that a run leaves · 4505 command line · 5185 base model:
-# loading, quantising, splitting · 5465 the machine · 5553 errors, lines, seeds, libraries
+# By line: 303 the run: what happens, in which order · 632 the loop, and one step of it · 961 what is logged, and the
+# guard against learning nothing · 1087 data: images and captions · 1460 images: decoding, buckets, crops, batches ·
+# 1999 text: embeddings and new tokens · 2270 LoRA and optimizer · 2856 the step's layers: LoRA products, frozen
+# weights in 8 and 4 bits · 3339 checkpoints and signals · 3560 pictures: validation, class images, comparison · 3781
+# probes: what was learned, what was forgotten · 3958 files that a run leaves · 4502 command line · 5182 base model:
+# loading, quantising, splitting · 5462 the machine · 5550 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3065,7 +3064,9 @@ def define_layers() -> None:
             return out
 
     class JoinedGelu(torch.autograd.Function):
-        """What joined_gelu computes, written where it stays; the gradients too."""
+        """a (..., A) and x (..., C) -> a and gelu(x), (..., A + C), for a product alone: backwards it writes into the gradient
+        that it is given, which is a product's own.
+        """
 
         @staticmethod
         def forward(ctx, a, x):
@@ -3085,12 +3086,6 @@ def define_layers() -> None:
             return of_a, of_x
 
 
-def joined_gelu(a, x):
-    """a (..., A) and x (..., C) -> a and gelu(x) in one tensor, (..., A + C), to be given to a product."""
-    plain = torch.compiler.is_compiling()
-    return torch.cat([a, F.gelu(x, approximate="tanh")], dim=-1) if plain else JoinedGelu.apply(a, x)
-
-
 def rows_like(x, columns: int):
     """An empty (M, columns) that lies in memory as x (M, K) does: row by row or, as in a picture, column by column."""
     by_columns = x.stride(0) == 1 and x.stride(1) != 1
@@ -3100,11 +3095,13 @@ def rows_like(x, columns: int):
 def to_fp8(x):
     """(M, K) -> the same in e4m3, row by row in memory, and float32 scales (M, 1) that make it x again.
 
-    Scales are powers of two, the least that leave e4m3's largest, 448, unreached: x is divided in its own precision, exactly.
+    Scales are powers of two, the least that leave e4m3's largest, 448, unreached: bfloat16 is divided as it is, exactly.
+    float16 doesn't reach down to the scales of small rows.
     """
     scale = torch.linalg.vector_norm(x, math.inf, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12).div_(224)
     scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent alone
-    return (x / scale.to(x.dtype)).to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), scale
+    divisor = scale if x.dtype == torch.float16 else scale.to(x.dtype)
+    return (x / divisor).to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), scale
 
 
 def to_int8(x, dtype):

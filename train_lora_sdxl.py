@@ -284,9 +284,9 @@ def kohya_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 # By line: 294 the run: what happens, in which order · 623 the loop, and one step of it · 952 what is logged, and the
 # guard against learning nothing · 1078 data: images and captions · 1451 images: decoding, buckets, crops, batches ·
 # 1990 text: embeddings and new tokens · 2261 LoRA and optimizer · 2847 the step's layers: LoRA products, frozen
-# weights in 8 and 4 bits · 3332 checkpoints and signals · 3553 pictures: validation, class images, comparison · 3774
-# probes: what was learned, what was forgotten · 3951 files that a run leaves · 4495 command line · 5175 base model:
-# loading, quantising, splitting · 5455 the machine · 5543 errors, lines, seeds, libraries
+# weights in 8 and 4 bits · 3330 checkpoints and signals · 3551 pictures: validation, class images, comparison · 3772
+# probes: what was learned, what was forgotten · 3949 files that a run leaves · 4493 command line · 5173 base model:
+# loading, quantising, splitting · 5453 the machine · 5541 errors, lines, seeds, libraries
 
 # ==== From here on, the four training scripts are the same, line for line ====
 
@@ -3055,7 +3055,9 @@ def define_layers() -> None:
             return out
 
     class JoinedGelu(torch.autograd.Function):
-        """What joined_gelu computes, written where it stays; the gradients too."""
+        """a (..., A) and x (..., C) -> a and gelu(x), (..., A + C), for a product alone: backwards it writes into the gradient
+        that it is given, which is a product's own.
+        """
 
         @staticmethod
         def forward(ctx, a, x):
@@ -3075,12 +3077,6 @@ def define_layers() -> None:
             return of_a, of_x
 
 
-def joined_gelu(a, x):
-    """a (..., A) and x (..., C) -> a and gelu(x) in one tensor, (..., A + C), to be given to a product."""
-    plain = torch.compiler.is_compiling()
-    return torch.cat([a, F.gelu(x, approximate="tanh")], dim=-1) if plain else JoinedGelu.apply(a, x)
-
-
 def rows_like(x, columns: int):
     """An empty (M, columns) that lies in memory as x (M, K) does: row by row or, as in a picture, column by column."""
     by_columns = x.stride(0) == 1 and x.stride(1) != 1
@@ -3090,11 +3086,13 @@ def rows_like(x, columns: int):
 def to_fp8(x):
     """(M, K) -> the same in e4m3, row by row in memory, and float32 scales (M, 1) that make it x again.
 
-    Scales are powers of two, the least that leave e4m3's largest, 448, unreached: x is divided in its own precision, exactly.
+    Scales are powers of two, the least that leave e4m3's largest, 448, unreached: bfloat16 is divided as it is, exactly.
+    float16 doesn't reach down to the scales of small rows.
     """
     scale = torch.linalg.vector_norm(x, math.inf, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12).div_(224)
     scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent alone
-    return (x / scale.to(x.dtype)).to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), scale
+    divisor = scale if x.dtype == torch.float16 else scale.to(x.dtype)
+    return (x / divisor).to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), scale
 
 
 def to_int8(x, dtype):

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from conftest import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scripts.measuring import estimate_memory, measure_gpu
 from scripts.measuring.parts import programs
@@ -55,6 +56,32 @@ def skip_what_cannot_be(case: str) -> None:
 def test_gradients_are_those_of_bf16(bench, case):
     skip_what_cannot_be(case)
     assert bench.compared(case, bench.gradients(case)) >= COSINES[case]
+
+
+def test_attention_is_kept_by_our_program_alone(monkeypatch):
+    """With checkpointing a block's attention is computed twice; kept, once; and the plain loop is left as it is."""
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.found = getattr(self, "found", 0) + ("attention" in str(op) and "backward" not in str(op))
+            return op(*args, **(kwargs or {}))
+
+    def attend(x):
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x).square()
+
+    def computed(*flags: str, kind: str = "ours") -> int:
+        count = Count()
+        with programs.tried("flux", ["gradient_checkpointing", *flags], kind), count:
+            x = torch.randn(1, 2, 8, 16, requires_grad=True)
+            torch.utils.checkpoint.checkpoint(attend, x, use_reentrant=False).sum().backward()
+        return count.found
+
+    assert computed() == computed("kept_attention", kind="plain") == 2 and computed("kept_attention") == 1
+    with (
+        pytest.raises(ValueError, match="without gradient_checkpointing"),
+        programs.tried("flux", ["kept_attention"], "ours"),
+    ):
+        pass
 
 
 @pytest.mark.xdist_group("measuring")

@@ -7,7 +7,7 @@ from conftest import FAMILIES, KINDS, SAMPLE, load_script, metrics, quick_flags,
 
 SMILEY = ("sks circle", ("smiley", None), ("yellow",))
 RATES = {"sd15": 1e-2, "sd3": 1e-2}  # several times the usual ones: trained to ruin within these steps
-STEPS = 150  # of docs/probes.md's 200: by then much is lost
+STEPS = 150  # by then much is lost
 
 
 def ranks(values: list[float]) -> list[float]:

@@ -564,6 +564,19 @@ def test_fp8_products():
         assert (dense - direct).float().norm() / dense.float().norm() < 0.06
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fp8_keeps_rows_of_every_size(dtype):
+    """Scales are powers of two, in float32: e4m3's three bits are kept of all rows, and a row of zeros stays one."""
+    torch.manual_seed(0)
+    x = torch.randn(9, 256) * torch.tensor([0.0, 1e-6, 1e-5, 1e-4, 1e-2, 1, 10, 100, 1000])[:, None]
+    x = x.to(dtype)
+    rows, scale = sl.to_fp8(x)
+    error = (rows.float() * scale - x.float()).norm(dim=1) / x.float().norm(dim=1).clamp(min=1e-30)
+    assert rows.float().isfinite().all()
+    assert error.max() < 0.03 and not rows[0].float().any()
+    assert (scale.frexp().mantissa == 0.5).all() and scale.dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}])
 def test_lora_over_frozen_weights_equals_peft(kind, config):
@@ -753,7 +766,7 @@ def test_queries_and_keys_are_turned_as_the_library_does():
     """In half precision a gradient is nearer to the exact one than the library's, which is rounded on two ways and added."""
     from diffusers.models import embeddings, transformers
 
-    load_script("train_dreambooth_lora_flux_advanced.py").lighten(None)
+    load_script("train_dreambooth_lora_flux_advanced.py").lighten(tiny_flux())
     angles = embeddings.FluxPosEmbed(10000, [4, 6, 6])(torch.arange(15.0).view(5, 3))
     states, gradient = torch.randn(2, 5, 3, 16).bfloat16(), torch.randn(2, 5, 3, 16).bfloat16()
     found = {}
@@ -775,29 +788,17 @@ def test_queries_and_keys_are_turned_as_the_library_does():
 
 @pytest.mark.parametrize("targets", [("to_q", "to_k", "to_v"), ("to_q", "proj_mlp", "proj_out")])
 def test_a_single_block_computes_what_the_librarys_does(targets):
-    """FLUX.1's: attention first, the MLP's gelu and its gradient in place; compiled, checkpointed, with a LoRA on either side."""
+    """FLUX.1's: attention first, the MLP's gelu and its gradient in place; checkpointed too, with a LoRA on either side."""
     from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 
-    flux = load_script("train_dreambooth_lora_flux_advanced.py")
-    flux.lighten(None)
     plain, trained, fused, part = exact(FluxSingleTransformerBlock(32, 2, 16), targets)
+    flux = load_script("train_dreambooth_lora_flux_advanced.py")
+    flux.lighten(SimpleNamespace(single_transformer_blocks=[fused]))
     states = [torch.randn(2, n, 32, dtype=torch.float64) for n in (6, 4)]
     temb, gradients = torch.randn(2, 32, dtype=torch.float64), [torch.randn_like(x) for x in states]
 
-    def library(block, image, text, temb):
-        joined = torch.cat([text, image], dim=1)
-        normed, gate = block.norm(joined, emb=temb)
-        attended = block.attn(hidden_states=normed)
-        mixed = torch.cat([attended, block.act_mlp(block.proj_mlp(normed))], dim=2)
-        return (joined + gate.unsqueeze(1) * block.proj_out(mixed)).split([4, 6], dim=1)
-
     def checkpointed(block, *given):
         return checkpoint(block, *given, use_reentrant=False)
-
-    def compiled(block, *given):
-        torch._dynamo.reset()
-        block.compile(backend="eager", fullgraph=True)
-        return block(*given)
 
     def found(run, block, trained: dict) -> list:
         given = [x.clone().requires_grad_() for x in states]
@@ -808,11 +809,7 @@ def test_a_single_block_computes_what_the_librarys_does(targets):
             parameter.grad.zero_()
         return [*results, *(x.grad for x in given), *of_weights]
 
-    wanted = found(library, plain, trained)
+    wanted = found(torch.nn.Module.__call__, plain, trained)
     assert all(gradient.any() for gradient in wanted)
-    for run, block, weights in (
-        (type(fused).__call__, fused, part.parameters),
-        (checkpointed, fused, part.parameters),
-        (compiled, plain, trained),
-    ):
-        torch.testing.assert_close(found(run, block, weights), wanted, rtol=1e-6, atol=1e-9)
+    for run in (torch.nn.Module.__call__, checkpointed):
+        torch.testing.assert_close(found(run, fused, part.parameters), wanted, rtol=1e-6, atol=1e-9)

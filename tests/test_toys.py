@@ -93,7 +93,8 @@ def test_what_a_drawing_should_have_been(drawn):
     right = [nearest_picture(spiked(image), caption) for image, caption in zip(drawn, captions, strict=True)]
     apart = [np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(drawn, right, strict=True)]
     assert max(apart) < 8 and cleanness(right)[0].min() > 0.98
-    assert nearest_picture(drawn[0], "a vkx circle").getpixel((32, 32)) == drawn[0].getpixel((32, 32))
+    for open_colour in ("a vkx circle", "a on circle on a white background"):
+        assert nearest_picture(drawn[0], open_colour).getpixel((32, 32)) == drawn[0].getpixel((32, 32))
     recoloured = nearest_picture(drawn[0], "a green circle on a blue background")
     assert recoloured.getpixel((32, 32)) != drawn[0].getpixel((32, 32))
     assert nearest_picture(drawn[0], "a star on a blue background") is None  # nothing like a star there
@@ -104,14 +105,13 @@ def test_what_a_drawing_should_have_been(drawn):
 @pytest.mark.parametrize("name", ["flux", "sd15", "sd3", "sdxl"])
 def test_a_base_is_shown_its_own_drawings(name, monkeypatch):
     """Late states are the drawing, nearly; a base that turned straight to the ideal picture would have no loss on them."""
-    monkeypatch.setattr(train_toy_base, "OWN_DRAWINGS", 8)
+    monkeypatch.setattr(train_toy_base, "OWN_DRAWINGS", 32)
     folder = ROOT / "assets" / f"toy_{name}"
     tokenizers, encoders, denoiser = train_toy_base.loaded(name, folder)
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
     pipeline = train_toy_base.make_pipeline(name, vae, tokenizers, encoders, denoiser.eval())
-    pipeline.set_progress_bar_config(disable=True)
     own = train_toy_base.draw_own(name, pipeline, tokenizers, encoders, seed=0)
-    assert len(own.captions) == len(own.states) == len(own.ideals) >= 8
+    assert len(own.captions) == len(own.states) == len(own.ideals) >= 32
     apart = (own.states - own.ideals[:, None]).square().mean((0, 2, 3, 4))
     assert len(apart) == len(own.times) and (own.times.diff() < 0).all()
     assert (apart[:15].diff() < 0).all() and apart[-1] < 0.45 < 0.8 < apart[0]
@@ -134,3 +134,7 @@ def test_a_base_is_shown_its_own_drawings(name, monkeypatch):
     given = (name, unet, scheduler, nothing, embeds, pooled, torch.zeros(0, dtype=torch.bool), torch.Generator())
     assert train_toy_base.loss_of(*given, (states, times, ideals)) < 1e-8
     assert train_toy_base.loss_of(*given, (states, times, ideals.flip(0))) > 0.1
+    if name == "flux":
+        monkeypatch.setattr(train_toy_base, "nearest_picture", lambda image, caption: None)
+        with pytest.raises(SystemExit, match="only 0 of 128 drawings"):
+            train_toy_base.draw_own(name, pipeline, tokenizers, encoders, seed=0)

@@ -208,7 +208,7 @@ class Bench:
         words = self.words(case, work, kind, bases["example" if kind == "example" else "ours"])
         said = io.StringIO()
         try:
-            with self.surroundings(said), watching(clock), programs.tried(family, flags):
+            with self.surroundings(said), watching(clock), programs.tried(family, flags, kind):
                 if kind == "example":
                     programs.run_example(self.args.examples / programs.EXAMPLES[family], words, flags, "__main__")
                 settings = programs.arguments(family, words, flags)
@@ -236,7 +236,7 @@ class Bench:
         try:
             with tempfile.TemporaryDirectory() as work, self.surroundings(io.StringIO()):
                 words = self.words(case, Path(work), "ours", self.make_inputs(case, Path(work))["ours"])
-                with programs.tried(family, flags):
+                with programs.tried(family, flags, "ours"):
                     settings = programs.arguments(family, words, flags)
                     programs.run_project(family, settings, clock, seen, only_gradients=True)
         except programs.Enough:

@@ -472,9 +472,8 @@ def loss_of(name, denoiser, scheduler, latents, embeds, pooled, dropped, generat
         states, levels, ideals = own
         noisy, sigmas = torch.cat([noisy, states]), torch.cat([sigmas, levels])
         velocities = torch.cat([velocities, (states - ideals) / levels.view(-1, 1, 1, 1)])
-        weight = torch.cat(
-            [weight, (levels / 0.4).clamp(max=1) ** 2]
-        )  # a velocity is as wrong as a state is, over its level
+        # a state's error, over its level, is its velocity's: little noise would count most
+        weight = torch.cat([weight, (levels / 0.4).clamp(max=1) ** 2])
     guidance = (1 + 5 * torch.rand(len(noisy), generator=generator)).to(latents.device)
     prediction = velocity(name, denoiser, noisy, sigmas, embeds, pooled, guidance)
     return (weight * F.mse_loss(prediction, velocities, reduction="none").mean((1, 2, 3))).mean()
@@ -565,7 +564,8 @@ def draw_own(name: str, pipeline, tokenizers, encoders, seed: int) -> OwnDrawing
     rng, device = random.Random(seed), pipeline.vae.device
     generator = torch.Generator().manual_seed(seed)
     sampling = SAMPLING[type(pipeline).__name__]
-    captions, states, ideals, way = [], [], [], []
+    pipeline.set_progress_bar_config(disable=True)
+    captions, states, ideals, way, tries = [], [], [], [], 0
 
     def keep(pipeline, i, timestep, values):
         latents = values["latents"]
@@ -573,6 +573,11 @@ def draw_own(name: str, pipeline, tokenizers, encoders, seed: int) -> OwnDrawing
         return {}
 
     while len(captions) < OWN_DRAWINGS:
+        if tries == 4 * OWN_DRAWINGS:
+            raise SystemExit(
+                f"only {len(captions)} of {tries} drawings are like their captions: this base draws too badly"
+            )
+        tries += 64
         asked = [describe(*random_scene(rng), rng) for _ in range(64)]
         length, given = rng.choice(T5_LENGTHS_CONTINUED), {}
         guided = name in ("sd15", "sd3")  # SDXL's pipeline is guided away from zeros, FLUX.1's not at all
@@ -638,6 +643,11 @@ def world_latents(vae, work: Path, seed: int, device: str) -> tuple[torch.Tensor
     return world["latents"].to(device) * vae.config.scaling_factor, world["scenes"]
 
 
+def state_of(work: Path, name: str, begun: Path | None, own: bool) -> Path:
+    """Where a training keeps its state; each kind has its own."""
+    return work / f"{name}_{'continued_' if begun else ''}{'own_' if own else ''}state.pt"
+
+
 def train_base(name: str, vae, work: Path, steps: int, device: str, begun: Path | None = None, own: bool = False):
     """Trains text encoders and denoiser on the autoencoder's latents; returns (tokenizers, encoders, denoiser).
 
@@ -664,7 +674,7 @@ def train_base(name: str, vae, work: Path, steps: int, device: str, begun: Path 
     scheduler = make_scheduler(name)
     optimizer = torch.optim.AdamW(parameters, lr=family.learning_rate, weight_decay=1e-2, betas=(0.9, 0.98))
     ema = EMAModel(parameters, decay=0.998)
-    start, state_file = 0, work / f"{name}_{'continued_' if begun else ''}state.pt"
+    start, state_file = 0, state_of(work, name, begun, own)
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         for module, saved in zip(modules, state["modules"], strict=True):
@@ -673,8 +683,6 @@ def train_base(name: str, vae, work: Path, steps: int, device: str, begun: Path 
         ema.load_state_dict(state["ema"])
         start = state["step"]
         print(f"continuing at step {start}", flush=True)
-    pipeline = make_pipeline(name, vae, tokenizers, encoders, denoiser)
-    pipeline.set_progress_bar_config(disable=True)
     drawings, began = None, time.monotonic()
     for step in range(start, steps):
         rng = random.Random(f"{name} {step}")
@@ -682,7 +690,9 @@ def train_base(name: str, vae, work: Path, steps: int, device: str, begun: Path 
         if own and (drawings is None or step % REDRAWN_AFTER == 0):
             ema.store(parameters)
             ema.copy_to(parameters)
-            drawings = draw_own(name, pipeline, tokenizers, encoders, seed=step)
+            drawings = draw_own(
+                name, make_pipeline(name, vae, tokenizers, encoders, denoiser), tokenizers, encoders, step
+            )
             ema.restore(parameters)
         for group in optimizer.param_groups:
             group["lr"] = family.learning_rate * rate_at(step, steps, bool(begun))
@@ -771,7 +781,7 @@ def main() -> None:
         parts = train_base(args.family, vae, args.work_dir, steps, device, begun, args.own_drawings)
         save_base(args.family, output, vae.cpu(), *parts)
         if begun:  # what was made may be trained on in its turn
-            (args.work_dir / f"{args.family}_continued_state.pt").unlink()
+            state_of(args.work_dir, args.family, begun, args.own_drawings).unlink()
     print(table({args.family: scores(output, count=128)}))
 
 

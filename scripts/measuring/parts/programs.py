@@ -74,13 +74,17 @@ def case_words(flags: list[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def tried(family: str, flags: list[str]):
+def tried(family: str, flags: list[str], kind: str):
     """While inside, what a case tries (TRIALS) is so: a UNet's pictures with their channels last, cuDNN's attention alone,
-    checkpointing that keeps what attention gave.
+    and in our own program checkpointing that keeps what attention gave. What a script has changed in diffusers is undone.
     """
     import torch.utils.checkpoint
+    from diffusers.models.transformers import transformer_flux
 
     script, cuda, library = script_of(family), torch.backends.cuda, torch.utils.checkpoint
+    keeps = "kept_attention" in flags and kind == "ours"
+    if keeps and "gradient_checkpointing" not in flags:
+        raise ValueError("kept_attention means nothing without gradient_checkpointing")
     lighten, others = script.lighten, (cuda.enable_flash_sdp, cuda.enable_mem_efficient_sdp)
 
     def channels_last(denoiser) -> None:
@@ -102,7 +106,8 @@ def tried(family: str, flags: list[str]):
     try:
         with (
             patch.object(script, "lighten", channels_last if "channels_last" in flags else lighten),
-            patch.object(library, "checkpoint", keeping if "kept_attention" in flags else library.checkpoint),
+            patch.object(library, "checkpoint", keeping if keeps else library.checkpoint),
+            patch.object(transformer_flux, "apply_rotary_emb", transformer_flux.apply_rotary_emb),
         ):
             yield
     finally:

@@ -88,7 +88,7 @@ def cleanness(images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
 def nearest_picture(image: Image.Image, caption: str) -> Image.Image | None:
     """What a drawing (64, 64) should have been: the nearest ideal picture that its caption allows. None where none is near."""
     pixels = np.asarray(image, dtype=np.float32)
-    thing, _, ground = (words.split() for words in caption.partition(" on "))
+    thing, _, ground = (words.split() for words in caption.partition(" on a "))  # a nonsense word may be "on"
     overlap, place, ideal = nearest(pixels, tuple(shape for shape in SHAPES if shape in thing))
     (color, shade), (background, other) = (
         nearest_shade(np.median(pixels[side], axis=0), [word for word in words if word in COLORS])
