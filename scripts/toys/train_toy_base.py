@@ -573,7 +573,7 @@ def draw_own(name: str, pipeline, tokenizers, encoders, seed: int) -> OwnDrawing
         return {}
 
     while len(captions) < OWN_DRAWINGS:
-        if tries == 4 * OWN_DRAWINGS:
+        if tries >= 4 * OWN_DRAWINGS:
             raise SystemExit(
                 f"only {len(captions)} of {tries} drawings are like their captions: this base draws too badly"
             )
