@@ -1,0 +1,67 @@
+"""Loading a denoiser with its linear layers in nf4, int8 or fp8, a tensor at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+
+from lora_training.base_model.reading import read_json, reading_base
+from lora_training.console import progress
+from lora_training.errors import UserError
+from lora_training.memory.frozen_linear import FrozenLinear
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def load_quantized(kind, folder: Path, quantize: str, dtype, device, variant: str | None = None, home=None):
+    """A denoiser of diffusers class `kind` with the linear layers of its blocks in nf4, int8 or fp8, on the device `home`.
+
+    Each tensor is read, cast or quantised on `device`, and dropped; those of the blocks first, the largest of them
+    first, so that the CPU holds no more than one file, the device never more than the result. Layers outside of the blocks
+    (embeddings, the last layer) are few and sensitive, and stay in `dtype`. Errors: UserError if weights are missing.
+    """
+    from accelerate import init_empty_weights
+
+    home = home or device
+    with init_empty_weights():
+        model = kind.from_config(kind.load_config(folder)).requires_grad_(False).eval()
+    middle, stem = f".{variant}" if variant else "", "diffusion_pytorch_model"
+    index, files = folder / f"{stem}.safetensors.index{middle}.json", [f"{stem}{middle}.safetensors"]
+    if index.is_file():
+        with reading_base(index.name):
+            files = sorted(set(read_json(index)["weight_map"].values()))
+    total = sum((folder / file).stat().st_size for file in files if (folder / file).is_file())
+    with progress(f"loading in {quantize}", total, unit="B", unit_scale=True) as bar:
+        for file in files:
+            with reading_base(file):
+                opened = safe_open(folder / file, framework="pt")
+            with opened as shard:
+                names = shard.keys()
+                sizes = {
+                    name: ("block" in name, math.prod(shard.get_slice(name).get_shape())) for name in names
+                }
+                for name in sorted(names, key=sizes.get, reverse=True):
+                    tensor = shard.get_tensor(name)
+                    load_tensor(model, name, tensor, quantize, dtype, device, home)
+                    bar.update(tensor.nbytes)
+    if missing := [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]:
+        raise UserError(f"{folder}: {len(missing)} weights are missing, such as {missing[0]}")
+    return model.to(home)
+
+
+def load_tensor(model, name: str, tensor, quantize: str, dtype, device, home) -> None:
+    """Puts one tensor of a file into the model; a linear layer inside a block becomes a FrozenLinear."""
+    path, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(path)
+    if leaf == "weight" and type(layer) is torch.nn.Linear and "block" in path:
+        frozen = FrozenLinear(tensor.to(device), None, quantize, dtype).to(home)
+        frozen.bias = layer.bias  # it comes later
+        model.set_submodule(path, frozen)
+    elif leaf in layer._parameters:
+        layer._parameters[leaf] = torch.nn.Parameter(tensor.to(home, dtype, copy=True), requires_grad=False)
+    elif leaf in layer._buffers:
+        layer._buffers[leaf] = tensor.to(home, dtype if tensor.is_floating_point() else None, copy=True)

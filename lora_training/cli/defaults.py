@@ -1,0 +1,88 @@
+"""Settings that depend on other flags."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_training.cli.prompt_files import read_prompts
+from lora_training.cli.types import count, key_and_value
+from lora_training.console import print_status
+from lora_training.data.captions import clean_caption
+from lora_training.errors import UserError
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def fill_defaults(args: argparse.Namespace) -> None:
+    """Fills in what depends on other flags."""
+    args.optimizer = optimizer_of(args)
+    args.captions_vary = args.shuffle_tags or args.tag_dropout > 0
+    args.optimizer_args = dict(map(key_and_value, args.optimizer_args or ()))
+    args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
+    if args.lr_warmup_steps and args.lr_scheduler == "constant" and args.optimizer != "schedulefree":
+        args.lr_scheduler = "constant_with_warmup"  # the two flags together can mean nothing else
+    args.resolution = args.resolution or [args.family.resolution]
+    args.prompt_settings = (
+        read_prompts(args.validation_prompts_file, args.family.pixel_divisor)
+        if args.validation_prompts_file
+        else []
+    )
+    if args.prompt_settings:
+        args.validation_prompt = [own.pop("prompt") for own in args.prompt_settings]
+    for name in ("validation_prompt", "control_prompt"):  # each is one line, as a caption is; "" is off
+        vars(args)[name] = [c for p in vars(args)[name] or [] if (c := clean_caption(p))] or None
+    args.color_jitter = [0.1, 0.1, 0.1, 0.05] if args.color_jitter == [] else args.color_jitter
+    args.output_dir = str(
+        Path(args.output_dir or f"output/{args.family.name}-lora")
+    )  # "name/" and "name" are the same folder
+    args.class_data_dir = args.class_data_dir or str(Path(args.output_dir) / "class_images")
+    if args.max_train_steps is None and args.num_train_epochs is None:
+        args.max_train_steps = 1000
+
+
+def use_prepared_buckets(args: argparse.Namespace) -> None:
+    """Takes the buckets that scripts/prepare_dataset.py has left in the data folder; --aspect_ratio_buckets wins.
+
+    Errors: UserError if --resolution asks for another size, because the pictures have been scaled already.
+    """
+    file = Path(args.train_data_dir or args.instance_data_dir or args.dataset_name or "") / "buckets.json"
+    if args.aspect_ratio_buckets is not None or not file.is_file():
+        return
+    try:
+        prepared = json.loads(file.read_text(encoding="utf-8"))
+        side, buckets = count(prepared["resolution"]), str(prepared["aspect_ratio_buckets"])
+    except Exception:  # of a damaged file, half a dozen kinds
+        raise UserError(
+            f"{file}: has no resolution and aspect_ratio_buckets; prepare the folder again"
+        ) from None
+    if args.resolution is not None and not 3 / 4 <= math.prod((args.resolution * 2)[:2]) / side**2 <= 4 / 3:
+        asked, way_out = (
+            " ".join(map(str, args.resolution)),
+            "prepare again, or use --aspect_ratio_buckets auto",
+        )
+        raise UserError(f"--resolution {asked}: the pictures are prepared for {side} ({file}); {way_out}")
+    args.resolution, args.aspect_ratio_buckets = [side], buckets
+    print_status(f"buckets as prepared: {file}")
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    """--resolution and --aspect_ratio_buckets: numbers that the VAE and the denoiser can divide."""
+    if len(args.resolution) > 2:
+        raise UserError("--resolution takes one number, or width and height")
+    for side in args.resolution:
+        if side % args.family.pixel_divisor:
+            raise UserError(f"--resolution {side} is not divisible by {args.family.pixel_divisor}")
+    for pair in [] if args.aspect_ratio_buckets in (None, "auto") else args.aspect_ratio_buckets.split(";"):
+        sides = [int(side) if side.strip().isdecimal() else 0 for side in pair.split(",")]
+        if len(sides) != 2 or not all(side and side % args.family.pixel_divisor == 0 for side in sides):
+            what = f'{pair!r} is no "height,width" of multiples of {args.family.pixel_divisor}'
+            raise UserError(f'--aspect_ratio_buckets: {what}; or use "auto"')
+
+
+def optimizer_of(args: argparse.Namespace) -> str:
+    """The optimizer that --optimizer, --use_8bit_adam or --use_prodigy names."""
+    return "adamw8bit" if args.use_8bit_adam else "prodigy" if args.use_prodigy else args.optimizer

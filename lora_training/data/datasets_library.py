@@ -1,0 +1,86 @@
+"""Images and captions of a `datasets` data set."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_training.data.captions import as_captions
+from lora_training.data.folders import CAPTION_COLUMNS, Example
+from lora_training.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def dataset_examples(args: argparse.Namespace) -> list[Example]:
+    """Images and captions of a `datasets` data set: from the hub, a local folder, or a Python builder."""
+    import datasets
+
+    datasets.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    name, split = args.dataset_name, args.dataset_split
+    try:
+        if name.endswith(".py"):
+            table = builder_dataset(args)
+        elif any((Path(name) / file).exists() for file in ("dataset_dict.json", "state.json")):
+            saved = datasets.load_from_disk(name)
+            table = saved[split] if isinstance(saved, dict) else saved
+        else:
+            table = datasets.load_dataset(
+                name, args.dataset_config_name, split=split, cache_dir=args.cache_dir
+            )
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"--dataset_name {name}: {one_line(error)}") from None
+    for flag in ("image_column", "caption_column"):
+        if vars(args)[flag] not in (None, *table.column_names):
+            columns = ", ".join(table.column_names)
+            raise UserError(f"--{flag} {vars(args)[flag]}: the data set has the columns {columns}")
+    column = args.caption_column or next((c for c in CAPTION_COLUMNS if c in table.column_names), None)
+    table = table.cast_column(args.image_column, datasets.Image(decode=False))
+
+    captions = map(as_captions, table[column] if column else [None] * len(table))
+    reader = functools.partial(read_cell, table, args.image_column)  # a spawned worker can take it along
+    examples = [Example(f"row {i}", own, functools.partial(reader, i)) for i, own in enumerate(captions)]
+    if args.masked_loss not in (None, "alpha"):
+        raise UserError(
+            f"--masked_loss {args.masked_loss}: a data set's masks are its pictures' alpha channels: alpha"
+        )
+    for example in examples if args.masked_loss else ():
+        example.read_mask = example.read
+    return examples
+
+
+def read_cell(table, column: str, row: int) -> bytes:
+    """The bytes of an image in a data set."""
+    cell = table[row][column]
+    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+
+def builder_dataset(args: argparse.Namespace):
+    """The split of a data set whose builder class stands in a local Python file.
+
+    The `datasets` package no longer runs such files, so the file that the user names is imported here.
+    """
+    import datasets
+
+    path = Path(args.dataset_name)
+    if not path.is_file():
+        raise UserError(f"--dataset_name {path}: no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+    builders = [c for c in own if issubclass(c, datasets.DatasetBuilder)]
+    if len(builders) != 1:
+        raise UserError(f"--dataset_name {path}: expected one datasets builder class, found {len(builders)}")
+    data_dir = str(Path(args.train_data_dir).resolve()) if args.train_data_dir else None
+    with tempfile.TemporaryDirectory() as work:
+        builder = builders[0](cache_dir=work, config_name=args.dataset_config_name, data_dir=data_dir)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=args.dataset_split, in_memory=True)

@@ -1,0 +1,123 @@
+"""LoRA weights with the keys of diffusers' and of kohya's files."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+
+from lora_training.lora.kohya_layouts import kohya_layout
+from lora_training.optim.parts import ADAPTER
+
+if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
+    from lora_training.families import Family
+
+
+def to_diffusers_keys(state: dict, spelling: tuple[tuple[str, str], ...]) -> dict:
+    """The denoiser's LoRA with the keys of diffusers' files, the same spelling for every layer.
+
+    diffusers looks at the first key only to tell how a file is spelled: its own conversion renames the attention's layers
+    alone, so a UNet's file that also has other layers would be read without them, or without the attention.
+    """
+    for ours, theirs in spelling:
+        state = {k.replace(ours, theirs): v for k, v in state.items()}
+    return state
+
+
+def text_encoder_keys(state: dict) -> dict:
+    """A text encoder's LoRA with the level `text_model` that released files have and transformers 5 has not."""
+    return {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in state.items()}
+
+
+def reference_free(states: dict, initials: dict, args: argparse.Namespace) -> tuple[dict, float, int]:
+    """LoRA weights for the unchanged base. Returns (states, alpha, rank).
+
+    pissa and olora change the base's weights by the LoRA's start; what they learned, B A - B0 A0, is a LoRA of twice the
+    rank: https://arxiv.org/abs/2404.02948
+    """
+    if not args.init_lora_weights.startswith(("pissa", "olora")):
+        return states, args.lora_alpha, args.rank
+    out = {}
+    for part, state in states.items():
+        out[part] = {}
+        for key, value in state.items():
+            start = initials[part][key]
+            out[part][key] = (
+                torch.cat([value, start]) if ".lora_A." in key else torch.cat([value, -start], dim=1)
+            )
+    return out, args.lora_alpha * (math.sqrt(2) if args.use_rslora else 2), args.rank * 2
+
+
+def kohya_state(
+    family: Family,
+    states: dict[str, dict],
+    alpha: float,
+    config: dict,
+    norms: dict | None = None,
+    scale: float = 1.0,
+) -> dict:
+    """LoRA, LoHa or LoKr weights with the keys of kohya's scripts, LyCORIS, AUTOMATIC1111 and ComfyUI.
+
+    states: pipeline name -> weights with peft's keys; config: the denoiser's; norms: of `neighbours_norms`; scale: alpha/rank,
+    which LyCORIS leaves out where a LoKr's factors are both whole. Each module gets its own alpha.
+    """
+    kinds = {
+        "lora_A.weight": "lora_down.weight",
+        "lora_B.weight": "lora_up.weight",
+        "lora_magnitude_vector": "dora_scale",
+    }
+    out = {}
+    for part, state in states.items():
+        modules: dict[str, dict] = {}
+        for key, value in (state if part == family.denoiser else text_encoder_keys(state)).items():
+            name, suffix = ADAPTER.split(key)
+            if (
+                suffix == "lora_magnitude_vector"
+            ):  # a column, as ComfyUI multiplies it; of convolutions (out, 1, 1, 1)
+                value = value.reshape(-1, *[1] * max(1, value.dim() - 1))
+            modules.setdefault(name, {"alpha": torch.tensor(float(alpha))})[kinds.get(suffix, suffix)] = value
+        for tensors in modules.values():
+            if {"lokr_w1", "lokr_w2"} <= tensors.keys():
+                tensors["lokr_w1"] = tensors["lokr_w1"] * scale
+        prefix = family.kohya_prefixes[part]
+        if part == family.denoiser and family.fused_projections and not any(".lora_" in key for key in state):
+            prefix = "lycoris"  # before diffusers' names: factors of q, k and v can't be put together; ComfyUI knows it
+        elif part == family.denoiser:
+            unchanged = {name: {"dora_scale": norm[:, None]} for name, norm in (norms or {}).items()}
+            modules = kohya_layout(family, modules | unchanged, config)
+        for name, tensors in modules.items():
+            out |= {f"{prefix}_{name.replace('.', '_')}.{kind}": t for kind, t in tensors.items()}
+    return out
+
+
+def neighbours_norms(family: Family, folder: Path, state: dict, config: dict) -> dict:
+    """{layer: norms of its rows} of the base's layers without LoRA that the original holds as one with a layer that has one:
+    with these as their magnitudes (DoRA) they stay as they are. folder: the denoiser's.
+    """
+
+    def original(name: str) -> str:
+        probe = {
+            "lora_down.weight": torch.zeros(1, 1),
+            "lora_up.weight": torch.zeros(1, 1),
+            "alpha": torch.tensor(1.0),
+        }
+        return next(iter(kohya_layout(family, {name: probe}, config)))
+
+    trained, norms = {key.split(".lora_")[0] for key in state}, {}
+    shared = {original(name) for name in trained}
+    for file in (
+        sorted(folder.glob("*.safetensors")) if family.fused_projections else ()
+    ):  # a UNet's are single
+        with safe_open(file, "pt") as shard:
+            keys = shard.keys()
+            for name in {
+                k.removesuffix(".weight") for k in keys if len(shard.get_slice(k).get_shape()) == 2
+            } - trained:
+                if f"{name}.weight" in keys and original(name) in shared:
+                    norms[name] = shard.get_tensor(f"{name}.weight").float().norm(dim=1)
+    return norms

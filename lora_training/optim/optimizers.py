@@ -1,0 +1,126 @@
+"""Optimizers by name, without waits for the GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_training.base_model.reading import import_class
+
+if TYPE_CHECKING:
+    import argparse
+
+    from lora_training.optim.parts import TrainedPart
+
+
+def make_optimizer(part: TrainedPart, args: argparse.Namespace):
+    """The optimizer of --optimizer for one part. Each part has its own, so that Prodigy finds a step size for each."""
+    common = {"params": parameter_groups(part, args.loraplus_lr_ratio), "lr": part.learning_rate}
+    common |= {"weight_decay": part.weight_decay} | args.optimizer_args
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon} | common
+    if "." in args.optimizer:
+        return import_class(*args.optimizer.rsplit(".", 1))(**common)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(**adam, fused=part.weights.is_cuda)
+    if args.optimizer == "adamw8bit":
+        import bitsandbytes
+
+        return nonblocking_adamw8bit(bitsandbytes.optim.AdamW8bit)(**adam)
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        own = ("decouple", "use_bias_correction", "safeguard_warmup")
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints how it decays weights
+            settings = {name: vars(args)[f"prodigy_{name}"] for name in own}
+            return nonblocking_prodigy(Prodigy)(**adam, beta3=args.prodigy_beta3, **settings)
+    if args.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        matrices = [torch.nn.Parameter(view) for view in part.split(part.weights.detach()).values()]
+        for matrix, gradient in zip(matrices, part.split(part.gradients).values(), strict=True):
+            matrix.grad = gradient  # it keeps a mean per row and column instead of one per weight
+        return Adafactor(
+            **common | {"params": matrices}, scale_parameter=False, relative_step=False, warmup_init=False
+        )
+    from schedulefree import AdamWScheduleFree
+
+    optimizer = AdamWScheduleFree(**adam, warmup_steps=args.lr_warmup_steps)
+    optimizer.train()
+    return optimizer
+
+
+def parameter_groups(part: TrainedPart, ratio: float) -> list:
+    """What a part's optimizer steps: its flat weights or, for LoRA+, those of the B matrices with a rate `ratio` times as high.
+
+    https://arxiv.org/abs/2402.12354
+    """
+    later = sum(p.numel() for name, p in part.parameters.items() if ".lora_B." in name)
+    if ratio == 1 or not later:
+        return [part.weights]
+    sizes = [len(part.gradients) - later, later]
+    groups = [{"params": [torch.nn.Parameter(weights)]} for weights in part.weights.detach().split(sizes)]
+    for group, gradient in zip(groups, part.gradients.split(sizes), strict=True):
+        group["params"][0].grad = gradient
+    groups[1]["lr"] = part.learning_rate * ratio
+    return groups
+
+
+def nonblocking_adamw8bit(base: type) -> type:
+    """bitsandbytes' 8-bit AdamW without its wait for the GPU after each parameter."""
+
+    class AdamW8bit(base):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for number, group in enumerate(self.param_groups):
+                for place, parameter in enumerate(group["params"]):
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, number, place)
+                    self.update_step(group, parameter, number, place)
+
+    return AdamW8bit
+
+
+def nonblocking_prodigy(base: type) -> type:
+    """prodigyopt's Prodigy, https://arxiv.org/abs/2306.06101, for one parameter, with d kept on the GPU.
+
+    The library reads two numbers from the GPU in each step.
+    """
+
+    class WaitlessProdigy(base):
+        @torch.no_grad()
+        def step(self, closure=None):
+            (group,) = self.param_groups
+            (weights,) = group["params"]
+            state, gradient, d0, lr = self.state[weights], weights.grad, group["d0"], group["lr"]
+            (beta1, beta2), decay = group["betas"], group["weight_decay"]
+            beta3 = math.sqrt(beta2) if group["beta3"] is None else group["beta3"]
+            if not state:
+                state.update({name: torch.zeros_like(weights) for name in ("exp_avg", "exp_avg_sq", "s")})
+                state.update(p0=weights.clone(), d=weights.new_tensor(d0), d_numerator=weights.new_zeros(()))
+            if not lr:
+                return
+            d, group["k"] = state["d"], group["k"] + 1
+            correction = math.sqrt(1 - beta2 ** group["k"]) / (1 - beta1 ** group["k"])
+            dlr = d * (lr * correction if group["use_bias_correction"] else lr)
+            if decay and not group["decouple"]:
+                gradient.add_(weights, alpha=decay)
+            progress, weight = torch.dot(gradient, state["p0"] - weights), d * dlr
+            state["d_numerator"].mul_(beta3).addcmul_(weight, progress, value=1 / d0)
+            scaled = gradient * d
+            state["exp_avg"].lerp_(scaled, 1 - beta1)
+            state["exp_avg_sq"].mul_(beta2).addcmul_(scaled, scaled, value=1 - beta2)
+            weight = d * d if group["safeguard_warmup"] else weight
+            state["s"].mul_(beta3).addcmul_(gradient, weight, value=1 / d0)
+            found = state["d_numerator"] / torch.linalg.vector_norm(state["s"], 1) * group["d_coef"]
+            state["d"] = torch.maximum(d, found.nan_to_num_(0.0))  # no gradient yet: 0 / 0
+            denominator = state["exp_avg_sq"].sqrt().add_(state["d"], alpha=group["eps"])
+            if decay and group["decouple"]:
+                weights.addcmul_(weights, dlr, value=-decay)
+            weights.addcdiv_(state["exp_avg"] * dlr, denominator, value=-1)
+            group["d"] = state["d"]
+
+    return WaitlessProdigy
