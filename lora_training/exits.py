@@ -1,20 +1,23 @@
 """How a program of this project ends: exit codes, and errors of one line.
 
-0 done, 1 failed, 2 wrong arguments or input, 128 + the number of a signal.
+0 done, 1 failed, 2 wrong arguments or input, 128 + the number of a signal. A training script wraps its work
+in `exit_code`; a command decorates its `main` with `run_command`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
-from lora_training.console import print_status
+from lora_training.console import print_status, printable
 from lora_training.errors import Interrupted, UserError, one_line
 from lora_training.files import last_checkpoint_note, list_checkpoints
 from lora_training.signals import StopSignal
@@ -26,13 +29,16 @@ class Outcome:
     def __init__(self) -> None:
         self.code = 0
         self.output_dir: Path | None = None
+        self.crash_log = "crash.log"  # gets a traceback; in the output folder, or in a temporary one
 
 
 @contextlib.contextmanager
-def exit_code():
+def exit_code(program: str | None = None, user_errors: tuple[type[Exception], ...] = ()):
     """Gives an `Outcome`; whatever is raised inside is told in one line and becomes its exit code.
 
-    A fault of ours ends with one line too, which names the file that has its traceback.
+    A fault of ours ends with one line too, which names the file that has its traceback. program: what the
+    line begins with, the running file's name by default. user_errors: errors that, like UserError, a person
+    can mend (exit code 2).
     """
     outcome = Outcome()
     for stream in (sys.stdout, sys.stderr):
@@ -44,14 +50,34 @@ def exit_code():
         yield outcome
     except UserError as error:
         # one that a loader's process has raised comes with its stack
-        outcome.code = report_error(" ".join(str(error).split("UserError: ")[-1].split()), 2)
+        message = " ".join(str(error).split("UserError: ")[-1].split())
+        outcome.code = report_error(message, 2, program)
     except Interrupted as stop:
         outcome.code = report_interruption(*stop.args, output=outcome.output_dir)
     except KeyboardInterrupt:  # before the signals were answered
         print_status("stopped before anything was done")
         outcome.code = 130
+    except user_errors as error:
+        outcome.code = report_error(describe_os_error(error) or one_line(error), 2, program)
     except Exception as error:
-        outcome.code = report_error(explain(error, outcome.output_dir), 1)
+        outcome.code = report_error(explain(error, outcome), 1, program)
+
+
+def run_command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+    """Decorates a command's `main`, which returns its exit code: errors end with one line as in `exit_code`.
+
+    UserError and OSError (a missing file, a full disk) have exit code 2, a fault of the command 1.
+    """
+    file = Path(main.__code__.co_filename)
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        with exit_code(file.name, user_errors=(OSError,)) as outcome:
+            outcome.crash_log = f"{file.stem}-crash.log"
+            outcome.code = main(argv)
+        return outcome.code
+
+    return run
 
 
 def report_interruption(code: int, *lines: str, output: Path | None) -> int:
@@ -64,38 +90,49 @@ def report_interruption(code: int, *lines: str, output: Path | None) -> int:
     return code
 
 
-def explain(error: Exception, output: Path | None) -> str:
-    """What happened and what to try, for an error that isn't a person's; the traceback of any other goes to a file."""
+def explain(error: Exception, outcome: Outcome) -> str:
+    """What happened and what to try; the traceback of what nobody expected goes to a file."""
+    output = outcome.output_dir
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
         return (
-            "out of memory; try, in this order, --gradient_checkpointing, --cache_latents, --mixed_precision bf16,"
-            " --optimizer adamw8bit, --quantize_base nf4, a lower --train_batch_size or --resolution"
+            "out of memory; try, in this order, --gradient_checkpointing, --cache_latents,"
+            " --mixed_precision bf16, --optimizer adamw8bit, --quantize_base nf4,"
+            " a lower --train_batch_size or --resolution"
         )
     if type(error).__name__.startswith("Dist") or "/gloo/" in str(error):
         return "another process of this run has ended, which this one was waiting for"
-    if isinstance(error, OSError) and error.errno:  # a full disk, a folder that is no more, missing rights
-        where = error.filename or output or ""
-        return f"{where}: {error.strerror}{last_checkpoint_note(output) if output else ''}"
-    return f"a fault of this script ({one_line(error)}); {write_crash_log(output)} has the traceback"
+    if os_error := describe_os_error(error, output):
+        return f"{os_error}{last_checkpoint_note(output) if output else ''}"
+    return f"a fault of this script ({one_line(error)}); {write_crash_log(outcome)} has the traceback"
 
 
-def write_crash_log(output: Path | None) -> Path:
+def describe_os_error(error: Exception, output: Path | None = None) -> str | None:
+    """The file and what is wrong with it (a full disk, missing rights); None for errors of another kind."""
+    if isinstance(error, OSError) and error.errno:
+        return f"{error.filename or output or ''}: {error.strerror}".removeprefix(": ")
+    return None
+
+
+def write_crash_log(outcome: Outcome) -> Path:
     """Writes the traceback of the error being handled to the output folder, or to a temporary one."""
-    for folder in (output, Path(tempfile.gettempdir())):
+    for folder in (outcome.output_dir, Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError, TypeError):
-            log = folder / "crash.log"
+            log = folder / outcome.crash_log
             log.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
             break
     return log
 
 
-def report_error(why: str, code: int) -> int:
-    """Says why the run ends. Beside a first process that says it too, the launcher ends this one while it waits."""
+def report_error(why: str, code: int, program: str | None = None) -> int:
+    """Says why a program ends, and returns its exit code.
+
+    Processes beside the first one, which says it too, wait: the launcher ends them.
+    """
     number, StopSignal.raised = StopSignal.raised, 0
     if int(os.environ.get("RANK", "0")) > 0:
         time.sleep(10)
     if number:
         print_status(f"stopped at once by {signal.Signals(number).name}")
         return 128 + number
-    print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr)
+    print(printable(f"{program or Path(sys.argv[0]).name}: error: {why}"), file=sys.stderr)
     return code

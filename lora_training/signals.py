@@ -1,19 +1,24 @@
-"""Signals that stop a run: answered at once outside the training loop, after the step's checkpoint inside it."""
+"""Signals that stop a run: answered at once outside the training loop, after the step's checkpoint inside it.
+
+A command whose files are whole or absent at every moment calls `end_at_once_on_signals` instead.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
+from pathlib import Path
 
 from lora_training.errors import Interrupted
 
-STOP_SIGNALS = [
-    n for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK") if hasattr(signal, n)
-]  # the last: Windows
+# SIGINT is Ctrl-C; SIGBREAK, Ctrl-Break, is Windows' own
+STOP_SIGNALS = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)]
 
 
 class StopSignal:
-    """Answers STOP_SIGNALS (Ctrl-C, and Ctrl-Break on Windows): at once outside the loop, after the step's checkpoint inside it."""
+    """Answers STOP_SIGNALS: at once outside the training loop, after the step's checkpoint inside it."""
 
     raised = 0  # the signal that was answered at once: libraries may make another error of the exception
 
@@ -31,7 +36,7 @@ class StopSignal:
 
 @contextlib.contextmanager
 def default_signals_afterwards():
-    """After it, signals are Python's and the system's again: none is an exception in what is said at the end."""
+    """Gives signals back to Python and the system at its end, so that none interrupts the last lines."""
     try:
         yield
     finally:
@@ -39,3 +44,21 @@ def default_signals_afterwards():
             signal.signal(
                 getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
             )
+
+
+def end_at_once_on_signals(note: str) -> None:
+    """From now on a stop signal ends the program with one line that says `note`, and exit code 128 + its
+    number.
+
+    To be called before libraries are imported: they swallow what is raised meanwhile, so nothing is raised,
+    and nothing is cleaned up. Lines on stdout are flushed one by one, so that none is lost.
+    """
+
+    def end_at_once(number: int, frame: object) -> None:
+        program = Path(sys.argv[0]).name
+        os.write(2, f"\n{program}: stopped by {signal.Signals(number).name}; {note}\n".encode())
+        os._exit(128 + number)
+
+    sys.stdout.reconfigure(line_buffering=True)
+    for name in STOP_SIGNALS:
+        signal.signal(getattr(signal, name), end_at_once)
