@@ -399,23 +399,23 @@ def predict(run: Run, batch: dict, embeds: dict) -> tuple[torch.Tensor, torch.Te
 def main(argv: list[str] | None = None) -> int:
     """Trains as the command line says; returns the exit code."""
     with exits.exit_code() as outcome:
-        args = cli.parse_args(
-            argv,
-            FAMILY,
-            __file__,
-            LORA_TARGETS,
-            USUAL_INFERENCE_STEPS,
-            USUAL_GUIDANCE,
-            add_family_args,
-            FAMILY_RULES,
-            FOREIGN_FLAGS,
-        )
+        args = parse_args(argv)
         outcome.output_dir = Path(args.output_dir)
         with training.open_output_folder(args):
             if not training.is_finished(args):
                 import_libraries(FAMILY.title)
                 execute(args)
     return outcome.code
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The settings, checked; nothing heavy has been imported yet."""
+    usual = {
+        "lora_targets": LORA_TARGETS,
+        "inference_steps": USUAL_INFERENCE_STEPS,
+        "guidance": USUAL_GUIDANCE,
+    }
+    return cli.parse_args(argv, FAMILY, __file__, add_family_args, FAMILY_RULES, FOREIGN_FLAGS, **usual)
 
 
 def execute(args: argparse.Namespace) -> None:

@@ -94,9 +94,15 @@ def load_script(name: str):
         module = importlib.util.module_from_spec(spec)
         sys.modules[key] = module
         spec.loader.exec_module(module)
-        if hasattr(module, "import_libraries"):
-            module.import_libraries()
-            module.waiting.noticed = 60.0  # a busy machine's bars are no lines that tests wait for
+        if hasattr(module, "FAMILY"):
+            from script_view import ScriptView
+
+            from lora_training.console import progress
+            from lora_training.libraries import import_training_libraries
+
+            import_training_libraries()
+            progress.noticed = 60.0  # a busy machine's bars are no lines that tests wait for
+            sys.modules[key] = ScriptView(module)
     return sys.modules[key]
 
 

@@ -24,12 +24,12 @@ def parse_args(
     argv: list[str] | None,
     family: Family,
     script: str,
+    add_family_args,
+    rules: tuple[tuple, ...],
+    foreign_flags: dict[str, str],
     lora_targets: tuple[str, ...],
     inference_steps: int,
     guidance: float,
-    add_family_args,
-    rules: tuple[tuple, ...] = (),
-    foreign_flags: dict[str, str] | None = None,
 ) -> argparse.Namespace:
     """Parses and checks a recipe's command line on top of the --config file; nothing heavy has been imported yet.
 
@@ -38,7 +38,6 @@ def parse_args(
     be used here}; they are taken while they are off, so that published commands run. The settings as they were given stand
     in `settings`, their defaults in `defaults`, the flags of the command line itself in `ordered`.
     """
-    foreign_flags = foreign_flags or {}
     parser = OneLineParser(description=f"Trains a LoRA for {family.title}.", allow_abbrev=False)
     parser.rules = rules
     add_shared_args(parser, family, lora_targets, inference_steps, guidance)
