@@ -14,6 +14,7 @@ class Family:
 
     name: str
     title: str
+    training_script: str  # the file of its recipe
     pipeline_class: str
     training_scheduler: str  # the diffusers scheduler whose noise is trained on
     denoiser: str  # the denoiser's name in the pipeline
@@ -48,6 +49,7 @@ UNET_SPELLING = ((".lora_A.", ".lora.down."), (".lora_B.", ".lora.up."))
 SD15 = Family(
     name="sd15",
     title="Stable Diffusion 1.x/2.x",
+    training_script="train_lora_sd15.py",
     pipeline_class="StableDiffusionPipeline",
     pipeline_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     training_scheduler="DDPMScheduler",
@@ -67,6 +69,7 @@ SD15 = Family(
 SDXL = Family(
     name="sdxl",
     title="Stable Diffusion XL",
+    training_script="train_lora_sdxl.py",
     pipeline_class="StableDiffusionXLPipeline",
     pipeline_options={"add_watermarker": False},
     training_scheduler="DDPMScheduler",
@@ -87,6 +90,7 @@ SDXL = Family(
 SD3 = Family(
     name="sd3",
     title="Stable Diffusion 3",
+    training_script="train_lora_sd3.py",
     pipeline_class="StableDiffusion3Pipeline",
     training_scheduler="FlowMatchEulerDiscreteScheduler",  # 1000 sigmas and timesteps, with the base's shift
     denoiser="transformer",
@@ -111,6 +115,7 @@ SD3 = Family(
 FLUX = Family(
     name="flux",
     title="FLUX.1",
+    training_script="train_dreambooth_lora_flux_advanced.py",
     pipeline_class="FluxPipeline",
     training_scheduler="FlowMatchEulerDiscreteScheduler",  # before a shift that depends on the size
     denoiser="transformer",
