@@ -41,14 +41,22 @@ def replace_file(part: Path, final: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(file: Path):
-    """Gives a path to write to; the file appears under its own name in one step, when all of it is written."""
-    part = file.with_name(f".{os.getpid()}.{file.name}")
+def atomic_write(target: Path):
+    """Gives a path to write a file or a folder to; `target` appears in one step, when all of it is written.
+
+    A folder takes no place but that of an empty folder.
+    """
+    part = target.with_name(f".{os.getpid()}.{target.name}")
     try:
         yield part
-        replace_file(part, file)
+        if part.is_dir() and target.is_dir():
+            target.rmdir()
+        replace_file(part, target)
     finally:
-        part.unlink(missing_ok=True)
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -130,6 +138,14 @@ def read_config_file(file: str, flag: str = "--config", kind: type = dict):
         expected = "flag names and values" if kind is dict else "a list"
         raise UserError(f"{flag} {file}: expected {expected}, found {type(values).__name__}")
     return values
+
+
+def read_json_file(file: Path) -> dict:
+    """The object in a JSON file. Errors: UserError that names a damaged file, OSError for one that isn't there."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: damaged ({one_line(error)})") from None
 
 
 def read_text_file(file: str, flag: str) -> str:

@@ -6,6 +6,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "components": ["Components"],
+        "family_detection": ["detect_family", "require_family"],
+        "unpacking": ["unpack_checkpoint"],
         "vae": ["encode_pixels", "pack_latents", "unpack_latents"],
     },
 )

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Components:
     """The parts of a base, each loaded when it is first asked for and freed when nothing needs it any more.
 
-    sharded: the frozen denoiser is split over the processes (FSDP2), each part whole on every GPU only while it works.
+    sharded: the frozen denoiser is split over the processes (FSDP2), each part whole on every GPU only while
+    it works.
     """
 
     def __init__(self, folder: Path, args: argparse.Namespace, dtype, device, sharded: bool = False) -> None:
@@ -148,7 +149,7 @@ class Components:
         return pipeline
 
     def denoiser(self):
-        """The frozen denoiser, quantised and with blocks swapped as --quantize_base and --blocks_to_swap say."""
+        """The frozen denoiser, quantised and with blocks swapped as the flags say."""
         args, name = self.args, self.family.denoiser
         fresh = name not in self.loaded
         home = torch.device("cpu") if self.sharded or args.blocks_to_swap else self.device

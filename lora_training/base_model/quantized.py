@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 
 def load_quantized(kind, folder: Path, quantize: str, dtype, device, variant: str | None = None, home=None):
-    """A denoiser of diffusers class `kind` with the linear layers of its blocks in nf4, int8 or fp8, on the device `home`.
+    """A denoiser of diffusers class `kind` with the linear layers of its blocks in nf4, int8 or fp8, on the
+    device `home`.
 
-    Each tensor is read, cast or quantised on `device`, and dropped; those of the blocks first, the largest of them
-    first, so that the CPU holds no more than one file, the device never more than the result. Layers outside of the blocks
-    (embeddings, the last layer) are few and sensitive, and stay in `dtype`. Errors: UserError if weights are missing.
+    Each tensor is read, cast or quantised on `device`, and dropped; those of the blocks first, the largest
+    of them first, so that the CPU holds no more than one file, the device never more than the result. Layers
+    outside of the blocks (embeddings, the last layer) are few and sensitive, and stay in `dtype`. Errors:
+    UserError if weights are missing.
     """
     from accelerate import init_empty_weights
 

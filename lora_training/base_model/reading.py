@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def reading_base(what: str):
-    """Names the part of the base that can't be read. What the libraries raise then, of a dozen kinds, means damaged files."""
+    """Names the part of the base that can't be read. What the libraries raise then, of a dozen kinds, means
+    damaged files.
+    """
     try:
         yield
     except Exception as error:
@@ -26,9 +28,8 @@ def reading_base(what: str):
             or str(error).startswith("--")
         ):
             raise
-        raise UserError(
-            f"--pretrained_model_name_or_path: {what} can't be loaded: {one_line(error) or type(error).__name__}"
-        ) from None
+        reason = one_line(error) or type(error).__name__
+        raise UserError(f"--pretrained_model_name_or_path: {what} can't be loaded: {reason}") from None
 
 
 def read_json(file: Path) -> dict:
@@ -53,7 +54,9 @@ def import_class(library: str, name: str):
 
 
 def fingerprint(files: list[Path]) -> str:
-    """A hash of weight files' sizes and of 64 stretches of 64 KiB of each: enough to tell any two trainings apart."""
+    """A hash of weight files' sizes and of 64 stretches of 64 KiB of each: enough to tell any two trainings
+    apart.
+    """
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

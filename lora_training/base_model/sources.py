@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def resolve_base(args: argparse.Namespace) -> Path:
-    """The local diffusers folder of the base: as given, downloaded from the hub, or unpacked from a single file."""
+    """The local diffusers folder of the base: as given, downloaded from the hub, or unpacked from a single
+    file.
+    """
     name = args.pretrained_model_name_or_path
     path, folders = (
         Path(name),
@@ -45,7 +47,9 @@ def resolve_base(args: argparse.Namespace) -> Path:
 
 
 def download(name: str, flag: str, wanted: list[str], args: argparse.Namespace) -> Path:
-    """The local folder of a repository of the hub with the wanted files. Errors: UserError that names the flag."""
+    """The local folder of a repository of the hub with the wanted files. Errors: UserError that names the
+    flag.
+    """
     from huggingface_hub import snapshot_download
 
     revision = args.revision if flag == "--pretrained_model_name_or_path" else None
@@ -63,8 +67,8 @@ def download(name: str, flag: str, wanted: list[str], args: argparse.Namespace) 
 def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
     """Converts a .safetensors or .ckpt checkpoint to a diffusers folder, once; pickled code is never run.
 
-    What the checkpoint lacks (configurations, tokenizers, and whole parts, such as FLUX.1's text encoders) comes from a
-    diffusers folder in which the file lies, else from the hub.
+    What the checkpoint lacks (configurations, tokenizers, and whole parts, such as FLUX.1's text encoders)
+    comes from a diffusers folder in which the file lies, else from the hub.
     """
     cache = (
         Path(args.cache_dir or Path.home() / ".cache" / "lora_training")
@@ -98,8 +102,9 @@ def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
 
 
 def prediction_marks(path: Path) -> dict:
-    """What the scheduler of a single file that predicts velocity needs. Such files (NoobAI's and those trained from it) say so
-    by an empty tensor `v_pred`, and `ztsnr` for a schedule that ends without signal, or in SAI's metadata.
+    """What the scheduler of a single file that predicts velocity needs. Such files (NoobAI's and those
+    trained from it) say so by an empty tensor `v_pred`, and `ztsnr` for a schedule that ends without signal,
+    or in SAI's metadata.
     """
     if path.suffix != ".safetensors":
         return {}

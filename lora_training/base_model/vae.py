@@ -43,7 +43,9 @@ def unpack_latents(tokens, height: int, width: int):
 
 
 def unpack_output(latents, size: tuple[int, int]):
-    """What a pipeline gives as latents -> (B, C, H, W): FLUX.1's are tokens (B, H/2 * W/2, 4C). size: (width, height) in pixels."""
+    """What a pipeline gives as latents -> (B, C, H, W): FLUX.1's are tokens (B, H/2 * W/2, 4C). size:
+    (width, height) in pixels.
+    """
     if latents.dim() == 4:
         return latents
     height = 2 * round(math.sqrt(latents.shape[1] * size[1] / size[0]))  # whatever the VAE's factor is

@@ -2,8 +2,8 @@
 
     python scripts/bases/detect_family.py BASE
 
-BASE is a diffusers folder (its model_index.json tells), a .safetensors or .ckpt checkpoint (its keys tell; nothing of it is
-run), or a hub id. Imports nothing heavy unless the checkpoint is a .ckpt.
+BASE is a diffusers folder (its model_index.json tells), a .safetensors or .ckpt checkpoint (its keys tell;
+nothing of it is run), or a hub id. Imports nothing heavy unless the checkpoint is a .ckpt.
 """
 
 from __future__ import annotations
@@ -12,22 +12,19 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, which has the library
 
-from scripts.parts.base_family import BaseError, family_of
-from scripts.parts.netted import netted
+from lora_training.base_model.family_detection import require_family
+from lora_training.exits import run_command
 
 
-@netted
+@run_command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Prints the model family of a base: sd15, sdxl, sd3 or flux.")
+    parser = argparse.ArgumentParser(
+        description="Prints the model family of a base: sd15, sdxl, sd3 or flux."
+    )
     parser.add_argument("base", help="a diffusers folder, a .safetensors or .ckpt checkpoint, or a hub id")
-    base = parser.parse_args(argv).base
-    try:
-        print(family_of(base))
-    except BaseError as error:
-        print(error, file=sys.stderr)
-        return 2
+    print(require_family(parser.parse_args(argv).base))
     return 0
 
 
