@@ -18,6 +18,8 @@ from lora_training.files import replace_file
 if TYPE_CHECKING:
     import argparse
 
+    from lora_training.families import Family
+
 
 def resolve_base(args: argparse.Namespace) -> Path:
     """The local diffusers folder of the base: as given, downloaded from the hub, or unpacked from a single
@@ -37,7 +39,7 @@ def resolve_base(args: argparse.Namespace) -> Path:
             raise UserError(f"--pretrained_model_name_or_path {name} is a {kind}, not {args.family.title}")
         return path
     if path.is_file():
-        return unpack_single_file(path, args)
+        return unpack_single_file(path, args.family, args.cache_dir)
     if path.suffix in (".safetensors", ".ckpt") or name.startswith((".", "/", "~")):
         raise UserError(f"--pretrained_model_name_or_path {name}: no such file or folder")
     variant = f".{args.variant}" if args.variant else ""
@@ -64,14 +66,14 @@ def download(name: str, flag: str, wanted: list[str], args: argparse.Namespace) 
         ) from None
 
 
-def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
+def unpack_single_file(path: Path, family: Family, cache_dir: str | None = None) -> Path:
     """Converts a .safetensors or .ckpt checkpoint to a diffusers folder, once; pickled code is never run.
 
     What the checkpoint lacks (configurations, tokenizers, and whole parts, such as FLUX.1's text encoders)
     comes from a diffusers folder in which the file lies, else from the hub.
     """
     cache = (
-        Path(args.cache_dir or Path.home() / ".cache" / "lora_training")
+        Path(cache_dir or Path.home() / ".cache" / "lora_training")
         / f"{path.stem}-{fingerprint([path])[:20]}"
     )
     if (cache / "model_index.json").is_file():
@@ -83,14 +85,14 @@ def unpack_single_file(path: Path, args: argparse.Namespace) -> Path:
     ):  # float32, which the reader makes of everything, would be twice the file
         options["dtype"] = torch.bfloat16
     try:
-        given = parts_with_weights(path.parent, args.family.denoiser) if surrounded else {}
+        given = parts_with_weights(path.parent, family.denoiser) if surrounded else {}
         with progress(f"unpacking {path.name}, once"):
-            pipeline = import_class("diffusers", args.family.pipeline_class).from_single_file(
+            pipeline = import_class("diffusers", family.pipeline_class).from_single_file(
                 str(path), **options, **given
             )
     except Exception as error:  # conversion fails in many ways, all of them the file's or the layout's
         advice = "; without network, scripts/bases/unpack_checkpoint.py makes a diffusers folder of it"
-        problem = f"can't be read as {args.family.title} ({one_line(error)}){'' if surrounded else advice}"
+        problem = f"can't be read as {family.title} ({one_line(error)}){'' if surrounded else advice}"
         raise UserError(f"--pretrained_model_name_or_path {path}: {problem}") from None
     if marks := prediction_marks(path):
         pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **marks)
