@@ -81,7 +81,8 @@ class Prompts:
 
     def key(self, key: str, prompt: str) -> tuple:
         """What an embedding depends on."""
-        settings = [vars(self.args)[name] for name in self.family.text_settings]
+        settings = {name: vars(self.args)[name] for name in self.family.text_settings}
+        settings = [settings.get(name) for name in ("clip_skip", "max_sequence_length", "max_token_length")]
         return (self.family.name, key, prompt, *self.identity[key], self.components.dtype, *settings)
 
     def compute(self, key: str, prompts: list[str]) -> dict:

@@ -1,0 +1,24 @@
+"""Pictures drawn with what a training left: settings, bases, adapters, picture files; the order is infer_lora.py's."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "arguments": ["flag_values", "parse_arguments", "read_yaml"],
+        "settings": ["list_prompts", "validate"],
+        "checks": ["check_family", "check_infer_path", "check_settings"],
+        "trainings": ["Training", "read_trainings", "settings_of_training"],
+        "base": ["family_of_base", "find_base_folder"],
+        "pipeline": [
+            "change_scheduler",
+            "device_and_dtype",
+            "load_base",
+            "load_vae",
+            "place_pipeline",
+            "quantization_config",
+        ],
+        "adapters": ["load_adapter", "load_embeddings", "set_scale"],
+        "pictures": ["draw_grid", "new_run_folder", "save_picture", "save_settings"],
+    },
+)

@@ -1,0 +1,124 @@
+"""The tensors that a LoRA file holds of one layer, made into a `LoraLayer` or a `LycorisLayer`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from lora_training.errors import UserError
+from lora_training.lora.low_rank import LoraLayer, LycorisLayer
+
+
+def read_layer(
+    tensors: dict[str, torch.Tensor],
+    shape: tuple[int, ...],
+    settings: dict,
+    part: str,
+    name: str,
+    source: str,
+    base_title: str,
+) -> LoraLayer | LycorisLayer:
+    """Tensors by what they are ("down", "up", "alpha", "hada_w1_a", …) -> the adapter of a weight of this
+    shape.
+
+    settings: what the file's metadata says of ranks and alphas, for the layer `name` of `part`. source: file
+    and key, for errors. Errors: UserError where the tensors don't fit.
+    """
+    try:
+        layer = layer_of_tensors(tensors, shape, source, base_title)
+        alpha = tensors["alpha"].item() if "alpha" in tensors else None
+    except (RuntimeError, IndexError, TypeError, KeyError, ValueError) as error:  # torch's own, of all kinds
+        raise UserError(f"{source}: tensors that don't belong together ({error})") from None
+    if layer.kind == "LoRA" and alpha is None:
+        alpha = metadata_alpha(settings, part, name, layer.rank)
+    elif alpha is None and f"{part}.alpha" in settings:  # a LoHa or LoKr of peft
+        alpha, rank = settings[f"{part}.alpha"], settings[f"{part}.r"]
+        if {"lokr_w1", "lokr_w2"} <= tensors.keys():  # which peft scales, LyCORIS doesn't
+            layer.factors["lokr_w1"] = layer.factors["lokr_w1"] * (alpha / rank)
+    layer.alpha = alpha
+    return layer
+
+
+def metadata_alpha(settings: dict, part: str, name: str, rank: int) -> float:
+    """Alpha of a layer as diffusers' or peft's settings say it; else its rank.
+
+    With rsLoRA it is such that alpha / rank is the scale.
+    """
+    pattern = settings.get(f"{part}.alpha_pattern") or {}
+    layer_alpha = next((v for k, v in pattern.items() if name == k or name.endswith("." + k)), None)
+    alpha = layer_alpha if layer_alpha is not None else settings.get(f"{part}.lora_alpha")
+    alpha = float(rank if alpha is None else alpha)
+    return alpha * rank**0.5 if settings.get(f"{part}.use_rslora") else alpha
+
+
+def layer_of_tensors(
+    tensors: dict[str, torch.Tensor], shape: tuple[int, ...], source: str, base_title: str
+) -> LoraLayer | LycorisLayer:
+    """The adapter without its alpha. Errors: UserError where it is another weight's, or those of torch."""
+    factors = {k: v for k, v in tensors.items() if k.startswith(("hada_", "lokr_")) or k == "diff"}
+    magnitude, per_input = dora_magnitude(tensors, shape, source)
+    if factors:
+        layer = LycorisLayer(factors, None, shape, magnitude=magnitude, magnitude_per_input=per_input)
+        rows = factored_rows(layer, source)
+    else:
+        if "down" not in tensors or "up" not in tensors:
+            raise UserError(f"{source}: one of its two matrices is missing")
+        down, up = with_weight_shape(tensors, shape, source, base_title)
+        layer, rows = LoraLayer(down, up, 0.0, magnitude, per_input), up.shape[0]
+    if rows != shape[0]:
+        advice = "--base FOLDER says which base it is for"
+        raise UserError(f"{source}: {rows} rows, where {base_title} has {shape[0]}; {advice}")
+    return layer
+
+
+def dora_magnitude(
+    tensors: dict[str, torch.Tensor], shape: tuple[int, ...], source: str
+) -> tuple[torch.Tensor | None, bool]:
+    """(DoRA's magnitudes in one dimension or None, whether they are those of the weight's columns)."""
+    magnitude, per_input = tensors.get("magnitude"), False
+    if (
+        "dora_scale" in tensors
+    ):  # (out, 1, …), or (1, in, …) as the first LyCORIS and OneTrainer's default have it
+        magnitude = tensors["dora_scale"]
+        is_row = shape[0] == 1 and magnitude.dim() > 1 and magnitude.shape[1] != 1
+        per_input = magnitude.shape[0] != shape[0] or is_row
+    if magnitude is None:
+        return None, False
+    magnitude = magnitude.flatten()
+    if len(magnitude) != shape[1 if per_input else 0]:
+        raise UserError(f"{source}: {len(magnitude)} magnitudes (DoRA) for a layer of {shape}")
+    return magnitude, per_input
+
+
+def factored_rows(layer: LycorisLayer, source: str) -> int:
+    """The rows of a LoHa's, LoKr's or full difference's delta. Errors: UserError for factors that don't
+    fit.
+    """
+    try:  # without numbers, which would take minutes for a large base
+        factors = {name: factor.to("meta") for name, factor in layer.factors.items()}
+        return LycorisLayer(factors, None, layer.shape).delta().shape[0]
+    except (RuntimeError, KeyError, TypeError, IndexError) as error:
+        problem = f"{layer.kind} factors that don't fit a layer of {layer.shape} ({error})"
+        raise UserError(f"{source}: {problem}") from None
+
+
+def with_weight_shape(
+    tensors: dict[str, torch.Tensor], shape: tuple[int, ...], source: str, base_title: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(down, up) with a convolution's dimensions where the weight has them. Errors: UserError for other
+    sizes.
+    """
+    down, up = tensors["down"], tensors["up"]
+    if "mid" in tensors:  # LoCon's core, (r, r, k, k): a LoRA of the same rank
+        core, flat_down = tensors["mid"].float(), down.float().flatten(1)
+        down = torch.einsum("mnkl,ni->mikl", core, flat_down).to(down.dtype)
+    if down.shape[0] != up.shape[1]:
+        raise UserError(f"{source}: its matrices' ranks differ")
+    columns, expected = down[0].numel(), math.prod(shape[1:])
+    if up.shape[0] == shape[0] and columns != expected:
+        raise UserError(f"{source}: {columns} columns, where {base_title} has {expected}")
+    if up.shape[0] == shape[0]:
+        down = down.reshape(-1, *shape[1:])
+        up = up.reshape(*up.shape[:2], *[1] * (len(shape) - 2))
+    return down, up
