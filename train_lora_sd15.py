@@ -22,7 +22,8 @@ DreamBooth with prior preservation, from pictures without captions:
         --instance_data_dir dog --instance_prompt "a photo of sks dog" \\
         --with_prior_preservation --class_prompt "a photo of a dog" -o output/dog
 
-What features cost and bring (a step at 512 px, batch 1, bf16, rank 4, cached latents: 2.4 GiB, 1.8 TFLOP; docs/step.md):
+What features cost and bring (a step at 512 px, batch 1, bf16, rank 4, cached latents: 2.4 GiB, 1.8 TFLOP;
+docs/step.md):
 
     --gradient_checkpointing   1.8 GiB, 2.3 TFLOP          --optimizer adamw8bit   2 bytes of state a weight, not 8
     --train_text_encoder       CLIP is held and run        --with_prior_preservation   twice the pictures a step
@@ -36,8 +37,9 @@ Files written to the output folder (-o):
     comparison.png                     the same prompts and seeds without and with the LoRA
     samples/  checkpoint-N/  config.yaml  verdict.json  metrics.jsonl  logs/  README.md
 
-Read it from the top: what is learned, from what, when and in which order stands here; how, in lora_training/. What is
-the same in all four scripts is the same to the letter. Exit codes: 0 done, 1 failed, 2 wrong arguments or input, 128 + the number of a signal (Ctrl-C: 130).
+Read it from the top: what is learned, from what, when and in which order stands here; how, in lora_training/.
+What is the same in all four scripts is the same to the letter. Exit codes: 0 done, 1 failed, 2 wrong
+arguments or input, 128 + the number of a signal (Ctrl-C: 130).
 """
 
 from __future__ import annotations
@@ -124,13 +126,16 @@ def add_family_args(add) -> None:
     )
 
 
-# ---- noise, timesteps, loss ------------------------------------------------------------------------------------------
+# ---- noise, timesteps, loss
+# ------------------------------------------------------------------------------------------
 
 
 def draw_noise(
     generator, shape: tuple, scheduler, args: argparse.Namespace, quantile: float | None = None
 ) -> dict:
-    """What the loss needs at random for one sample: noise (C, H, W) and a timestep; `quantile` fixes the timestep."""
+    """What the loss needs at random for one sample: noise (C, H, W) and a timestep; `quantile` fixes the
+    timestep.
+    """
     draws = {"noise": torch.randn(shape, generator=generator)}
     low, high = args.min_timestep, min(args.max_timestep, scheduler.config.num_train_timesteps)
     drawn = torch.randint(low, high, (), generator=generator)
@@ -167,12 +172,13 @@ def compute_loss(
     return loss
 
 
-# ---- prompts and their embeddings ------------------------------------------------------------------------------------
+# ---- prompts and their embeddings
+# ------------------------------------------------------------------------------------
 
 
 def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: argparse.Namespace) -> dict:
-    """Prompts -> {"hidden": (B, L, D)}, L = --max_token_length + 2, as the pipeline encodes them (CLIP's last layer, or
-    --clip_skip before). Differentiable in the text encoder.
+    """Prompts -> {"hidden": (B, L, D)}, L = --max_token_length + 2, as the pipeline encodes them (CLIP's last
+    layer, or --clip_skip before). Differentiable in the text encoder.
     """
     chunks = args.max_token_length // 75
     output = text_encoder(
@@ -194,7 +200,8 @@ def negative_embeds(empty: dict, components: Components) -> dict:
     return {"negative_prompt_embeds": empty["prompt_embeds"]}
 
 
-# ---- what this family's bases must have, and what of them is trained -------------------------------------------------
+# ---- what this family's bases must have, and what of them is trained
+# -------------------------------------------------
 
 
 def check_base(components: Components) -> None:
@@ -220,7 +227,9 @@ def check_base(components: Components) -> None:
 
 
 def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
-    """Beginnings of names of layers whose output nothing reads, so that no gradient reaches them; `part` as in FAMILY.text_encoders."""
+    """Beginnings of names of layers whose output nothing reads, so that no gradient reaches them; `part` as
+    in FAMILY.text_encoders.
+    """
     if part != "clip_l" or args.clip_skip is None:
         return ()
     return tuple(f"encoder.layers.{config.num_hidden_layers - 1 - k}." for k in range(args.clip_skip))
@@ -231,7 +240,8 @@ def token_encoders(args: argparse.Namespace) -> list[str]:
     return [*TI_ENCODERS]
 
 
-# ---- latents and loss, as in all four scripts ------------------------------------------------------------------------
+# ---- latents and loss, as in all four scripts
+# ------------------------------------------------------------------------
 
 
 def sample_latents(moments: torch.Tensor, noise: torch.Tensor, vae_config: dict) -> torch.Tensor:
@@ -243,7 +253,8 @@ def sample_latents(moments: torch.Tensor, noise: torch.Tensor, vae_config: dict)
 def elementwise_loss(
     model_pred: torch.Tensor, target: torch.Tensor, batch: dict, args: argparse.Namespace
 ) -> torch.Tensor:
-    """l2, or pseudo-Huber 2c(sqrt((p - t)^2 + c^2) - c), https://arxiv.org/abs/2403.16728; (B, C, H, W) as its inputs.
+    """l2, or pseudo-Huber 2c(sqrt((p - t)^2 + c^2) - c), https://arxiv.org/abs/2403.16728; (B, C, H, W) as
+    its inputs.
 
     batch: with --masked_loss, "mask" (B, 1, H, W), whose mean over each picture is 1.
     """
@@ -264,7 +275,8 @@ def batch_loss(run: Run, batch: dict, embeds: dict) -> torch.Tensor:
         return compute_loss(batch, latents, embeds, run.denoiser, run.scheduler, run.args)
 
 
-# ---- captions --------------------------------------------------------------------------------------------------------
+# ---- captions
+# --------------------------------------------------------------------------------------------------------
 
 
 def draw_caption(captions: list[str], rng: random.Random, args: argparse.Namespace) -> str:
@@ -282,7 +294,8 @@ def draw_caption(captions: list[str], rng: random.Random, args: argparse.Namespa
     return "" if rng.random() < args.caption_dropout else caption
 
 
-# ---- new tokens, text encoders, and the pivot after which they stay --------------------------------------------------
+# ---- new tokens, text encoders, and the pivot after which they stay
+# --------------------------------------------------
 
 
 def load_text(run: Run) -> None:
@@ -340,8 +353,9 @@ def add_text_lora(run: Run) -> None:
 
 
 def active_parts(run: Run, step: int) -> list[TrainedPart]:
-    """The parts that step `step` trains; those whose time is over are frozen, once. Compared with the global step, so that a
-    resumed run can't miss the pivot.
+    """The parts that step `step` trains; those whose time is over are frozen, once.
+
+    Compared with the global step, so that a resumed run can't miss the pivot.
     """
     for part in run.parts:
         if step >= part.last_step and part.optimizer is not None:
@@ -353,7 +367,9 @@ def active_parts(run: Run, step: int) -> list[TrainedPart]:
 
 
 def freeze_text(run: Run) -> None:
-    """After the pivot: embeddings no longer change, so all are computed once more, and encoders without LoRA freed."""
+    """After the pivot: embeddings no longer change, so all are computed once more, and encoders without LoRA
+    freed.
+    """
     run.prompts.forget()
     run.prompts.trained.clear()
     for name, module in run.lora_modules.items():
@@ -363,12 +379,13 @@ def freeze_text(run: Run) -> None:
         text.fill_text_cache(run)
 
 
-# ---- --preserve_class ------------------------------------------------------------------------------------------------
+# ---- --preserve_class
+# ------------------------------------------------------------------------------------------------
 
 
 def preservation_loss(run: Run, batch: dict) -> torch.Tensor:
-    """--preserve_class: mean square distance, (B,), of the predictions for the batch's pictures called by their class from
-    those of the base, the LoRA left out; with the same noise and timesteps.
+    """--preserve_class: mean square distance, (B,), of the predictions for the batch's pictures called by
+    their class from those of the base, the LoRA left out; with the same noise and timesteps.
     """
     args = run.args
     learned = (*args.triggers, *run.abstractions)
@@ -393,7 +410,8 @@ def predict(run: Run, batch: dict, embeds: dict) -> tuple[torch.Tensor, torch.Te
     return loss, predictions[0]
 
 
-# ---- the run: what happens, in which order ---------------------------------------------------------------------------
+# ---- the run: what happens, in which order
+# ---------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -442,7 +460,10 @@ def execute(args: argparse.Namespace) -> None:
 
 
 def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None]:
-    """Everything up to the first step: base, data, text, what is trained. Returns (run, the checkpoint to go on from)."""
+    """Everything up to the first step: base, data, text, what is trained.
+
+    Returns (run, the checkpoint to go on from).
+    """
     stop = StopSignal()  # first, so that a signal during the preparations is answered too
     with progress("looking at the machine"):
         run = training.Run(args, training.start_accelerator(args), stop)
@@ -485,7 +506,9 @@ def load_data(run: Run) -> None:
 
 
 def add_trained_parts(run: Run) -> None:
-    """Loads the denoiser, adds its LoRA, and makes the parts that are trained, each with its share of the steps."""
+    """Loads the denoiser, adds its LoRA, and makes the parts that are trained, each with its share of the
+    steps.
+    """
     args = run.args
     print_status(f"loading the {FAMILY.denoiser}")
     run.denoiser = run.components.denoiser()
@@ -524,11 +547,15 @@ def add_trained_parts(run: Run) -> None:
     run.guard = optim.NonFiniteGuard(run.accelerator.device, run.accelerator.mixed_precision == "fp16")
 
 
-# ---- the loop, and one step of it ------------------------------------------------------------------------------------
+# ---- the loop, and one step of it
+# ------------------------------------------------------------------------------------
 
 
 def train(run: Run, first_step: int) -> None:
-    """The loop: batches, loss, backward, step, log, save, validate. Between two logs it never waits for the GPU."""
+    """The loop: batches, loss, backward, step, log, save, validate.
+
+    Between two logs it never waits for the GPU.
+    """
     args, metrics = run.args, training.MetricsLogger(run, first_step)
     gradient_check = training.GradientCheck(run, first_step, active_parts(run, first_step))
     run.stop.in_loop = True

@@ -15,9 +15,11 @@ from lora_training.tensors import hash_tensors, read_safetensors
 
 
 class DiskCache:
-    """safetensors files in a folder, named by a hash of what they were computed from; without a folder, nothing.
+    """safetensors files in a folder, named by a hash of what they were computed from; without a folder,
+    nothing.
 
-    Each has a hash of its key and its tensors in its metadata: one that is damaged, or another's, is computed anew.
+    Each has a hash of its key and its tensors in its metadata: one that is damaged, or another's, is computed
+    anew.
     """
 
     def __init__(self, folder: str | None, kind: str) -> None:
@@ -40,7 +42,9 @@ class DiskCache:
         return None
 
     def store(self, tensors: dict, *place: object) -> None:
-        """Writes tensors under this key, so that a reader never sees half a file; what can't be written is done without."""
+        """Writes tensors under this key, so that a reader never sees half a file; what can't be written is
+        done without.
+        """
         if self.folder is None or self.full:
             return
         tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}

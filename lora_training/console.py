@@ -13,7 +13,9 @@ QUIET = int(os.environ.get("RANK", "0")) > 0  # the first process alone prints
 
 
 def printable(text: str) -> str:
-    """Text that any file and terminal takes: what is no character, as in a file name that isn't UTF-8, is spelled out."""
+    """Text that any file and terminal takes: what is no character, as in a file name that isn't UTF-8, is
+    spelled out.
+    """
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -37,9 +39,11 @@ def print_status(text: str) -> None:
 
 
 class progress(tqdm):
-    """A bar on the first process for what takes more than two seconds; without a total, the time that has passed.
+    """A bar on the first process for what takes more than two seconds; without a total, the time that has
+    passed.
 
-    A thread keeps the time moving while the work itself is silent, in a log file every 15 seconds. options: tqdm's.
+    A thread keeps the time moving while the work itself is silent, in a log file every 15 seconds. options:
+    tqdm's.
     """
 
     noticed, shown, mover = 2.0, [], None  # seconds until a wait is noticed; all bars; the thread

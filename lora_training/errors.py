@@ -8,7 +8,10 @@ class UserError(Exception):
 
 
 class Interrupted(BaseException):
-    """Ends the program where nothing is wrong, with an exit code and lines to say. No handler of errors catches it."""
+    """Ends the program where nothing is wrong, with an exit code and lines to say.
+
+    No handler of errors catches it.
+    """
 
 
 def one_line(error: object, limit: int = 300) -> str:

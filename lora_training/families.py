@@ -1,6 +1,7 @@
 """Facts about the four model families: names of their parts, and how their files are spelled.
 
-What is a choice rather than a fact (which layers get a LoRA, which encoders train, usual sizes) stands in the recipes.
+What is a choice rather than a fact (which layers get a LoRA, which encoders train, usual sizes) stands in the
+recipes.
 """
 
 from __future__ import annotations

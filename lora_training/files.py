@@ -21,7 +21,9 @@ def sha256_of(file: Path) -> str:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Makes sure that a file's or a folder's content is on the disk; Windows flushes no folder, and no file open for reading."""
+    """Makes sure that a file's or a folder's content is on the disk; Windows flushes no folder, and no file
+    open for reading.
+    """
     folder = path.is_dir()
     with contextlib.suppress(PermissionError) if folder else contextlib.nullcontext():
         handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
@@ -32,7 +34,10 @@ def flush_to_disk(path: Path) -> None:
 
 
 def replace_file(part: Path, final: Path) -> None:
-    """Gives a file or folder its name. On Windows a scanner may hold it for a moment: it's tried again for some seconds."""
+    """Gives a file or folder its name.
+
+    On Windows a scanner may hold it for a moment: it's tried again for some seconds.
+    """
     for _ in range(20):
         with contextlib.suppress(PermissionError):
             return os.replace(part, final)
@@ -61,8 +66,10 @@ def atomic_write(target: Path):
 
 @contextlib.contextmanager
 def staging_folder(output: Path, what: str, whole: bool = False):
-    """Gives a folder to write to. Its files then appear in the output folder, each in one step; or, with `whole`, as the
-    folder `what`, in one step. All of it is on the disk by then. Errors: UserError for a full one.
+    """Gives a folder to write to.
+
+    Its files then appear in the output folder, each in one step; or, with `whole`, as the folder `what`, in
+    one step. All of it is on the disk by then. Errors: UserError for a full one.
     """
     from safetensors import SafetensorError
 
@@ -89,7 +96,9 @@ def staging_folder(output: Path, what: str, whole: bool = False):
 
 
 def move_result(file: Path, target: Path) -> None:
-    """Moves a result to its place in one step; to a name of its own if Windows has the place open in another program."""
+    """Moves a result to its place in one step; to a name of its own if Windows has the place open in another
+    program.
+    """
     try:
         replace_file(file, target)
     except PermissionError:
@@ -122,7 +131,10 @@ def read_metrics(output: str) -> list[dict]:
 
 
 def read_config_file(file: str, flag: str = "--config", kind: type = dict):
-    """The content of a YAML or JSON file, a dict or a list. Errors: UserError that names the flag if it is anything else."""
+    """The content of a YAML or JSON file, a dict or a list.
+
+    Errors: UserError that names the flag if it is anything else.
+    """
     text = read_text_file(file, flag)
     import yaml
 
@@ -141,7 +153,10 @@ def read_config_file(file: str, flag: str = "--config", kind: type = dict):
 
 
 def read_json_file(file: Path) -> dict:
-    """The object in a JSON file. Errors: UserError that names a damaged file, OSError for one that isn't there."""
+    """The object in a JSON file.
+
+    Errors: UserError that names a damaged file, OSError for one that isn't there.
+    """
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:

@@ -31,7 +31,9 @@ def silence_image_libraries() -> None:
 
 
 def import_model_libraries() -> None:
-    """Imports diffusers and transformers with progress bars and advice below the level of a warning turned off."""
+    """Imports diffusers and transformers with progress bars and advice below the level of a warning turned
+    off.
+    """
     for name in ("accelerate", "bitsandbytes", "diffusers.quantizers.bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers
@@ -41,4 +43,5 @@ def import_model_libraries() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.enable_progress_bars()  # downloads are long, and transformers has just switched theirs off
+    # downloads are long, and transformers has just switched theirs off
+    huggingface_hub.utils.enable_progress_bars()

@@ -8,7 +8,9 @@ from lora_training.console import progress
 
 
 def distribute(what: str, places: list, compute) -> dict:
-    """{place: what `compute`, given a list of places, has for it}; each is computed by one process, and given to all."""
+    """{place: what `compute`, given a list of places, has for it}; each is computed by one process, and given
+    to all.
+    """
     many = torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)
     out = {}

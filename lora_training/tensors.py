@@ -24,7 +24,9 @@ def move_to_device(batch: dict, device) -> dict:
 
 
 def pin_memory(tensor):
-    """The tensor in pinned memory, from which the GPU copies by itself; as it is where there is no GPU, or no more of that."""
+    """The tensor in pinned memory, from which the GPU copies by itself; as it is where there is no GPU, or no
+    more of that.
+    """
     try:
         return tensor.pin_memory() if torch.cuda.is_available() else tensor
     except RuntimeError:

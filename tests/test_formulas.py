@@ -342,7 +342,7 @@ def test_steps_are_those_of_a_plain_loop(script, family):
         next(iter(part.parameters.values())).grad.add_(gradient)
         part.step()
         now = rate * min((t - 1) / warm, (steps - t + 1) / (steps - warm))
-        assert part.rate == pytest.approx(now)
+        assert part.current_lr == pytest.approx(now)
         m, v = 0.8 * m + 0.2 * gradient, 0.95 * v + 0.05 * gradient.double() ** 2
         weights = weights * (1 - now * decay)
         weights = weights - now * (m / (1 - 0.8**t)) / ((v / (1 - 0.95**t)).sqrt() + args.adam_epsilon)

@@ -426,7 +426,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(script, tmp_path, monkeypatc
         calls.append(1)
         if len(calls) == 3:
             self.weights.data[7] = value
-            self.publish()
+            self.update_shadow()
 
     monkeypatch.setattr(script.Part, "step", poisoned)
     flags = ("-d", SAMPLE, "--checkpointing_steps", 1 if value > 0 else 2, "--max_train_steps", 3)
@@ -917,11 +917,11 @@ def test_new_tokens_keep_the_size_of_their_table(script, optimizer):
             part.gradients.copy_(push)
             part.step()
         if number == 0:
-            rows = {name: part.split(part.weights.detach()) for name, part in parts.items()}
+            rows = {name: part.views(part.weights.detach()) for name, part in parts.items()}
             for key, free in rows["denoiser"].items():
                 assert torch.allclose(rows["embeddings"][key], free * (first[key].std() / free.std()) ** 0.1)
     with script.averaged(list(parts.values())):
-        grown = {n: p.split(p.weights.detach())["t5"].std() / first["t5"].std() for n, p in parts.items()}
+        grown = {n: p.views(p.weights.detach())["t5"].std() / first["t5"].std() for n, p in parts.items()}
     assert abs(grown["embeddings"].log()) < 0.6 * abs(grown["denoiser"].log())
 
 

@@ -64,13 +64,13 @@ def with_lora(model, dtype=torch.float32, targets=("to_q", "to_k", "to_v", "to_o
     part.allocate(dtype)
     if dtype == torch.float64:  # the flat buffers are float32 otherwise; here all is exact
         part.weights.data = part.weights.data.double()
-        part.gradients = part.fresh = None
+        part.gradients = part.micro_gradients = None
     sl.fuse_lora(model)
     return model, part
 
 
 def exact(model, targets, **config):
-    """peft's model and a fused copy of it, both in float64; the fused one's gradients lie in part.fresh."""
+    """peft's model and a fused copy of it, both in float64; the fused one's gradients lie in part.micro_gradients."""
     torch.manual_seed(0)
     model = model.double()
     plain, trained = with_lora(copy.deepcopy(model), torch.float64, targets, fused=False, **config)
@@ -78,7 +78,7 @@ def exact(model, targets, **config):
     part = sl.Part("denoiser", {n: p for n, p in fused.named_parameters() if p.requires_grad}, 1e-3, 0.0, 9)
     start = {n: p.detach().clone() for n, p in part.parameters.items()}
     part.allocate(torch.float64)
-    for name, view in part.split(part.shadow).items():
+    for name, view in part.views(part.shadow).items():
         view.copy_(start[name])  # float32 in between has rounded them
     sl.fuse_lora(fused)
     return plain, trained, fused, part
@@ -94,7 +94,7 @@ def close(plain, trained, fused, part, *inputs, wrap=lambda model: model, times:
             (out.square().mean() + out.sum() * 0.01).backward()
         results.append((out, [x.grad for x in mine]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
-    views = part.split(part.fresh)
+    views = part.views(part.micro_gradients)
     for name, parameter in trained.items():
         torch.testing.assert_close(views[name], parameter.grad, rtol=1e-9, atol=1e-9)
         assert parameter.grad.abs().max() > 0
@@ -204,8 +204,8 @@ def test_swapped_blocks_give_the_same_gradients(tmp_path, kind, checkpointing):
     for number, model, found in with_lora_and_checkpoints[1:]:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
         away = [m for m in model.modules() if isinstance(m, sl.FrozenLinear) and m.stored.numel() == 0]
-        assert len({id(m.swapped_in.func.__self__) for m in away}) == 1
-        swap = away[0].swapped_in.func.__self__
+        assert len({id(m.fetch.func.__self__) for m in away}) == 1
+        swap = away[0].fetch.func.__self__
         assert len(swap.copies) == number
         places = {views[1 + p].untyped_storage().data_ptr() for block in swap.copies for views in block for p in (0, 1)}
         assert len(places) == 2
@@ -215,7 +215,7 @@ def test_swapped_blocks_are_fetched_once_a_pass(tmp_path):
     """Of N blocks a step copies 2 (N - 2): each forwards and each backwards, but for those that are still there."""
     model, _, given = flux_pair(None, tmp_path)
     sl.swap_blocks(model, 4, torch.device("cpu"))
-    swap = next(m for m in model.modules() if isinstance(m, sl.FrozenLinear)).swapped_in.func.__self__
+    swap = next(m for m in model.modules() if isinstance(m, sl.FrozenLinear)).fetch.func.__self__
     model, part = with_lora(model.train(), targets=FLUX_TARGETS)
     sl.enable_checkpointing(model, dropout=False)
     model(**given).sample.sum().backward()
@@ -350,7 +350,7 @@ def test_graphs_give_the_same_gradients(monkeypatch):
     def work(given):
         loss = (model(given["x"]) * given["weight"]).square().mean()
         loss.backward()
-        part.collect()
+        part.accumulate_gradients()
         return loss.detach()
 
     batches = [{"x": torch.randn(2, n, 16), "weight": torch.rand(1), "captions": ["a"]} for n in (5, 3, 5, 3, 5)]
@@ -410,7 +410,7 @@ def test_adapters_off_on_and_frozen():
     for parameter in part.parameters.values():
         parameter.requires_grad_(False)
     fused(x.requires_grad_()).sum().backward()
-    assert not part.fresh.any() and x.grad.any()
+    assert not part.micro_gradients.any() and x.grad.any()
 
 
 def test_half_precision_part():
@@ -419,17 +419,17 @@ def test_half_precision_part():
     assert part.weights.dtype == part.gradients.dtype == torch.float32 and part.shadow.dtype == torch.bfloat16
     assert all(p.dtype == torch.bfloat16 and p.grad.dtype == torch.bfloat16 for p in part.parameters.values())
     part.weights.data.add_(1.0)
-    part.publish()
+    part.update_shadow()
     assert torch.equal(
-        model.to_q.lora_A["default"].weight, part.split(part.weights)["to_q.lora_A.default.weight"].bfloat16()
+        model.to_q.lora_A["default"].weight, part.views(part.weights)["to_q.lora_A.default.weight"].bfloat16()
     )
     sums = torch.zeros_like(part.gradients)
     for seed in range(3):
         torch.manual_seed(seed)
         model(torch.randn(2, 5, 16, dtype=torch.bfloat16)).float().square().mean().backward()
-        sums += part.fresh
-        part.collect()
-        assert not part.fresh.any()
+        sums += part.micro_gradients
+        part.accumulate_gradients()
+        assert not part.micro_gradients.any()
     assert torch.equal(part.gradients, sums) and sums.any()
 
 
@@ -556,7 +556,7 @@ def test_fp8_products():
     layer = sl.FrozenLinear(weight, torch.nn.Parameter(torch.randn(96).bfloat16()), "fp8", torch.bfloat16)
     x = torch.randn(70, 256).bfloat16().requires_grad_()
     results = []
-    for layer.direct in (False, True):
+    for layer.multiplies_in_fp8 in (False, True):
         out = layer(x)
         results.append((out.detach(), torch.autograd.grad(out.float().square().sum(), x)[0]))
     for dense, direct in zip(*results, strict=True):
@@ -712,8 +712,8 @@ def test_lora_state_is_the_float32_one():
     part.allocate(torch.bfloat16)
     sl.fuse_lora(unet)
     part.weights.data.normal_(std=0.1)
-    part.publish()
-    state, views = sl.lora_state(unet, [part]), part.split(part.weights.detach())
+    part.update_shadow()
+    state, views = sl.lora_state(unet, [part]), part.views(part.weights.detach())
     assert len(state) == len(views)
     assert all(torch.equal(views[k.replace(".weight", ".default.weight")], v) for k, v in state.items())
     found, inputs = [], (torch.randn(1, 4, 8, 8).bfloat16(), 5, torch.randn(1, 3, 8).bfloat16())
@@ -721,10 +721,10 @@ def test_lora_state_is_the_float32_one():
         if checkpointing:
             sl.enable_checkpointing(unet.train(), dropout=False)
         unet(*inputs).sample.float().square().mean().backward()
-        part.collect()
+        part.accumulate_gradients()
         found.append(part.gradients.clone())
         part.gradients.zero_()
-    assert torch.equal(*found) and all(v.any() for v in part.split(found[0]).values())
+    assert torch.equal(*found) and all(v.any() for v in part.views(found[0]).values())
 
 
 class Count(TorchDispatchMode):
@@ -757,8 +757,8 @@ def test_operations_of_a_layer(dtype):
         assert len(count.names) - len(spare) == backwards, count.names
     count.names = []
     with count:
-        part.collect()
-        part.publish()
+        part.accumulate_gradients()
+        part.update_shadow()
     assert len(count.names) == (3 if dtype != torch.float32 else 0)
 
 

@@ -15,7 +15,9 @@ from lora_training.files import read_config_file
 
 
 def set_entries(args: argparse.Namespace) -> list[tuple[str, dict]]:
-    """(where it stands, keys and values) of each set of --dataset_config, or of a folder as kohya's scripts have it."""
+    """(where it stands, keys and values) of each set of --dataset_config, or of a folder as kohya's scripts
+    have it.
+    """
     if args.kohya_folders and args.train_data_dir and Path(args.train_data_dir).is_dir():
         folders = sorted(f for f in Path(args.train_data_dir).iterdir() if f.is_dir())
         named = [

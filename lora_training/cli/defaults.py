@@ -45,7 +45,8 @@ def fill_defaults(args: argparse.Namespace) -> None:
 
 
 def use_prepared_buckets(args: argparse.Namespace) -> None:
-    """Takes the buckets that scripts/prepare_dataset.py has left in the data folder; --aspect_ratio_buckets wins.
+    """Takes the buckets that scripts/prepare_dataset.py has left in the data folder; --aspect_ratio_buckets
+    wins.
 
     Errors: UserError if --resolution asks for another size, because the pictures have been scaled already.
     """

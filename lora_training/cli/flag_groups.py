@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# What a checkpoint's tensors must fit; all other flags must be as they were, or --resume_anyway given, but the free ones,
+# What a checkpoint's tensors must fit; all other flags must be as they were, or --resume_anyway given, but
+# the free ones,
 # which change nothing of what is trained
 RESUME_FLAGS = "rank lora_alpha lora_type lokr_factor use_dora use_rslora init_lora_weights optimizer targets tokens layout"
 
@@ -45,7 +46,8 @@ SET_KEYS = (  # what a set of --dataset_config may say: flags, and what is its o
     " validation_split max_train_samples resolution aspect_ratio_buckets weight resolutions class_prompt"
 )
 
-# (flags, when they are wrong, why): a reason that begins with "with" is one for which they would have no effect
+# (flags, when they are wrong, why): a reason that begins with "with" is one for which they would have no
+# effect
 PRIOR = "class_data_dir class_prompt num_class_images sample_batch_size prior_generation_precision"
 
 TOKENS = "train_text_encoder_ti_frac token_abstraction num_new_tokens_per_abstraction initializer_concept"

@@ -34,7 +34,8 @@ class OneLineParser(argparse.ArgumentParser):
 def config_to_argv(parser: argparse.ArgumentParser, values: dict, where: str) -> list[str]:
     """Keys and values of a --config file as command-line words.
 
-    Errors: UserError that says where, if a key is no flag (the nearest is named), or has a value of another kind.
+    Errors: UserError that says where, if a key is no flag (the nearest is named), or has a value of another
+    kind.
     """
     tokens = []
     for key, value in values.items():

@@ -31,12 +31,14 @@ def parse_args(
     inference_steps: int,
     guidance: float,
 ) -> argparse.Namespace:
-    """Parses and checks a recipe's command line on top of the --config file; nothing heavy has been imported yet.
+    """Parses and checks a recipe's command line on top of the --config file; nothing heavy has been imported
+    yet.
 
-    script: the recipe's file. lora_targets, inference_steps, guidance: what is usual in its family. add_family_args: adds
-    its own flags by the function that it is given. rules: as RULES. foreign_flags: {flag of another family: why it can't
-    be used here}; they are taken while they are off, so that published commands run. The settings as they were given stand
-    in `settings`, their defaults in `defaults`, the flags of the command line itself in `ordered`.
+    script: the recipe's file. lora_targets, inference_steps, guidance: what is usual in its family.
+    add_family_args: adds its own flags by the function that it is given. rules: as RULES. foreign_flags:
+    {flag of another family: why it can't be used here}; they are taken while they are off, so that published
+    commands run. The settings as they were given stand in `settings`, their defaults in `defaults`, the flags
+    of the command line itself in `ordered`.
     """
     parser = OneLineParser(description=f"Trains a LoRA for {family.title}.", allow_abbrev=False)
     parser.rules = rules

@@ -22,7 +22,10 @@ PROMPT_KEYS = {  # of --validation_prompts_file: kohya's letter, the flag that i
 
 
 def read_prompts(file: str, pixel_divisor: int) -> list[dict]:
-    """The prompts of --validation_prompts_file, each with its settings (PROMPT_KEYS). Errors: UserError that names the entry."""
+    """The prompts of --validation_prompts_file, each with its settings (PROMPT_KEYS).
+
+    Errors: UserError that names the entry.
+    """
     letters = {letter: key for key, (letter, *_) in PROMPT_KEYS.items() if letter} | {"g": "guidance"}
     if file.lower().endswith((".yaml", ".yml", ".json")):
         entries = [

@@ -354,9 +354,11 @@ RULES = (
 
 
 def check_args(args: argparse.Namespace, given: set[str], parser: argparse.ArgumentParser) -> None:
-    """Refuses combinations that can't work or would be ignored, and fills in defaults that depend on other flags.
+    """Refuses combinations that can't work or would be ignored, and fills in defaults that depend on other
+    flags.
 
-    given: names of the flags on the command line or in the --config file. Errors: UserError that names the flag and the way out.
+    given: names of the flags on the command line or in the --config file. Errors: UserError that names the
+    flag and the way out.
     """
     for flags, wrong, why in (*RULES, *parser.rules):
         names = [
@@ -386,7 +388,10 @@ def check_args(args: argparse.Namespace, given: set[str], parser: argparse.Argum
 
 
 def is_off(name: str, value: object, default: object) -> bool:
-    """Whether a flag's value is its off value: none, 0, or its default. A learning rate of 0 is no way to turn it off."""
+    """Whether a flag's value is its off value: none, 0, or its default.
+
+    A learning rate of 0 is no way to turn it off.
+    """
     return value == default or (
         value in (None, 0, "none", "") and value is not False and name != "text_encoder_lr"
     )

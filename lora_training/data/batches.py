@@ -31,10 +31,11 @@ class Slot:
 class BatchPlan:
     """Which images stand in which batch: a pure function of seed and position, the same on every process.
 
-    A global batch holds images of one bucket, batch size x processes of them or what is left of the bucket, so no
-    image is dropped. Loss weights sum to 1 over a global batch (class images: to the prior loss weight), so gradients
-    are summed over processes. Missing places are filled with copies of weight 0: up to a multiple of the processes, or
-    up to the full batch where shapes must be fixed. Repeats beyond `at_once` images are shuffled in rounds.
+    A global batch holds images of one bucket, batch size x processes of them or what is left of the bucket,
+    so no image is dropped. Loss weights sum to 1 over a global batch (class images: to the prior loss
+    weight), so gradients are summed over processes. Missing places are filled with copies of weight 0: up to
+    a multiple of the processes, or up to the full batch where shapes must be fixed. Repeats beyond `at_once`
+    images are shuffled in rounds.
     """
 
     at_once = 65536
@@ -97,7 +98,9 @@ class BatchPlan:
         return batches
 
     def share(self, number: int, process: int) -> list[Slot]:
-        """What `process` computes of the global batch `number`, counted over all epochs; instance images first."""
+        """What `process` computes of the global batch `number`, counted over all epochs; instance images
+        first.
+        """
         epoch, place = divmod(number, self.per_epoch)
         part = bisect.bisect_right(self.starts, place) - 1
         batch = self.epoch(epoch, part)[place - self.starts[part]]

@@ -29,7 +29,9 @@ def bucket_sizes(args: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> int:
-    """The bucket whose aspect ratio is nearest on a logarithmic scale; among equals, the one of the nearest area."""
+    """The bucket whose aspect ratio is nearest on a logarithmic scale; among equals, the one of the nearest
+    area.
+    """
 
     def distance(i: int) -> tuple[float, float]:
         across, down = (math.log(buckets[i][k] / size[k]) for k in (0, 1))

@@ -23,7 +23,9 @@ def clean_caption(text: object) -> str:
 
 
 def decode_text(raw: bytes, file: Path) -> str:
-    """Text in UTF-8 or UTF-16 with a mark, else in Windows-1252, which is said; as far as it goes where it is cut."""
+    """Text in UTF-8 or UTF-16 with a mark, else in Windows-1252, which is said; as far as it goes where it is
+    cut.
+    """
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         if len(raw) % 2:
             print_status(f"warning: {file} ends in the middle of a character")

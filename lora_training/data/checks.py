@@ -34,7 +34,9 @@ def findings_for(
 def report_findings(
     examples: list[Example], buckets: list[tuple[int, int]], tokenizers: dict, args
 ) -> list[str]:
-    """Says, and returns, what will hurt in the data, as far as it costs nothing to see; the doctor looks closer."""
+    """Says, and returns, what will hurt in the data, as far as it costs nothing to see; the doctor looks
+    closer.
+    """
     findings = examine_images(examples, buckets)
     if not args.instance_prompt and not args.default_caption:
         findings += unvaried_captions(examples)
@@ -79,7 +81,10 @@ def unvaried_captions(examples: list[Example]) -> list[Finding]:
 
 
 def truncated_captions(captions: list[str], tokenizers: dict, read: int = 75) -> list[Finding]:
-    """Captions of more tokens than are read of CLIP's. tokenizers: {"clip_l": tokenizer, ...}, others are skipped."""
+    """Captions of more tokens than are read of CLIP's.
+
+    tokenizers: {"clip_l": tokenizer, ...}, others are skipped.
+    """
     findings = []
     for key, tokenizer in tokenizers.items():
         if key.startswith("clip"):

@@ -36,7 +36,9 @@ def draw_crop(
 def crop_and_augment(
     cover, target: tuple[int, int], crop: Crop, rng: random.Random, args: argparse.Namespace
 ):
-    """The bucket's view of a covering image, with the augmentations that are on; a mask's has no colours to change."""
+    """The bucket's view of a covering image, with the augmentations that are on; a mask's has no colours to
+    change.
+    """
     width, height = target
     turned = args.random_rotation and rng.random() < args.random_rotation_prob
     if turned:

@@ -68,8 +68,8 @@ def source_examples(args: argparse.Namespace, missing: list[str] | None = None) 
 
 
 def attach_masks(examples: list[Example], folder: Path, where: str | None) -> list[Example]:
-    """--masked_loss: the examples but those that are masks, each with its own: the alpha channel, the picture of the same
-    name in another folder, or the one beside it whose name ends with "-…" or "_…".
+    """--masked_loss: the examples but those that are masks, each with its own: the alpha channel, the picture
+    of the same name in another folder, or the one beside it whose name ends with "-…" or "_…".
     """
     if where is None:
         return examples
@@ -111,7 +111,9 @@ def hold_out(examples: list[Example], args: argparse.Namespace) -> None:
 
 
 def load_sets(args: argparse.Namespace) -> tuple[list[Example], list[Example], list[tuple[int, int]]]:
-    """(examples to learn, examples of the class, buckets (width, height) of all) of every set that the flags name."""
+    """(examples to learn, examples of the class, buckets (width, height) of all) of every set that the flags
+    name.
+    """
     sets = args.sets or [args]
     buckets = list(dict.fromkeys(size for own in sets for size in bucket_sizes(own)))
     for own in sets:

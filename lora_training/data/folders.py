@@ -44,10 +44,10 @@ def folder_examples(
 ):
     """Images below a folder with captions from metadata files, or from a .txt or .caption beside each image.
 
-    per_line: each line of a text file is a caption, else the whole is one. Where both are there and differ, the text file
-    is taken, for it's what people edit; a named column wins over it. Files that the metadata name and that are not there
-    are an error, or are noted in `missing`, if it's given. A picture that is a link is read wherever it leads; a folder
-    that is one is not entered, which is said.
+    per_line: each line of a text file is a caption, else the whole is one. Where both are there and differ,
+    the text file is taken, for it's what people edit; a named column wins over it. Files that the metadata
+    name and that are not there are an error, or are noted in `missing`, if it's given. A picture that is a
+    link is read wherever it leads; a folder that is one is not entered, which is said.
     """
     folder = folder.resolve()
     paths = [f for f in sorted(folder.rglob("*")) if "/." not in f"/{f.relative_to(folder).as_posix()}"]
@@ -110,7 +110,10 @@ def folder_examples(
 
 
 def read_metadata(file: Path) -> list[tuple[int, dict]]:
-    """(line, row) of a metadata.jsonl or metadata.csv; each row has a file_name that can be one. Errors: UserError."""
+    """(line, row) of a metadata.jsonl or metadata.csv; each row has a file_name that can be one.
+
+    Errors: UserError.
+    """
     rows, number, is_csv = [], 0, file.suffix == ".csv"
     stream = io.StringIO(decode_text(file.read_bytes(), file), newline=None)  # U+2028 ends no line of JSON
     csv.field_size_limit(2**31 - 1)  # its own limit is 131,072 characters

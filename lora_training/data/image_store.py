@@ -66,9 +66,11 @@ def measure_example(example: Example, buckets: list[tuple[int, int]]):
 
 
 class ImageStore:
-    """Decoded images scaled to cover a bucket, as uint8 arrays; as many as fit into the budget stay in memory.
+    """Decoded images scaled to cover a bucket, as uint8 arrays; as many as fit into the budget stay in
+    memory.
 
-    Of a picture so long that its cover were over 16 times the bucket (1 x 4000 pixels: 3 GB) only a window is scaled.
+    Of a picture so long that its cover were over 16 times the bucket (1 x 4000 pixels: 3 GB) only a window is
+    scaled.
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class ImageStore:
         return math.prod(cover_size(size, target)) > 16 * math.prod(target)
 
     def window(self, index: int, bucket: int, crop: Crop) -> tuple[object, Crop]:
-        """(what surrounds a crop, half the bucket on each side as turned pictures need it; the crop's place in it)."""
+        """(what surrounds a crop, half the bucket on each side as turned pictures need it; the crop's place
+        in it).
+        """
         if not self.is_long(index, bucket):
             return self.cover(index, bucket), crop
         image, target = self.decoded(index), self.buckets[bucket]
@@ -104,7 +108,10 @@ class ImageStore:
         return part, Crop(crop.left - left, crop.top - top, crop.flip)
 
     def decoded(self, index: int):
-        """Image `index` in its own size. Errors: UserError if it's no longer there, or has changed to what is none."""
+        """Image `index` in its own size.
+
+        Errors: UserError if it's no longer there, or has changed to what is none.
+        """
         try:
             return decode_image(self.examples[index].read())
         except (OSError, ValueError) as error:
@@ -128,7 +135,9 @@ class ImageStore:
 
 
 class MaskStore(ImageStore):
-    """The masks of an ImageStore's images, (H, W) from 0, hardly trained, to 255; scaled and cropped as the images are."""
+    """The masks of an ImageStore's images, (H, W) from 0, hardly trained, to 255; scaled and cropped as the
+    images are.
+    """
 
     def decoded(self, index: int):
         """A mask in its image's size. Errors: UserError if it can't be read, or is of another shape."""

@@ -20,7 +20,9 @@ def decode_image(raw: bytes):
 
 
 def to_rgb(image):
-    """An upright sRGB image: EXIF rotation and colour profile applied, transparency laid on white, 16 bit brought to 8."""
+    """An upright sRGB image: EXIF rotation and colour profile applied, transparency laid on white, 16 bit
+    brought to 8.
+    """
     image = to_srgb(ImageOps.exif_transpose(image))
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
@@ -33,7 +35,9 @@ def to_rgb(image):
 
 
 def to_srgb(image):
-    """An RGB or CMYK image with the colours that its profile means (phones: Display P3), in sRGB; others as they are."""
+    """An RGB or CMYK image with the colours that its profile means (phones: Display P3), in sRGB; others as
+    they are.
+    """
     profile = image.info.get("icc_profile")
     if not profile or image.mode not in ("RGB", "CMYK"):
         return image

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def cache_latents(
     data: TrainingData, plan: BatchPlan, components: Components, args: argparse.Namespace
 ) -> None:
-    """Encodes what the plan can ask for: every image in its bucket, mirrored too with --random_flip; class images in
-    every bucket in use. The VAE is loaded only if something is missing, and freed afterwards.
+    """Encodes what the plan can ask for: every image in its bucket, mirrored too with --random_flip; class
+    images in every bucket in use. The VAE is loaded only if something is missing, and freed afterwards.
     """
     disk = DiskCache(args.cache_folder, "latents")
     identity = (

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def batches_ahead(run: Run, first_step: int):
-    """Batches from step `first_step` on, on the device; a thread prepares the next one while this one is trained on."""
+    """Batches from step `first_step` on, on the device; a thread prepares the next one while this one is
+    trained on.
+    """
     accumulation = run.args.gradient_accumulation_steps
     start, stop = first_step * accumulation, run.max_steps * accumulation
     loader = torch.utils.data.DataLoader(
@@ -62,8 +64,8 @@ def batches_ahead(run: Run, first_step: int):
 
 
 def initialize_worker(number: int) -> None:
-    """Readies a process that prepares images: the libraries, where it doesn't have them from the main process (Windows, macOS),
-    which alone answers signals.
+    """Readies a process that prepares images: the libraries, where it doesn't have them from the main process
+    (Windows, macOS), which alone answers signals.
     """
     silence_image_libraries()
     for name in STOP_SIGNALS:
@@ -71,7 +73,9 @@ def initialize_worker(number: int) -> None:
 
 
 def pack_batch(items: list[dict]) -> dict:
-    """Items of one bucket -> a batch that takes one copy to the device for each type of tensor: {captions, buffers, layout}."""
+    """Items of one bucket -> a batch that takes one copy to the device for each type of tensor: {captions,
+    buffers, layout}.
+    """
     batch = collate(items)
     layout = {name: (str(v.dtype), v.shape) for name, v in batch.items() if name != "captions"}
     kinds = {kind: [n for n, (own, _) in layout.items() if own == kind] for kind, _ in layout.values()}

@@ -64,7 +64,10 @@ class TrainingData:
         )  # a fourth of float32's bytes on their way to the device
 
     def mask(self, slot: Slot, crop: Crop, rng: random.Random):
-        """The weights of the slot's latents in the loss, (1, h, w), with mean 1. rng: as it was for the picture."""
+        """The weights of the slot's latents in the loss, (1, h, w), with mean 1.
+
+        rng: as it was for the picture.
+        """
         target = self.buckets[slot.bucket]
         _, height, width = latent_shape(target, self.vae_config)
         if slot.is_class:

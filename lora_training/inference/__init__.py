@@ -1,4 +1,4 @@
-"""Pictures drawn with what a training left: settings, bases, adapters, picture files; the order is infer_lora.py's."""
+"""Pictures drawn with what a training left: settings, base, adapters, files; infer_lora.py tells the order."""
 
 import lazy_loader
 
@@ -17,8 +17,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "load_vae",
             "place_pipeline",
             "quantization_config",
+            "silence_libraries",
         ],
-        "adapters": ["load_adapter", "load_embeddings", "set_scale"],
+        "adapters": ["fuse_adapters", "load_adapter", "load_embeddings", "set_scale"],
         "pictures": ["draw_grid", "new_run_folder", "save_picture", "save_settings"],
     },
 )

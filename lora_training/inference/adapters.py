@@ -1,4 +1,4 @@
-"""LoRA files and embeddings loaded into a pipeline, whatever trainer wrote them, and refused where they don't fit."""
+"""LoRA files and embeddings loaded into a pipeline, whatever trainer wrote them; what doesn't fit is refused."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from lora_training.console import print_status
 from lora_training.errors import UserError, is_out_of_memory, one_line
 from lora_training.families import FLUX, SD3
 from lora_training.inference.training_files import LORA_FILE, read_header
+from lora_training.lora.reading import read_lora
+from lora_training.lora.writing import write_diffusers_lora
 
-# Keys of files that diffusers reads right, and of those of the training scripts with LoHa or LoKr: its names of layers,
-# and what a file holds of them.
+# Keys of files that diffusers reads right, and of LoHa or LoKr as the training scripts write them: diffusers'
+# names of layers, and what a file holds of them.
 DIFFUSERS_KEY = re.compile(
     r"(unet|transformer|text_encoder(_2|_3)?)\."
     r"(?!(double|single|joint|input|output)_blocks|middle_block|img_in|.*processor).*"
@@ -46,7 +48,9 @@ def load_adapter(pipeline, file: Path, name: str, base: str) -> None:
         advice = "scripts/lora/inspect_lora.py says what it is for"  # diffusers only warns when no key fits
         raise UserError(f"{what}: none of its keys fits {kind}; {advice}")
     for part in pipeline.components.values():
-        for parameter_name, parameter in part.named_parameters() if isinstance(part, torch.nn.Module) else ():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        for parameter_name, parameter in part.named_parameters():
             if parameter.is_meta and "lora_" in parameter_name:  # diffusers leaves an empty matrix there
                 raise UserError(f"{what}: damaged or cut: {parameter_name} is missing in it")
 
@@ -64,8 +68,8 @@ def read_finite(file: Path) -> dict[str, torch.Tensor]:
 def load_lora_file(pipeline, file: Path, name: str, base: str) -> None:
     """Loads a LoRA file as an adapter by the way that reads it right.
 
-    Of other trainers' files diffusers reads those of kohya's scripts for Stable Diffusion and SDXL; the others are
-    converted first: it takes some for other layers, and DoRA's without their magnitude.
+    Of other trainers' files diffusers reads those of kohya's scripts for Stable Diffusion and SDXL; the
+    others are converted first: it takes some for other layers, and DoRA's without their magnitude.
     """
     family = FAMILY_OF_PIPELINE.get(type(pipeline).__name__)
     _, keys = read_header(file)
@@ -85,20 +89,18 @@ def load_lora_file(pipeline, file: Path, name: str, base: str) -> None:
 
 def load_converted(pipeline, file: Path, name: str, base: str, family: str | None) -> None:
     """Loads another tool's file, converted to diffusers' keys, as an adapter. Errors: UserError."""
-    from scripts.lora.parts.lora_files import FileError, read_lora, write_diffusers
-
     with tempfile.TemporaryDirectory() as folder:
         try:
             lora = read_lora(file, family, base if (Path(base) / "model_index.json").is_file() else None)
-            write_diffusers(lora, Path(folder) / file.name)
-        except FileError as error:
+            write_diffusers_lora(lora, Path(folder) / file.name)
+        except UserError as error:
             kind = type(pipeline).__name__
             raise UserError(f"paths.lora_weights_path: it does not fit {kind}: {error}") from None
         pipeline.load_lora_weights(folder, weight_name=file.name, adapter_name=name)
 
 
 def load_factors(pipeline, file: Path, name: str) -> None:
-    """Loads a LoHa or LoKr of the training scripts as an adapter, by peft; the pipelines' loader takes neither.
+    """Loads a LoHa or LoKr of the training scripts as an adapter, by peft, as pipelines' own loader can't.
 
     Errors: ValueError, KeyError or RuntimeError for a file that does not fit.
     """
@@ -109,9 +111,8 @@ def load_factors(pipeline, file: Path, name: str) -> None:
         prefix, module = f"{part}.", getattr(pipeline, part)
         config = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        if part.startswith("text_encoder") and not hasattr(
-            module, "text_model"
-        ):  # not all classes have this level
+        has_level = hasattr(module, "text_model")  # which not all classes of text encoders have
+        if part.startswith("text_encoder") and not has_level:
             state = {key.removeprefix("text_model."): value for key, value in state.items()}
         module.add_adapter(peft.get_peft_config(config), name)
         result = peft.set_peft_model_state_dict(module, state, name)
@@ -121,8 +122,9 @@ def load_factors(pipeline, file: Path, name: str) -> None:
 
 
 def load_embeddings(pipeline, file: Path, first_token: int) -> None:
-    """Adds a training's new tokens to the pipeline's encoders, numbered from `first_token` on; those that are there
-    already get its embeddings. Errors: UserError for a file that doesn't fit.
+    """Adds a training's new tokens to the pipeline's encoders, numbered from `first_token` on.
+
+    Tokens that are there already get its embeddings. Errors: UserError for a file that doesn't fit.
     """
     for key, table in read_finite(file).items():
         key = EMBEDDING_KEYS.get(key, key)
@@ -134,9 +136,7 @@ def load_embeddings(pipeline, file: Path, first_token: int) -> None:
         tokenizer.add_tokens(tokens)
         if len(tokenizer) > encoder.get_input_embeddings().num_embeddings:
             encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        rows = (
-            encoder.get_input_embeddings().weight.data
-        )  # SD3's pipeline has no loader of its own for embeddings
+        rows = encoder.get_input_embeddings().weight.data  # SD3's pipeline has no loader for embeddings
         rows[tokenizer.convert_tokens_to_ids(tokens)] = table.to(rows.device, rows.dtype)
         print_status(f"{file.name}: {key} knows {''.join(tokens)}")
 
@@ -147,6 +147,13 @@ def text_encoder_parts(pipeline, key: str) -> tuple[object, object]:
     places = (FLUX if is_flux else SD3).text_encoders  # SD3's are those of the UNets' families, and T5
     tokenizer, encoder = places.get(key, ("", ""))
     return pipeline.components.get(tokenizer), pipeline.components.get(encoder)
+
+
+def fuse_adapters(pipeline, weights: dict[str, float], scale: float) -> None:
+    """Bakes LoRAs into the base, each at its own weight times `scale`."""
+    pipeline.set_adapters(list(weights), list(weights.values()))
+    pipeline.fuse_lora(lora_scale=scale)
+    pipeline.unload_lora_weights()
 
 
 def set_scale(pipeline, weights: dict[str, float], scale: float) -> None:

@@ -28,9 +28,9 @@ def parse_arguments(argv: list[str] | None, program: str) -> argparse.Namespace:
     parser = SettingsParser(
         prog=program,
         usage="%(prog)s [LORA ...] [--config FILE] [--KEY VALUE ...]",
-        description="Draws images with a trained LoRA. LORA, a training's folder or a LoRA file, says by itself"
-        " which base, size, steps and prompts it needs; without it, config/lora_infer.yaml says what is drawn."
-        " Every key of the YAML is a flag.",
+        description="Draws images with a trained LoRA. LORA, a training's folder or a LoRA file, says by"
+        " itself which base, size, steps and prompts it needs; without it, config/lora_infer.yaml says what"
+        " is drawn. Every key of the YAML is a flag.",
         allow_abbrev=False,
     )
     parser.add_argument("lora", nargs="*", metavar="LORA", help="a training's folder or a LoRA file")
@@ -91,7 +91,7 @@ def parse_value(key: str, value: str | list[str]):
 
 
 def read_yaml(file: str) -> dict[str, object]:
-    """A YAML file's values by their dotted keys. Errors: UserError for what is no file of known keys and values."""
+    """A YAML file's values by their dotted keys. Errors: UserError for anything but known keys and values."""
     import yaml
 
     try:

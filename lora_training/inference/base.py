@@ -13,7 +13,7 @@ from lora_training.families import FAMILIES
 def find_base_folder(base: str, own_vae: bool) -> str:
     """The base as a diffusers folder or a hub id; a single checkpoint file is unpacked to one, once.
 
-    own_vae: whether its VAE is needed. Errors: UserError for a file that is no base, and for a damaged folder.
+    own_vae: whether its VAE is needed. Errors: UserError for what is no base, or damaged.
     """
     folder = str(unpack_base(base)) if Path(base).is_file() else base
     if Path(folder).is_dir():
@@ -37,7 +37,10 @@ def unpack_base(base: str) -> Path:
 
 
 def check_folder(folder: Path, own_vae: bool) -> None:
-    """Checks a base's parts and configurations: the libraries' own errors seldom name the file. Errors: UserError."""
+    """Checks a base's parts and configurations, as the libraries' errors seldom name the file.
+
+    Errors: UserError.
+    """
     for name, spec in read_base_json(folder / "model_index.json").items():
         is_part = isinstance(spec, list) and spec[:1] != [None]
         if is_part and (own_vae or name != "vae") and not (folder / name).is_dir():
@@ -59,7 +62,7 @@ def read_base_json(file: Path) -> dict:
 
 
 def family_of_base(base: str) -> str | None:
-    """The family of a diffusers folder or a repository of the hub; None for another one. Errors: UserError."""
+    """The family of a diffusers folder or a hub repository; None for another one. Errors: UserError."""
     try:
         if Path(base).is_dir():
             index = Path(base) / "model_index.json"

@@ -1,4 +1,4 @@
-"""Pictures as files: each with its settings in the PNG text, all of a run in a folder of its own, and a labelled grid."""
+"""Pictures as files: each with its settings in the PNG text, a folder for each run, and a labelled grid."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def draw_grid(images: dict[tuple[int, Hashable, int], Image.Image], prompts: lis
 
 
 def tile_size(size: tuple[int, int]) -> tuple[tuple[int, int], Image.Resampling]:
-    """(width, height) of a picture -> that in the grid, and how it is scaled: small ones by whole numbers, sharply."""
+    """(width, height) of a picture -> that in the grid, and the filter; small ones grow by whole numbers."""
     longest = max(size)
     if longest < SMALLEST_TILE:
         factor = max(1, round(SMALLEST_TILE / longest))

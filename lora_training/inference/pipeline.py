@@ -19,42 +19,48 @@ from lora_training.errors import UserError, is_out_of_memory, one_line
 from lora_training.libraries import import_model_libraries
 
 
+def silence_libraries() -> None:
+    """Imports what pipelines need, which takes seconds, and shows no logs of these libraries.
+
+    What goes wrong is raised as well.
+    """
+    import_model_libraries()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity(logging.CRITICAL)
+
+
 def load_base(base: str, shown_name: str, dtype: torch.dtype, **options):
-    """The pipeline of a diffusers folder or hub id, on the CPU. options: further arguments of `from_pretrained`.
+    """The pipeline of a diffusers folder or hub id, on the CPU. options: as `from_pretrained` takes them.
 
     Errors: UserError with `shown_name` for a base that can't be loaded or isn't whole.
     """
-    with quiet_libraries() as warnings:
+    with record_warnings() as records:
         try:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(base, dtype=dtype, **options)
         except Exception as error:  # a damaged folder: both libraries raise whatever comes
             if is_out_of_memory(error):
                 raise
-            raise UserError(
-                f"paths.base_model_path: {shown_name} can't be loaded: {one_line(error)}"
-            ) from None
-    check_whole(pipeline, shown_name, warnings.buffer)
+            problem = f"can't be loaded: {one_line(error)}"
+            raise UserError(f"paths.base_model_path: {shown_name} {problem}") from None
+    check_whole(pipeline, shown_name, records)
     return pipeline
 
 
 @contextlib.contextmanager
-def quiet_libraries():
-    """Gives a handler whose `buffer` gets transformers' warnings, which are not shown: of weights that it made up."""
-    import_model_libraries()
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity(logging.CRITICAL)  # what fails is raised too
+def record_warnings():
+    """Gives a list that gets what transformers logs while it loads, such as weights that it made up."""
     log, handler = logging.getLogger("transformers.modeling_utils"), logging.handlers.BufferingHandler(1000)
     log.setLevel(logging.WARNING)
     log.propagate = False
     log.addHandler(handler)
     try:
-        yield handler
+        yield handler.buffer
     finally:
         log.removeHandler(handler)
 
 
 def check_whole(pipeline, base: str, log_records: list[logging.LogRecord]) -> None:
-    """Refuses what would draw wrongly: a part without vocabulary, or with weights made up, as the log says."""
+    """Refuses what would draw wrongly: a part without vocabulary, or with weights made up as the log says."""
     messages = [record.getMessage() for record in log_records]
     incomplete = [re.findall(r"([A-Z]\w+) LOAD REPORT", text)[0] for text in messages if "MISSING" in text]
     for name, part in pipeline.components.items():
@@ -100,7 +106,7 @@ def quantization_config(kind: str, dtype: torch.dtype):
 
 
 def change_scheduler(pipeline, settings) -> None:
-    """Exchanges or adjusts the scheduler as the settings say. Errors: UserError for one that can't be used here."""
+    """Exchanges or adjusts the scheduler as the settings say. Errors: UserError for one of no use here."""
     keys = ("prediction_type", "rescale_betas_zero_snr")
     changes = {key: getattr(settings, key) for key in keys if getattr(settings, key) is not None}
     if not settings.scheduler and not changes:
@@ -156,7 +162,7 @@ def device_and_dtype(settings) -> tuple[str, torch.dtype]:
 
 
 def place_pipeline(pipeline, settings) -> None:
-    """Compiles the denoiser, if asked for, and moves the parts to the device, or to the CPU between their turns."""
+    """Compiles the denoiser, if asked for, and moves the parts to the device, or sets up their offloading."""
     device, _ = device_and_dtype(settings)
     denoiser = pipeline.unet if "unet" in pipeline.components else pipeline.transformer
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ and denoiser.num_parameters() < 5e7:

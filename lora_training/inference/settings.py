@@ -1,4 +1,5 @@
-"""The settings of a drawing: every key with its type, default and help, and the pydantic model that checks values.
+"""The settings of a drawing: every key with its type, default and help, and the pydantic model that checks
+values.
 
 Where values come from (command line, YAML file) is in `arguments`; whether they fit together, in `checks`.
 """
@@ -9,8 +10,8 @@ from lora_training.errors import UserError, one_line
 
 REQUIRED = "the training's"  # the default of a key that a training or a person must say
 
-# {group: {key: (kind, default, help)}}: what --help shows and what a YAML file is checked against. A kind is one of
-# those in `value_types`, or the texts that are allowed.
+# {group: {key: (kind, default, help)}}: what --help shows and what a YAML file is checked against. A kind is
+# one of those in `value_types`, or the texts that are allowed.
 KEYS = {
     "files": {
         "paths.base_model_path": ("text", REQUIRED, "hub id, diffusers folder, or .safetensors/.ckpt file"),
@@ -102,8 +103,8 @@ EXPECTED = {
 def validate(values: dict[str, object], source: str, flags: dict[str, object]):
     """Values by dotted key -> the settings, with their types.
 
-    source: where values come from that are not in `flags`, those of the command line. Errors: UserError that names
-    the key or the flag.
+    source: where values come from that are not in `flags`, those of the command line. Errors: UserError that
+    names the key or the flag.
     """
     from pydantic import ValidationError
 
@@ -126,7 +127,9 @@ def validate(values: dict[str, object], source: str, flags: dict[str, object]):
 
 
 def build_schema():
-    """The pydantic model of the settings. A function, because pydantic takes longer to import than --help may take."""
+    """The pydantic model of the settings. A function, because pydantic takes longer to import than --help may
+    take.
+    """
     from typing import Literal
 
     from pydantic import BaseModel, ConfigDict, Field, create_model

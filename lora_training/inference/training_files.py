@@ -6,6 +6,7 @@ import contextlib
 import re
 from pathlib import Path
 
+from lora_training.console import print_status
 from lora_training.errors import UserError, one_line
 from lora_training.files import list_checkpoints
 from lora_training.inference.arguments import path_exists
@@ -14,7 +15,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def adapter_files(path: str) -> tuple[Path | None, Path | None]:
-    """(LoRA file, embeddings file) of a training's folder or of one file. Errors: UserError if neither is there."""
+    """(LoRA file, embeddings file) of a training's folder or of one file. Errors: UserError without either."""
     place = Path(path)
     if not path_exists(path):
         advice = "train one first: bash run_lora_train.sh"
@@ -42,7 +43,8 @@ def find_embeddings(folder: Path, name: str) -> Path | None:
 def select_checkpoints(path: str, selection: str | int | list[int]) -> dict[str, Path]:
     """{label: folder} of checkpoints of a training's folder, in the order in which they are drawn.
 
-    selection: steps, or "all"; of all, also the training's result where it is not one of them. Errors: UserError.
+    selection: steps, or "all"; then also the training's result where it is not one of them.
+    Errors: UserError.
     """
     folders = {int(p.name.removeprefix("checkpoint-")): p for p in reversed(list_checkpoints(Path(path)))}
     if not folders:
@@ -61,7 +63,7 @@ def select_checkpoints(path: str, selection: str | int | list[int]) -> dict[str,
 
 
 def read_header(file: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """(metadata, {key: shape}) of a .safetensors file, its tensors unread. Errors: UserError if it is none, or cut."""
+    """(metadata, {key: shape}) of a .safetensors file, its tensors unread. Errors: UserError if it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -76,7 +78,10 @@ def read_header(file: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
 
 
 def read_training(path: str) -> dict[str, object]:
-    """What a training says of itself, by its flags' names: config.yaml, else model card and LoRA file's metadata."""
+    """What a training says of itself, by its flags' names.
+
+    That is its config.yaml, else its model card and the LoRA file's metadata.
+    """
     import yaml
 
     # any text may stand in these files
@@ -99,12 +104,15 @@ def read_training(path: str) -> dict[str, object]:
             config = yaml.safe_load(file.read_text(encoding="utf-8"))
             if isinstance(config, dict) and "pretrained_model_name_or_path" in config:
                 return about | config
-        print(f"note: {file} is not a training's configuration: the LoRA's own files say what they can")
+        print_status(
+            f"note: {file} is not a training's configuration: the LoRA's own files say what they can"
+        )
     return about
 
 
 def family_of_lora(file: Path | None, about: dict[str, object]) -> str | None:
-    """The family that a LoRA file says it is for, or that its layers' names are of; None where both leave it open.
+    """The family that a LoRA file says it is for, or that its layers' names are of; None where both leave it
+    open.
 
     about: of `read_training`.
     """

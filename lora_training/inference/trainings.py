@@ -1,4 +1,4 @@
-"""The trainings that are drawn with: their settings as defaults of a drawing, their base, their new tokens."""
+"""The trainings that are drawn with: their settings as defaults of a drawing, their base and new tokens."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Training:
 def settings_of_training(path: str, explicit: dict[str, object], root: Path) -> dict[str, object]:
     """A training's settings by the keys of a drawing's, as defaults for those that are not in `explicit`.
 
-    root: the project's folder, in which a base may lie. Errors: UserError if no prompt or no base can be told.
+    root: the project's folder, in which a base may lie. Errors: UserError if there's no prompt or no base.
     """
     lora, embeddings = adapter_files(path)
     about = read_training(path)
@@ -75,7 +75,7 @@ def settings_of_training(path: str, explicit: dict[str, object], root: Path) -> 
 
 
 def find_prompt(path: str, about: dict[str, object], has_tokens: bool):
-    """The prompt that a training was validated with, else one that calls it. Errors: UserError if it says none."""
+    """The prompt that a training was validated with, else one that calls it. Errors: UserError without any."""
     keys = ("validation_prompt", "instance_prompt", "trigger_word", "modelspec.trigger_phrase")
     words = abstraction_words(about) if has_tokens else []
     prompt = next((p for p in (*(about.get(key) for key in keys), *words) if p), None)
@@ -112,10 +112,10 @@ def find_base(path: str, about: dict[str, object], family: str | None, root: Pat
 
 
 def read_trainings(settings) -> list[Training]:
-    """Every LoRA that will be drawn with, the headers of its files read, its new tokens numbered. Errors: UserError.
+    """Every LoRA that will be drawn with, the headers of its files read, its new tokens numbered.
 
-    Tokens of several LoRAs are numbered through; those of checkpoints, which are drawn one after the other, replace
-    each other.
+    Tokens of several LoRAs are numbered through; those of checkpoints, which are drawn one after the other,
+    replace each other. Errors: UserError.
     """
     adapters = [("", path, weight) for path, weight in list_adapters(settings)]
     if settings.checkpoints:
@@ -135,12 +135,11 @@ def read_trainings(settings) -> list[Training]:
 
 
 def read_one_training(path: str, weight: float, label: str, first_token: int) -> Training:
-    """A LoRA with its training; its words for new tokens in order, each with its share of them. Errors: UserError."""
+    """A LoRA with its training; each of its words for new tokens has its share of them. Errors: UserError."""
     lora, embeddings = adapter_files(path)
     about = read_training(path)
-    training = Training(
-        path, weight, lora, embeddings, about, family_of_lora(lora, about), label, first_token
-    )
+    family = family_of_lora(lora, about)
+    training = Training(path, weight, lora, embeddings, about, family, label, first_token)
     if embeddings:
         training.token_count = count_tokens(embeddings)
         tokens = [f"<s{first_token + i}>" for i in range(training.token_count)]
@@ -151,7 +150,7 @@ def read_one_training(path: str, weight: float, label: str, first_token: int) ->
 
 
 def count_tokens(embeddings: Path) -> int:
-    """How many new tokens an embeddings file has. Errors: UserError for tables that aren't such, or differ in it."""
+    """How many new tokens an embeddings file has. Errors: UserError if its tables don't agree on that."""
     shapes = list(read_header(embeddings)[1].values())
     if any(len(shape) != 2 or shape[0] != shapes[0][0] or not shape[0] for shape in shapes):
         raise UserError(f"{embeddings}: expected tables with a row for each new token, found {shapes}")

@@ -119,7 +119,7 @@ def lora_state(module, parts: list[TrainedPart] = ()) -> dict:
     """A copy of the LoRA's weights with peft's keys, on the CPU in float32; those of `parts` from their own buffers."""
     from peft.utils import get_peft_model_state_dict
 
-    pairs = [(part.parameters, part.split(part.weights.detach())) for part in parts]
+    pairs = [(part.parameters, part.views(part.weights.detach())) for part in parts]
     masters = {parameter: views[name] for owned, views in pairs for name, parameter in owned.items()}
     state = {name: masters.get(p, p) for name, p in module.named_parameters() if ADAPTER.search(name)}
     state = get_peft_model_state_dict(module, state_dict=state)

@@ -59,8 +59,8 @@ def resize_lora(
 ) -> tuple[Lora, float]:
     """The LoRA with plain layers of another rank. Returns (LoRA, share of the update that is lost).
 
-    only_unfit: layers that are plain LoRAs or DoRAs stay as they are. fused: the ranks are those of a file for other
-    tools, where some layers are one. Errors: UserError as of `Resizer.resize`.
+    only_unfit: layers that are plain LoRAs or DoRAs stay as they are. fused: the ranks are those of a file
+    for other tools, where some layers are one. Errors: UserError as of `Resizer.resize`.
     """
     base, denoiser = lora.base, lora.base.family.denoiser
     resizer = Resizer(rank, energy_share, base_weights)
@@ -92,7 +92,7 @@ def is_resized_fused(lora: Lora, name: str) -> bool:
 def resize_fused(
     lora: Lora, layers: dict[str, LoraLayer], original: str, names: list[str], resizer: Resizer
 ) -> None:
-    """Resizes those of `layers` that the original holds as one, `names`, together; they then share a down matrix."""
+    """Resizes those of `layers` that the original holds as one, `names`, together: with one down matrix."""
     adapted = {name: layers[name] for name in names if name in layers}
     if len(adapted) < 2:
         return

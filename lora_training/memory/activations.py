@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 class GatedGelu(torch.autograd.Function):
-    """(..., 2C) -> first half * gelu(second half), (..., C); makes the gelu again instead of keeping it."""
+    """(..., 2C) -> first half * gelu(second half), (..., C); computes the gelu again instead of saving it."""
 
     @staticmethod
     def forward(ctx, x):
@@ -22,15 +22,17 @@ class GatedGelu(torch.autograd.Function):
     def backward(ctx, gradient):
         (x,) = ctx.saved_tensors
         out = torch.empty_like(x)
-        (value, gate), (of_value, of_gate) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-        torch.mul(gradient, F.gelu(gate), out=of_value)
-        torch.ops.aten.gelu_backward.grad_input(gradient * value, gate, grad_input=of_gate)
+        value, gate = x.chunk(2, dim=-1)
+        value_gradient, gate_gradient = out.chunk(2, dim=-1)
+        torch.mul(gradient, F.gelu(gate), out=value_gradient)
+        torch.ops.aten.gelu_backward.grad_input(gradient * value, gate, grad_input=gate_gradient)
         return out
 
 
 class JoinedGelu(torch.autograd.Function):
-    """a (..., A) and x (..., C) -> a and gelu(x), (..., A + C), for a product alone: backwards it writes into the gradient
-    that it is given, which is a product's own.
+    """a (..., A) and x (..., C) -> a and gelu(x) side by side, (..., A + C), as the input of a product.
+
+    The backward pass writes into the gradient that it receives, which nothing but that product has.
     """
 
     @staticmethod
@@ -46,15 +48,15 @@ class JoinedGelu(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         (x,) = ctx.saved_tensors
-        of_a, of_x = gradient.split([gradient.shape[-1] - x.shape[-1], x.shape[-1]], dim=-1)
-        torch.ops.aten.gelu_backward.grad_input(of_x, x, approximate="tanh", grad_input=of_x)
-        return of_a, of_x
+        widths = [gradient.shape[-1] - x.shape[-1], x.shape[-1]]
+        a_gradient, x_gradient = gradient.split(widths, dim=-1)
+        torch.ops.aten.gelu_backward.grad_input(x_gradient, x, approximate="tanh", grad_input=x_gradient)
+        return a_gradient, x_gradient
 
 
 def save_activation_memory(denoiser) -> None:
-    """Has layers that keep more for the backward pass than it needs keep less: gated gelus (UNets), and FLUX.1's blocks.
-
-    Other denoisers keep little as they are.
+    """Has gated gelus (UNets) and FLUX.1's blocks save less for the backward pass; other denoisers save
+    little anyway.
     """
     for layer in denoiser.modules():
         if type(layer).__name__ == "GEGLU":
@@ -64,21 +66,23 @@ def save_activation_memory(denoiser) -> None:
 
 
 def optimize_flux_blocks(denoiser) -> None:
-    """Fewer operations: queries and keys as complex numbers. Less memory: a single block's MLP after its attention, so that
-    backwards its gradient is gone first.
+    """Rotates queries and keys as complex numbers, in fewer operations, and computes a single block's MLP
+    after its attention.
+
+    Backwards the MLP's gradient is then gone before the attention's begins.
     """
     from diffusers.models import embeddings, transformers
 
-    # one table turns the queries and keys of all blocks; (S, D), each number twice -> (S, 1, D/2)
-    turns = functools.lru_cache(1)(lambda cos, sin: torch.complex(cos[:, None, ::2], sin[:, None, ::2]))
+    # one table rotates the queries and keys of all blocks; (S, D), each number twice -> (S, 1, D/2)
+    rotations = functools.lru_cache(1)(lambda cos, sin: torch.complex(cos[:, None, ::2], sin[:, None, ::2]))
 
-    def turned(x, angles, sequence_dim: int):
+    def apply_rotary_emb(x, angles, sequence_dim: int):
         if x.is_mps:
             return embeddings.apply_rotary_emb(x, angles, sequence_dim=sequence_dim)
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, S, heads, D/2)
-        return torch.view_as_real(pairs * turns(*angles)).flatten(-2).to(x.dtype)
+        return torch.view_as_real(pairs * rotations(*angles)).flatten(-2).to(x.dtype)
 
-    def single(
+    def single_block_forward(
         block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
     ):
         joined = torch.cat([encoder_hidden_states, hidden_states], dim=1)
@@ -88,6 +92,6 @@ def optimize_flux_blocks(denoiser) -> None:
         joined = joined + gate.unsqueeze(1) * block.proj_out(mixed)
         return joined.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
 
-    transformers.transformer_flux.apply_rotary_emb = turned
+    transformers.transformer_flux.apply_rotary_emb = apply_rotary_emb
     for block in denoiser.single_transformer_blocks:
-        block.forward = functools.partial(single, block)
+        block.forward = functools.partial(single_block_forward, block)

@@ -11,61 +11,69 @@ import torch.nn.functional as F
 
 
 class FrozenLinear(torch.nn.Linear):
-    """A linear layer that isn't trained: its weights in 8 bits (a scale per row), 4 (a scale per 64 values), or as they are.
+    """A linear layer that isn't trained. Autograd saves nothing but the layer itself.
 
-    fp8: e4m3, of which GPUs that can (compute capability 8.9) take the product as it is. int8: rounded. nf4:
-    https://arxiv.org/abs/2305.14314, with the scales in 8 bits. Autograd keeps nothing but the layer itself.
+    Its weights are in 8 bits (a scale per row), in 4 (a scale per 64 values), or as they are. fp8: e4m3,
+    which GPUs of compute capability 8.9 multiply as it is. int8: rounded. nf4:
+    https://arxiv.org/abs/2305.14314, scales in 8 bits.
     """
 
     def __init__(self, weight, bias, kind: str | None, dtype) -> None:
-        """weight: (N, K), of any floating type, where it is to stay; dtype: what the products come in."""
+        """weight: (N, K), of any floating type, on its device; kind: nf4, int8, fp8 or None; dtype: of the
+        products.
+        """
         torch.nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.kind, self.dtype, self.bias, self.state, self.swapped_in = kind, dtype, bias, None, None
-        kept, scale = weight, weight.new_empty(0)
+        self.kind, self.dtype, self.bias = kind, dtype, bias
+        self.nf4_state = None  # bitsandbytes' scales
+        self.fetch = None  # of a swapped block: gives the weights on the device
+        stored, scale = weight, weight.new_empty(0)
         if kind == "nf4":
             from bitsandbytes.functional import quantize_4bit
 
-            kept, self.state = quantize_4bit(weight.to(dtype), quant_type="nf4", compress_statistics=True)
+            stored, self.nf4_state = quantize_4bit(
+                weight.to(dtype), quant_type="nf4", compress_statistics=True
+            )
         elif kind:  # some rows at a time, so that little is held in float32
             quantize = quantize_fp8 if kind == "fp8" else functools.partial(quantize_int8, dtype=dtype)
             pieces = zip(*map(quantize, weight.split(max(1, 2**22 // self.in_features))), strict=True)
-            kept, scale = map(torch.cat, pieces)
-        self.register_buffer("stored", kept)
+            stored, scale = map(torch.cat, pieces)
+        self.register_buffer("stored", stored)
         self.register_buffer("scale", scale)
         nvidia = weight.is_cuda and not torch.version.hip  # AMD's numbers of capability mean something else
         capable = nvidia and torch.cuda.get_device_capability(weight.device) >= (8, 9)
-        self.direct = kind == "fp8" and capable and not any(n % 16 for n in weight.shape)
+        self.multiplies_in_fp8 = kind == "fp8" and capable and not any(n % 16 for n in weight.shape)
 
     @property
-    def kept(self):
-        """The weights as they are kept; of a swapped block, where the device has them now."""
-        return self.swapped_in() if self.swapped_in else self.stored
+    def stored_weight(self):
+        """The weights as they are stored; of a swapped block, where the device has them now."""
+        return self.fetch() if self.fetch else self.stored
 
     @property
     def weight(self):
         """The weights (N, K) in `dtype`."""
+        stored = self.stored_weight
         if self.kind is None:
-            return self.kept
+            return stored
         if self.kind == "nf4":
             from bitsandbytes.functional import dequantize_4bit
 
-            return dequantize_4bit(self.kept, self.state)
-        return self.kept * self.scale if self.kind == "int8" else self.kept.to(self.dtype).mul_(self.scale)
+            return dequantize_4bit(stored, self.nf4_state)
+        return stored * self.scale if self.kind == "int8" else stored.to(self.dtype).mul_(self.scale)
 
     def _apply(self, fn, recurse=True):
-        """Moves the weights; whatever else is asked for, a cast above all, leaves them as they are."""
+        """Moves the weights to another device; a cast leaves them as they are."""
         device = fn(self.scale.new_empty(0)).device
-        if self.state is not None:
-            self.state.to(device)
+        if self.nf4_state is not None:
+            self.nf4_state.to(device)
         return super()._apply(lambda tensor: tensor.to(device), recurse)
 
     def forward(self, x):
         """(..., K) -> (..., N)."""
         x = x.to(self.dtype)
-        return (
-            F.linear(x, self.weight, self.bias) if torch.compiler.is_compiling() else frozen_linear(self, x)
-        )
+        if torch.compiler.is_compiling():
+            return F.linear(x, self.weight, self.bias)
+        return frozen_linear(self, x)
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -82,7 +90,9 @@ class FrozenProduct(torch.autograd.Function):
 
 
 def empty_rows_like(x, columns: int):
-    """An empty (M, columns) that lies in memory as x (M, K) does: row by row or, as in a picture, column by column."""
+    """An empty (M, columns) that lies in memory as x (M, K) does: row by row or, as in a picture, column by
+    column.
+    """
     by_columns = x.stride(0) == 1 and x.stride(1) != 1
     return x.new_empty(columns, len(x)).t() if by_columns else x.new_empty(len(x), columns)
 
@@ -90,14 +100,11 @@ def empty_rows_like(x, columns: int):
 def quantize_fp8(x):
     """(M, K) -> the same in e4m3, row by row in memory, and float32 scales (M, 1) that make it x again.
 
-    Scales are powers of two, the least that leave e4m3's largest, 448, unreached: bfloat16 is divided as it is, exactly.
-    float16 doesn't reach down to the scales of small rows.
+    Scales are powers of two, the least that leave e4m3's largest, 448, unreached: bfloat16 is divided as it
+    is, exactly. float16 doesn't reach down to the scales of small rows.
     """
-    scale = (
-        torch.linalg.vector_norm(x, math.inf, dim=1, keepdim=True, dtype=torch.float32)
-        .clamp_min_(1e-12)
-        .div_(224)
-    )
+    largest = torch.linalg.vector_norm(x, math.inf, dim=1, keepdim=True, dtype=torch.float32)
+    scale = largest.clamp_min_(1e-12).div_(224)
     scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent alone
     divisor = scale if x.dtype == torch.float16 else scale.to(x.dtype)
     return (x / divisor).to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), scale
@@ -120,18 +127,17 @@ def frozen_linear(layer, x):
     return FrozenProduct.apply(x.reshape(-1, layer.in_features), layer).view(*x.shape[:-1], -1)
 
 
-def linear_product(layer, x, eighth=None):
+def linear_product(layer, x, x_fp8=None):
     """x (M, K) -> x W^T + b, (M, N), of a linear layer or a 1 x 1 convolution, frozen in 8 or 4 bits or not.
 
-    eighth: to_fp8(x), where several layers share it.
+    x_fp8: quantize_fp8(x), where several layers share it.
     """
     if layer in skipped_layers:
         return x.new_empty(len(x), layer.out_features)
     if multiplies_in_fp8(layer):
-        rows, scale = eighth or quantize_fp8(x)
-        return torch._scaled_mm(
-            rows, layer.kept.t(), scale, layer.scale.t(), bias=layer.bias, out_dtype=x.dtype
-        )
+        rows, scale = x_fp8 or quantize_fp8(x)
+        weight = layer.stored_weight.t()
+        return torch._scaled_mm(rows, weight, scale, layer.scale.t(), bias=layer.bias, out_dtype=x.dtype)
     weight = layer.weight.flatten(1)
     out = empty_rows_like(x, len(weight))
     if layer.bias is None:
@@ -141,17 +147,19 @@ def linear_product(layer, x, eighth=None):
 
 def multiplies_in_fp8(layer) -> bool:
     """Whether a layer's products are taken in fp8."""
-    return isinstance(layer, FrozenLinear) and layer.direct
+    return isinstance(layer, FrozenLinear) and layer.multiplies_in_fp8
 
 
 def input_gradient(layer, gradient, total=None):
     """gradient (M, N) -> gradient W, (M, K); added to `total` if that is given."""
     if multiplies_in_fp8(layer):
         rows, scale = quantize_fp8(gradient * layer.scale.t().to(gradient.dtype))
-        columns = layer.kept.t().contiguous().t()  # the GPU takes the second factor column by column only
+        columns = (
+            layer.stored_weight.t().contiguous().t()
+        )  # the GPU takes the second factor column by column only
         scales = scale, unit_scales(layer.in_features, columns.device)
-        mine = torch._scaled_mm(rows, columns, *scales, out_dtype=gradient.dtype)
-        return mine if total is None else total.add_(mine)
+        result = torch._scaled_mm(rows, columns, *scales, out_dtype=gradient.dtype)
+        return result if total is None else total.add_(result)
     weight = layer.weight.flatten(1)
     if total is not None:
         return total.addmm_(gradient, weight)

@@ -12,22 +12,25 @@ if TYPE_CHECKING:
 
 
 class NonFiniteGuard:
-    """Clips gradients, keeps non-finite ones from the weights, and scales the loss for fp16; never waits for the GPU."""
+    """Clips gradients, keeps non-finite ones from the weights, and scales the loss for fp16.
+
+    torch's clipping and GradScaler wait for the GPU at each step; this doesn't, but for `allows_step` in
+    fp16.
+    """
 
     def __init__(self, device, half: bool) -> None:
         self.half = half
         self.scale = torch.tensor(2.0**14 if half else 1.0, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # the last step's gradients
         self.good = torch.zeros((), device=device)  # steps since the scale last changed
-        self.bad_run = torch.zeros(
-            (), device=device
-        )  # non-finite steps in a row that no lower scale would mend
+        # non-finite steps in a row that no lower scale would mend
+        self.bad_run = torch.zeros((), device=device)
         self.bad_total = torch.zeros((), device=device)
 
     def apply(self, parts: list[TrainedPart], accelerator, max_norm: float):
-        """Sums gradients over processes, unscales and clips them. A non-finite one makes all of them zero.
+        """Sums gradients over processes, unscales and clips them; a non-finite one makes all of them zero.
 
-        Returns the norm before clipping, a tensor.
+        max_norm: 0 turns clipping off. Returns the norm before clipping, a tensor.
         """
         for part in parts:
             if accelerator.num_processes > 1:
@@ -50,8 +53,10 @@ class NonFiniteGuard:
         return norm
 
     def allows_step(self) -> bool:
-        """Whether this step is taken. On a GPU only fp16, which overflows now and then, is worth waiting for the answer;
-        elsewhere a gradient that isn't finite has become zero.
+        """Whether this step is taken.
+
+        On a GPU only fp16, which overflows now and then, is worth waiting for the answer; in other precisions
+        a gradient that isn't finite has become zero.
         """
         return bool(self.finite) if self.half or not self.scale.is_cuda else True
 

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(part: TrainedPart, args: argparse.Namespace):
-    """The optimizer of --optimizer for one part. Each part has its own, so that Prodigy finds a step size for each."""
+    """The optimizer of --optimizer for one part.
+
+    Each part has its own, so that Prodigy finds a step size for each.
+
+    Errors: ImportError, AttributeError, TypeError or ValueError for a class or arguments that there are not.
+    """
     common = {"params": parameter_groups(part, args.loraplus_lr_ratio), "lr": part.learning_rate}
     common |= {"weight_decay": part.weight_decay} | args.optimizer_args
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon} | common
@@ -27,41 +32,63 @@ def make_optimizer(part: TrainedPart, args: argparse.Namespace):
     if args.optimizer == "adamw":
         return torch.optim.AdamW(**adam, fused=part.weights.is_cuda)
     if args.optimizer == "adamw8bit":
-        import bitsandbytes
-
-        return nonblocking_adamw8bit(bitsandbytes.optim.AdamW8bit)(**adam)
+        return make_adamw8bit(adam)
     if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        own = ("decouple", "use_bias_correction", "safeguard_warmup")
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints how it decays weights
-            settings = {name: vars(args)[f"prodigy_{name}"] for name in own}
-            return nonblocking_prodigy(Prodigy)(**adam, beta3=args.prodigy_beta3, **settings)
+        return make_prodigy(adam, args)
     if args.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
+        return make_adafactor(common, part)
+    return make_schedulefree(adam, args)
 
-        matrices = [torch.nn.Parameter(view) for view in part.split(part.weights.detach()).values()]
-        for matrix, gradient in zip(matrices, part.split(part.gradients).values(), strict=True):
-            matrix.grad = gradient  # it keeps a mean per row and column instead of one per weight
-        return Adafactor(
-            **common | {"params": matrices}, scale_parameter=False, relative_step=False, warmup_init=False
-        )
+
+def make_adamw8bit(settings: dict):
+    """bitsandbytes' 8-bit AdamW."""
+    import bitsandbytes
+
+    return nonblocking_adamw8bit(bitsandbytes.optim.AdamW8bit)(**settings)
+
+
+def make_prodigy(settings: dict, args: argparse.Namespace):
+    """prodigyopt's Prodigy with the --prodigy_ flags."""
+    from prodigyopt import Prodigy
+
+    flags = ("decouple", "use_bias_correction", "safeguard_warmup")
+    settings = settings | {name: vars(args)[f"prodigy_{name}"] for name in flags}
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints how it decays weights
+        return nonblocking_prodigy(Prodigy)(**settings, beta3=args.prodigy_beta3)
+
+
+def make_adafactor(settings: dict, part: TrainedPart):
+    """transformers' Adafactor, which keeps a mean per row and column instead of one per weight, on the part's
+    matrices.
+    """
+    from transformers.optimization import Adafactor
+
+    matrices = [torch.nn.Parameter(view) for view in part.views(part.weights.detach()).values()]
+    for matrix, gradient in zip(matrices, part.views(part.gradients).values(), strict=True):
+        matrix.grad = gradient
+    fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+    return Adafactor(**settings | {"params": matrices}, **fixed)
+
+
+def make_schedulefree(settings: dict, args: argparse.Namespace):
+    """schedulefree's AdamW, in training mode."""
     from schedulefree import AdamWScheduleFree
 
-    optimizer = AdamWScheduleFree(**adam, warmup_steps=args.lr_warmup_steps)
+    optimizer = AdamWScheduleFree(**settings, warmup_steps=args.lr_warmup_steps)
     optimizer.train()
     return optimizer
 
 
 def parameter_groups(part: TrainedPart, ratio: float) -> list:
-    """What a part's optimizer steps: its flat weights or, for LoRA+, those of the B matrices with a rate `ratio` times as high.
+    """A part's flat weights or, for LoRA+, two groups, of which the B matrices' has a learning rate `ratio`
+    times as high.
 
     https://arxiv.org/abs/2402.12354
     """
-    later = sum(p.numel() for name, p in part.parameters.items() if ".lora_B." in name)
-    if ratio == 1 or not later:
+    b_size = sum(p.numel() for name, p in part.parameters.items() if ".lora_B." in name)
+    if ratio == 1 or not b_size:
         return [part.weights]
-    sizes = [len(part.gradients) - later, later]
+    sizes = [len(part.gradients) - b_size, b_size]
     groups = [{"params": [torch.nn.Parameter(weights)]} for weights in part.weights.detach().split(sizes)]
     for group, gradient in zip(groups, part.gradients.split(sizes), strict=True):
         group["params"][0].grad = gradient
@@ -76,10 +103,10 @@ def nonblocking_adamw8bit(base: type) -> type:
         @torch.no_grad()
         def step(self, closure=None):
             for number, group in enumerate(self.param_groups):
-                for place, parameter in enumerate(group["params"]):
+                for index, parameter in enumerate(group["params"]):
                     if not self.state[parameter]:
-                        self.init_state(group, parameter, number, place)
-                    self.update_step(group, parameter, number, place)
+                        self.init_state(group, parameter, number, index)
+                    self.update_step(group, parameter, number, index)
 
     return AdamW8bit
 
@@ -90,7 +117,7 @@ def nonblocking_prodigy(base: type) -> type:
     The library reads two numbers from the GPU in each step.
     """
 
-    class WaitlessProdigy(base):
+    class NonblockingProdigy(base):
         @torch.no_grad()
         def step(self, closure=None):
             (group,) = self.param_groups
@@ -115,12 +142,12 @@ def nonblocking_prodigy(base: type) -> type:
             state["exp_avg_sq"].mul_(beta2).addcmul_(scaled, scaled, value=1 - beta2)
             weight = d * d if group["safeguard_warmup"] else weight
             state["s"].mul_(beta3).addcmul_(gradient, weight, value=1 / d0)
-            found = state["d_numerator"] / torch.linalg.vector_norm(state["s"], 1) * group["d_coef"]
-            state["d"] = torch.maximum(d, found.nan_to_num_(0.0))  # no gradient yet: 0 / 0
+            estimate = state["d_numerator"] / torch.linalg.vector_norm(state["s"], 1) * group["d_coef"]
+            state["d"] = torch.maximum(d, estimate.nan_to_num_(0.0))  # no gradient yet: 0 / 0
             denominator = state["exp_avg_sq"].sqrt().add_(state["d"], alpha=group["eps"])
             if decay and group["decouple"]:
                 weights.addcmul_(weights, dlr, value=-decay)
             weights.addcdiv_(state["exp_avg"] * dlr, denominator, value=-1)
             group["d"] = state["d"]
 
-    return WaitlessProdigy
+    return NonblockingProdigy

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def finish(run: Run) -> None:
-    """Writes what follows the weights, says where everything is, and notes in config.yaml that the run is finished."""
+    """Writes what follows the weights, says where everything is, and notes in config.yaml that the run is
+    finished.
+    """
     args = run.args
     with progress("writing the results"):
         on_main_process(run, save_results, run)

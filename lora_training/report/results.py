@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 def save_results(run: Run) -> None:
-    """Writes what follows the weights: verdict, with --keep_best the weights it advises, sheet, model card, merged base."""
+    """Writes what follows the weights: verdict, with --keep_best the weights it advises, sheet, model card,
+    merged base.
+    """
     args, output, advice, sheet = (
         run.args,
         Path(run.args.output_dir),
@@ -106,7 +108,9 @@ def model_card(run: Run, pictures: bool, advice: dict | None) -> str:
 
 
 def embedding_lines(family: Family, key: str, tokens: list[str], rows: str) -> list[str]:
-    """Python lines that give a pipeline the new tokens of one encoder; `rows`: the expression that loads them."""
+    """Python lines that give a pipeline the new tokens of one encoder; `rows`: the expression that loads
+    them.
+    """
     tokenizer, encoder = (f"pipeline.{name}" for name in family.text_encoders[key])
     if family.loads_embeddings:
         places = f"text_encoder={encoder}, tokenizer={tokenizer}"

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def write_run_files(run: Run) -> None:
-    """What the report reads, and a run that is to be repeated: config.yaml, data.json, thumbnails of training images."""
+    """What the report reads, and a run that is to be repeated: config.yaml, data.json, thumbnails of training
+    images.
+    """
     import yaml
 
     args, output = run.args, Path(run.args.output_dir)

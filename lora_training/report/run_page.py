@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def write_report(run: Run) -> None:
-    """--report: makes report.html of what is in the output folder so far. A fault there never ends a training."""
+    """--report: makes report.html of what is in the output folder so far.
+
+    A fault there never ends a training.
+    """
     if run.args.report:
         import runpy
 

@@ -24,8 +24,10 @@ UNSKIPPED = "\0"  # before a negative prompt, for which pipelines skip no layers
 
 
 class Prompts:
-    """Text embeddings by prompt. What an encoder that isn't trained gives is computed once, alone, and kept in memory and
-    on disk, also while another encoder is trained: pivotal tuning of CLIP doesn't run, or hold, T5.
+    """Text embeddings by prompt.
+
+    What an encoder that isn't trained gives is computed once, alone, and kept in memory and on disk, also
+    while another encoder is trained: pivotal tuning of CLIP doesn't run, or hold, T5.
 
     Encoders are loaded when a prompt has to be encoded, and freed by `release()`.
     """
@@ -60,7 +62,9 @@ class Prompts:
         }
 
     def text_encoder(self, key: str):
-        """One encoder, loaded; where it isn't trained and the GPU's free memory doesn't hold it, its blocks are swapped."""
+        """One encoder, loaded; where it isn't trained and the GPU's free memory doesn't hold it, its blocks
+        are swapped.
+        """
         name = self.family.text_encoders[key][1]
         if name not in self.components.loaded:
             if key in self.altered:
@@ -95,7 +99,8 @@ class Prompts:
     def kept(self, key: str, prompts: list[str]) -> list[dict]:
         """What one encoder gives for each prompt: from memory, from disk, or computed; no gradient.
 
-        Each is computed alone, so that it depends on no other; with a streamed encoder, all that are missing together.
+        Each is computed alone, so that it depends on no other; with a streamed encoder, all that are missing
+        together.
         """
         on_disk = self.disk.folder is not None and key not in self.altered
         asked = dict.fromkeys(p for p in prompts if (key, p) not in self.known)
@@ -122,7 +127,9 @@ class Prompts:
         }
 
     def lookup(self, prompts: list[str], live: set[str] | tuple = ()) -> dict:
-        """Prompts -> embeddings (B, ...), each computed once; no gradient but through the `live` encoders, computed now."""
+        """Prompts -> embeddings (B, ...), each computed once; no gradient but through the `live` encoders,
+        computed now.
+        """
         encoded = {}
         for key in self.tokenizers:
             if key in live:

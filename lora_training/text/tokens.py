@@ -13,14 +13,16 @@ from lora_training.seeds import stable_seed
 class TokenRows:
     """New tokens of one text encoder: their embeddings are the only rows of the table that are trained.
 
-    The rows are a float32 parameter (n, D) of their own. A hook on the embedding layer puts them where their ids stand, so
-    the table itself, and with it every other token, can't change.
+    The rows are a float32 parameter (n, D) of their own. A hook on the embedding layer puts them where their
+    ids stand, so the table itself, and with it every other token, can't change.
     """
 
     def __init__(
         self, tokenizer, text_encoder, tokens: list[str], concept: str | None, seed: int, start=None
     ) -> None:
-        """concept, start: what the rows are at first, a text's embeddings or a table (n, D); without both they are drawn."""
+        """concept, start: what the rows are at first, a text's embeddings or a table (n, D); without both
+        they are drawn.
+        """
         self.tokens = tokens
         if tokenizer.add_tokens(tokens) != len(tokens):
             raise UserError(f"--train_text_encoder_ti: the base's tokenizer already has one of {tokens}")
@@ -62,7 +64,9 @@ class TokenRows:
 
 
 def report_split(key: str, tokenizer, concept: str, tokens_each: int) -> None:
-    """Says where an encoder's tokenizer splits --initializer_concept into another number of tokens than there are new ones."""
+    """Says where an encoder's tokenizer splits --initializer_concept into another number of tokens than there
+    are new ones.
+    """
     width = len(TokenRows.concept_ids(tokenizer, concept))
     if width != tokens_each:  # as many of its pieces are taken as fit
         print_status(

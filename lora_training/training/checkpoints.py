@@ -42,7 +42,9 @@ def save_checkpoint(run: Run, step: int) -> None:
 
 
 def training_state(run: Run, step: int) -> dict:
-    """What a resumed run needs: each part's flat weights, optimizer, schedule and average, and the guard's counts."""
+    """What a resumed run needs: each part's flat weights, optimizer, schedule and average, and the guard's
+    counts.
+    """
     parts = {}
     for part in run.parts:
         stateful = {"optimizer": part.optimizer, "schedule": part.schedule, "ema": part.ema}
@@ -52,9 +54,12 @@ def training_state(run: Run, step: int) -> dict:
 
 
 def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
-    """Restores a checkpoint; returns the number of steps done. Errors: UserError if it is another's, or can't be read.
+    """Restores a checkpoint; returns the number of steps done.
 
-    Settings that have changed are named. Those that its tensors don't fit end the run; the others need --resume_anyway.
+    Errors: UserError if it is another's, or can't be read.
+
+    Settings that have changed are named. Those that its tensors don't fit end the run; the others need
+    --resume_anyway.
     """
     before, now = manifest["settings"], json.loads(json.dumps(resume_settings(run)))
     changed = {n: f"{n} {before[n]}, now {now[n]}" for n in now if n in before and before[n] != now[n]}
@@ -81,8 +86,8 @@ def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
 
 
 def resume_settings(run: Run) -> dict:
-    """What a checkpoint must agree with to be gone on from: all flags but those of FREE_FLAGS, and what follows from
-    data, base and launcher.
+    """What a checkpoint must agree with to be gone on from: all flags but those of FREE_FLAGS, and what
+    follows from data, base and launcher.
     """
     args, base = run.args, run.components
     layers = "|".join(n for p in run.parts for n in p.parameters)

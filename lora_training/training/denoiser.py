@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def prepare_denoiser(run: Run) -> None:
-    """Gradient checkpointing, FSDP2 and torch.compile, as the flags and the launcher say; before parts get their buffers."""
+    """Gradient checkpointing, FSDP2 and torch.compile, as the flags and the launcher say; before parts get
+    their buffers.
+    """
     args, family = run.args, run.family
     if args.gradient_checkpointing:
         whole = args.compile or args.use_dora
@@ -29,7 +31,9 @@ def prepare_denoiser(run: Run) -> None:
 
 
 def fuse_layers(run: Run) -> None:
-    """LoRA layers whose products are taken together, and layers that keep less; after parts have their buffers."""
+    """LoRA layers whose products are taken together, and layers that keep less; after parts have their
+    buffers.
+    """
     args = run.args
     for module in run.lora_modules.values():
         if not (

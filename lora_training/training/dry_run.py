@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def rehearse(run: Run, train) -> None:
-    """--dry_run: two steps at the largest bucket (the second is timed), a checkpoint; prints time and memory. train: the recipe's loop."""
+    """--dry_run: two steps at the largest bucket (the second is timed), a checkpoint; prints time and memory.
+
+    train: the recipe's loop.
+    """
     args, planned = run.args, run.max_steps
     batches, buckets = run.plan.epoch(0), run.data.buckets
     largest = max(batches, key=lambda batch: math.prod(buckets[batch[0].bucket]))

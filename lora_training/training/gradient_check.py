@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class GradientCheck:
     """Sees in the first steps which parameters get a gradient; errors if a part, warns if a layer, gets none.
 
-    It looks for an epoch (2 to 50 steps): a LoRA's second matrix has none in the first step, and a token's captions may come late.
+    It looks for an epoch (2 to 50 steps): a LoRA's second matrix has none in the first step, and a token's
+    captions may come late.
     """
 
     def __init__(self, run: Run, first_step: int, active: list[TrainedPart]) -> None:
@@ -47,7 +48,7 @@ class GradientCheck:
             advice = tokens if part.name == "embeddings" else "is the loss constant?"
             raise UserError(f"no gradient reaches the {part.name}, so nothing would be learned: {advice}")
         layers: dict[str, bool] = {}
-        for name, seen in part.split(self.seen[part.name]).items():
+        for name, seen in part.views(self.seen[part.name]).items():
             layer = ADAPTER.split(name)[0]
             layers[layer] = bool(seen.any()) | layers.get(layer, False)
         if idle := [layer for layer, works in layers.items() if not works]:

@@ -20,7 +20,9 @@ KOHYA_SETTINGS = """ learning_rate unet_lr=learning_rate text_encoder_lr lr_sche
 
 
 def lora_metadata(run: Run, alpha: float, rank: int) -> dict[str, str]:
-    """What both files of a LoRA say of it: kohya's ss_ fields and SAI modelspec 1.0.0, which other tools show and sort by."""
+    """What both files of a LoRA say of it: kohya's ss_ fields and SAI modelspec 1.0.0, which other tools show
+    and sort by.
+    """
     args, name = run.args, Path(run.args.output_dir).resolve().name
     base, size = Path(args.pretrained_model_name_or_path).name, (args.resolution * 2)[:2]
     folder = Path(

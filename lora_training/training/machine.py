@@ -52,7 +52,9 @@ def start_accelerator(args: argparse.Namespace):
 
 
 def read_launcher_environment(args: argparse.Namespace) -> int:
-    """Reads what accelerate would read otherwise in the launcher's environment; returns the number of processes."""
+    """Reads what accelerate would read otherwise in the launcher's environment; returns the number of
+    processes.
+    """
     processes, told = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("ACCELERATE_USE_CPU", "").lower()
     args.deepspeed = (
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false") == "true"
@@ -74,8 +76,10 @@ def read_launcher_environment(args: argparse.Namespace) -> int:
 
 
 def choose_precision(args: argparse.Namespace, device) -> str:
-    """The frozen base's precision, said with the device in one line. What a preset or the launcher's configuration wants is a
-    wish, and becomes what the machine can do; --mixed_precision on the command line is an order. Errors: UserError.
+    """The frozen base's precision, said with the device in one line.
+
+    What a preset or the launcher's configuration wants is a wish, and becomes what the machine can do;
+    --mixed_precision on the command line is an order. Errors: UserError.
     """
     kind, order = device.type, "mixed_precision" in args.ordered
     # `able`: what it does well, first what a wish for another becomes; `never`: what it can't do at all
@@ -119,8 +123,10 @@ def choose_precision(args: argparse.Namespace, device) -> str:
 
 
 def try_kernels(args: argparse.Namespace, device) -> None:
-    """Tries on a few numbers what not every machine has kernels for, before anything is loaded. Errors: UserError; but what a
-    preset asked for and is only faster or smaller is done without, which is said.
+    """Tries on a few numbers what not every machine has kernels for, before anything is loaded.
+
+    Errors: UserError; but what a preset asked for and is only faster or smaller is done without, which is
+    said.
     """
     base, dtype = args.quantize_base, torch_dtype(args.mixed_precision)
     few = functools.partial(torch.zeros, 64, 64, device=device, dtype=dtype)

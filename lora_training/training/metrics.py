@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class MetricsLogger:
-    """Collects losses on the device, and writes metrics.jsonl and trackers: a step late, so that the GPU is never waited for."""
+    """Collects losses on the device, and writes metrics.jsonl and trackers: a step late, so that the GPU is
+    never waited for.
+    """
 
     def __init__(self, run: Run, first_step: int) -> None:
         self.run, self.loss, self.since, self.began = run, None, first_step, time.perf_counter()
@@ -43,7 +45,7 @@ class MetricsLogger:
         """Writes the row of the log before, and sends the mean loss since then on its way to the host."""
         run, steps = self.run, step - self.since
         found = [
-            d for p in active if (d := p.group().get("d")) is not None
+            d for p in active if (d := p.optimizer_settings().get("d")) is not None
         ]  # Prodigy's estimates, on the device
         numbers = torch.stack([self.loss / steps, norm, run.guard.bad_run, run.guard.bad_total, *found])
         if run.accelerator.num_processes > 1:
@@ -55,7 +57,7 @@ class MetricsLogger:
         row = {"step": step, "epoch": step * run.args.gradient_accumulation_steps / run.plan.per_epoch}
         self.write_arrived()
         self.seconds.append((time.perf_counter() - self.began) / steps)
-        rates = {f"lr_{p.name}": p.rate for p in active}
+        rates = {f"lr_{p.name}": p.current_lr for p in active}
         self.pending.append((row, rates | {"seconds_per_step": self.seconds[-1]}, arriving, event, bar))
         if event is None:  # not on a GPU: nothing to wait for
             self.write_arrived()
@@ -88,7 +90,10 @@ class MetricsLogger:
             raise UserError(f"the loss has not been finite for {int(bad_run)} steps: {advice}{kept}")
 
     def write(self, row: dict) -> None:
-        """Appends a row to metrics.jsonl and sends it to the trackers. Windows' spreadsheets lock the file: then later."""
+        """Appends a row to metrics.jsonl and sends it to the trackers.
+
+        Windows' spreadsheets lock the file: then later.
+        """
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
         if self.run.accelerator.is_main_process:
             self.unwritten.append(json.dumps(finite) + "\n")

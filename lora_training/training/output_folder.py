@@ -24,7 +24,10 @@ FINISHED = "# finished: step "
 
 
 def open_output_folder(args: argparse.Namespace):
-    """For `with`: the output folder, locked; with --dry_run a temporary one. Signals are the system's again afterwards."""
+    """For `with`: the output folder, locked; with --dry_run a temporary one.
+
+    Signals are the system's again afterwards.
+    """
     stack = contextlib.ExitStack()
     stack.enter_context(default_signals_afterwards())
     stack.enter_context(temporary_output(args) if args.dry_run else locked_output(args))
@@ -33,7 +36,9 @@ def open_output_folder(args: argparse.Namespace):
 
 @contextlib.contextmanager
 def temporary_output(args: argparse.Namespace):
-    """--dry_run: while inside, everything is written to a folder that goes afterwards, and nothing is uploaded."""
+    """--dry_run: while inside, everything is written to a folder that goes afterwards, and nothing is
+    uploaded.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         args.output_dir, args.cache_folder, args.push_to_hub, args.report_to = folder, None, False, "none"
         if args.with_prior_preservation:
@@ -45,8 +50,8 @@ def temporary_output(args: argparse.Namespace):
 def locked_output(args: argparse.Namespace):
     """Makes the folders of a run and holds the output folder's lock, which says who writes there.
 
-    The system lets go of a lock when its process ends, however it ends: a dead run's is taken over. Errors: UserError if
-    a folder can't be used, or another run writes to it.
+    The system lets go of a lock when its process ends, however it ends: a dead run's is taken over. Errors:
+    UserError if a folder can't be used, or another run writes to it.
     """
     folders = {"output_dir": args.output_dir, "cache_folder": args.cache_folder}
     logs = {"tensorboard", "all"} & set(args.report_to.split(","))
@@ -88,7 +93,9 @@ def locked_output(args: argparse.Namespace):
 
 
 def acquire_lock(file) -> bool:
-    """Takes the system's lock of an open file, if no living process has it; a file system without locks gives it."""
+    """Takes the system's lock of an open file, if no living process has it; a file system without locks gives
+    it.
+    """
     try:
         try:
             import fcntl
@@ -109,8 +116,10 @@ def acquire_lock(file) -> bool:
 
 
 def is_finished(args: argparse.Namespace) -> bool:
-    """Whether the folder holds this very run, finished, which is said. Errors: UserError if it holds something that would
-    be lost: without --overwrite, results are gone on from, and never written over.
+    """Whether the folder holds this very run, finished, which is said.
+
+    Errors: UserError if it holds something that would be lost: without --overwrite, results are gone on from,
+    and never written over.
     """
     if args.dry_run:
         return False
@@ -147,7 +156,9 @@ def is_finished(args: argparse.Namespace) -> bool:
 
 
 def kept_settings(args: argparse.Namespace) -> dict:
-    """The settings as they were given, but for what is secret and what is not the run's own: what config.yaml holds."""
+    """The settings as they were given, but for what is secret and what is not the run's own: what config.yaml
+    holds.
+    """
     left_out = {
         "hub_token",
         "config",

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def plan_steps(run: Run) -> None:
-    """The number of steps, those after which validation runs, and the size of validation images: the fullest bucket's."""
+    """The number of steps, those after which validation runs, and the size of validation images: the fullest
+    bucket's.
+    """
     args, steps_per_epoch = run.args, run.plan.per_epoch / run.args.gradient_accumulation_steps
     run.max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
     if args.num_validation_images or args.validation_split:
@@ -53,7 +55,10 @@ def report_parts(run: Run) -> None:
 
 
 def stop_run(run: Run, number: int, step: int) -> None:
-    """Ends a run that signal `number` has stopped after a step, whose checkpoint is written. Errors: always Interrupted."""
+    """Ends a run that signal `number` has stopped after a step, whose checkpoint is written.
+
+    Errors: always Interrupted.
+    """
     name = signal.Signals(number).name
     print_status(f"stopped by signal {number} ({name}) after step {step}; checkpoint-{step} is written")
     print_summary(run.args, run.accelerator.num_processes, step)

@@ -74,14 +74,19 @@ class Run:
 
 
 def on_main_process(run: Run, work, *arguments, draws: bool = False) -> None:
-    """Runs something on the main process while the others wait. draws: it draws pictures, which takes all where the base is sharded."""
+    """Runs something on the main process while the others wait.
+
+    draws: it draws pictures, which takes all where the base is sharded.
+    """
     if run.accelerator.is_main_process or (draws and run.components.sharded):
         work(*arguments)
     run.accelerator.wait_for_everyone()
 
 
 def stop_requested(run: Run, step: int) -> int:
-    """The number of the signal that any process has received, or 0; agreed between processes, every ten steps."""
+    """The number of the signal that any process has received, or 0; agreed between processes, every ten
+    steps.
+    """
     if run.accelerator.num_processes == 1:
         return run.stop.number
     if step % 10:

@@ -25,7 +25,9 @@ def validation_schedule(args: argparse.Namespace, max_steps: int, steps_per_epoc
 
 
 def is_due(run: Run, step: int) -> bool:
-    """Whether a step's validation is still to be done, or to be finished: its row in metrics.jsonl is the last that it writes."""
+    """Whether a step's validation is still to be done, or to be finished: its row in metrics.jsonl is the
+    last that it writes.
+    """
     if step not in run.validation_steps:
         return False
     return not any(row["step"] == step and "learned" in row for row in read_metrics(run.args.output_dir))

@@ -26,8 +26,10 @@ RESULTS = {  # what a finished run has to show, in the order in which a person w
 
 
 def print_summary(args: argparse.Namespace, processes: int = 1, stopped: int = 0) -> None:
-    """The last lines: which step to take, where the files are, and what draws with them. stopped: the step after which a
-    signal ended the run; its checkpoint's files are shown, and what goes on from there.
+    """The last lines: which step to take, where the files are, and what draws with them.
+
+    stopped: the step after which a signal ended the run; its checkpoint's files are shown, and what goes on
+    from there.
     """
     output = Path(args.output_dir)
     place, name = output / f"checkpoint-{stopped}" if stopped else output, output.resolve().name
@@ -55,8 +57,8 @@ def print_summary(args: argparse.Namespace, processes: int = 1, stopped: int = 0
 
 
 def command_line(home: Path, wrapper: str, program: str, first: list[str], *words: object) -> str:
-    """A command line that works here: one of the project's wrappers (its `first` argument: the family) in the project's own folder, `home`,
-    else its Python file.
+    """A command line that works here: one of the project's wrappers (its `first` argument: the family) in the
+    project's own folder, `home`, else its Python file.
     """
     import subprocess
 

@@ -29,7 +29,8 @@ def generate_class_images(
 ) -> None:
     """Draws the class images that are missing with the untrained base, and keeps them for the next run.
 
-    Image i depends on (seed, i) only, so that several processes, or a second start, draw what one would have drawn.
+    Image i depends on (seed, i) only, so that several processes, or a second start, draw what one would have
+    drawn.
     """
     folder = Path(args.class_data_dir)
     there = [example.name for example in load_class_examples(args)]
@@ -63,7 +64,9 @@ def generate_class_images(
 
 
 def load_class_examples(args: argparse.Namespace) -> list[Example]:
-    """The whole class images that are there, --num_class_images of them at most, each with its own caption if it has one."""
+    """The whole class images that are there, --num_class_images of them at most, each with its own caption if
+    it has one.
+    """
     examples = []
     for example in folder_examples(Path(args.class_data_dir), None):
         if len(examples) < args.num_class_images:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 def comparison_image(run: Run):
-    """The picture to look at: training images, each prompt before and after with the same seeds, and control prompts.
+    """The picture to look at: training images, each prompt before and after with the same seeds, and control
+    prompts.
 
     None if the run has not drawn all of them.
     """

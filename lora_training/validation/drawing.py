@@ -67,9 +67,9 @@ def scaled_lora(parts: list[TrainedPart], scale: float):
     changed = parts if scale != 1 else []
     with restored_afterwards(changed):
         for part in changed:
-            for name, view in part.split(part.weights.data).items():
+            for name, view in part.views(part.weights.data).items():
                 view.mul_(scale if any(factor in name for factor in LINEAR_FACTORS) else 1.0)
-            part.publish()
+            part.update_shadow()
         yield
 
 
@@ -107,8 +107,8 @@ def log_samples(run: Run, step: int) -> None:
 def sample_images(
     pipeline, components: Components, embeds: dict, seeds: list[int], size, args, context
 ) -> list:
-    """Draws one image of a size (width, height) per seed, with one prompt's embeddings. `context` (autocast) holds for the
-    denoiser alone: the VAE decodes in its own precision, so that a float32 one stays float32.
+    """Draws one image of a size (width, height) per seed, with one prompt's embeddings. `context` (autocast)
+    holds for the denoiser alone: the VAE decodes in its own precision, so that a float32 one stays float32.
     """
     return decode_latents(
         pipeline, components, sample_latents_of(pipeline, embeds, seeds, size, args, context)
@@ -140,7 +140,9 @@ def sample_latents_of(pipeline, embeds: dict, seeds: list[int], size: tuple[int,
 
 @contextlib.contextmanager
 def evaluating(run: Run):
-    """Trained modules in evaluation mode, the VAE on the device, and text embeddings of this moment; all put back after."""
+    """Trained modules in evaluation mode, the VAE on the device, and text embeddings of this moment; all put
+    back after.
+    """
     modules = {m: m.training for m in (run.denoiser, *run.lora_modules.values())}
     vae = run.components.vae()
     run.prompts.forget()

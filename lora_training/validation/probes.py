@@ -33,9 +33,9 @@ NEUTRAL_PROMPTS = ("a photograph of a street in a town", "a portrait of a woman"
 class Probe:
     """Measures what training has changed, on pictures, noise levels and noise that stay the same.
 
-    learned: 1 - loss now / loss of the base alone, on training pictures and their captions; the same on held-out ones.
-    forgotten: how far the prediction for control prompts has moved from the base's, on latents that the base has drawn,
-    relative to how far that for the trained captions has moved (root mean squares).
+    learned: 1 - loss now / loss of the base alone, on training pictures and their captions; the same on
+    held-out ones. forgotten: how far the prediction for control prompts has moved from the base's, on latents
+    that the base has drawn, relative to how far that for the trained captions has moved (root mean squares).
     """
 
     def __init__(self, run: Run, first_step: int, draw_noise, predict) -> None:
@@ -66,7 +66,9 @@ class Probe:
         )
 
     def control_rows(self, drawn: list) -> list[tuple[dict, str]]:
-        """A batch of each latent (1, C, H, W) that the base has drawn for a control prompt, each at another noise level."""
+        """A batch of each latent (1, C, H, W) that the base has drawn for a control prompt, each at another
+        noise level.
+        """
         run, config, out = self.run, self.run.components.config("vae"), []
         size = torch.tensor([run.plan_size[::-1]])
         for k, (quantile, latents) in enumerate(zip(QUANTILES, drawn, strict=True)):
@@ -156,8 +158,8 @@ def draw_control(run: Run, step: int, keep: bool = True) -> list:
 def control_prompts(
     args: argparse.Namespace, examples: list[Example], abstractions: dict[str, list[str]]
 ) -> list[str]:
-    """Prompts whose pictures should not change: --control_prompt, else the class prompts, else the captions without trigger
-    word and tokens, else two neutral ones.
+    """Prompts whose pictures should not change: --control_prompt, else the class prompts, else the captions
+    without trigger word and tokens, else two neutral ones.
     """
     classes = [args.class_prompt, *(own.default_caption for own in args.sets if own.is_class)]
     if given := args.control_prompt or [prompt for prompt in classes if prompt]:
@@ -172,7 +174,9 @@ def control_prompts(
 
 @contextlib.contextmanager
 def base_alone(run: Run):
-    """While inside, all that is trained is as it was at the start, when it changes nothing that the base draws."""
+    """While inside, all that is trained is as it was at the start, when it changes nothing that the base
+    draws.
+    """
     with restored_afterwards(run.parts):
         for part in run.parts:
             part.assign(part.initial)

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 def verdict(run: Run) -> dict | None:
     """Which step to take and why, from the probes in metrics.jsonl; None if none of them gave numbers.
 
-    Returns {"step": int, "text": str, "warnings": [str], "rows": [probe rows]}. A step's worth is the share that it has of
-    what was learned at most, times the square of what it has kept, 1 - forgotten. docs/probes.md shows that this agrees
-    with a judge of the pictures.
+    Returns {"step": int, "text": str, "warnings": [str], "rows": [probe rows]}. A step's worth is the share
+    that it has of what was learned at most, times the square of what it has kept, 1 - forgotten.
+    docs/probes.md shows that this agrees with a judge of the pictures.
     """
     rows = [row for row in read_metrics(run.args.output_dir) if isinstance(row.get("learned"), float)]
     rows = [
