@@ -1,4 +1,4 @@
-"""Pictures drawn with what a training left: settings, base, adapters, files; infer_lora.py tells the order."""
+"""Pictures drawn with what a training left: settings, base, adapters, files. infer_lora.py has the order."""
 
 import lazy_loader
 

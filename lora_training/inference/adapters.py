@@ -1,4 +1,4 @@
-"""LoRA files and embeddings loaded into a pipeline, whatever trainer wrote them; what doesn't fit is refused."""
+"""LoRA files and embeddings loaded into a pipeline, whatever trainer wrote them, or refused."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def adapter_files(path: str) -> tuple[Path | None, Path | None]:
-    """(LoRA file, embeddings file) of a training's folder or of one file. Errors: UserError without either."""
+    """(LoRA file, embeddings file) of a folder or of one file. Errors: UserError without either."""
     place = Path(path)
     if not path_exists(path):
         advice = "train one first: bash run_lora_train.sh"
@@ -63,7 +63,7 @@ def select_checkpoints(path: str, selection: str | int | list[int]) -> dict[str,
 
 
 def read_header(file: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """(metadata, {key: shape}) of a .safetensors file, its tensors unread. Errors: UserError if it is damaged."""
+    """(metadata, {key: shape}) of a .safetensors file, its tensors unread. Errors: UserError if damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -111,8 +111,7 @@ def read_training(path: str) -> dict[str, object]:
 
 
 def family_of_lora(file: Path | None, about: dict[str, object]) -> str | None:
-    """The family that a LoRA file says it is for, or that its layers' names are of; None where both leave it
-    open.
+    """The family that a LoRA file says it is for, or that its layers' names are of; None if neither tells.
 
     about: of `read_training`.
     """

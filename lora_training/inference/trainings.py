@@ -75,7 +75,7 @@ def settings_of_training(path: str, explicit: dict[str, object], root: Path) -> 
 
 
 def find_prompt(path: str, about: dict[str, object], has_tokens: bool):
-    """The prompt that a training was validated with, else one that calls it. Errors: UserError without any."""
+    """The prompt that a training was validated with, else one that calls it. Errors: UserError if none."""
     keys = ("validation_prompt", "instance_prompt", "trigger_word", "modelspec.trigger_phrase")
     words = abstraction_words(about) if has_tokens else []
     prompt = next((p for p in (*(about.get(key) for key in keys), *words) if p), None)
