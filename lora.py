@@ -3,15 +3,16 @@
 
     from lora import apply_lora_to_model, get_lora_parameters, save_lora
 
-    apply_lora_to_model(unet, rank=8, alpha=8)                    # the base is frozen, its attention gets a LoRA
+    apply_lora_to_model(unet, rank=8, alpha=8)                    # the base is frozen, attention gets a LoRA
     optimizer = torch.optim.AdamW(get_lora_parameters(unet), lr=1e-4)
     ...                                                           # your loop
     save_lora(unet, "mine.safetensors")                           # diffusers' pipelines load it, too
 
-lora_example.py is a whole training with it. `python lora.py` prints how many parameters a LoRA has, and how large its file
-is, by rank; `python lora.py BASE_FOLDER` the same for another base.
+lora_example.py is a whole training with it. `python lora.py` prints how many parameters a LoRA has, and how
+large its file is, by rank; `python lora.py BASE_FOLDER` the same for another base.
 
-It needs torch, peft and safetensors; load_models, which reads bases, needs diffusers and this project's scripts/ as well.
+It needs torch, peft and safetensors; load_models, which reads bases, needs diffusers as well, and for a
+checkpoint file the library lora_training, beside it or installed.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ ONLY_SAFETENSORS = "only .safetensors files are read and written; others can run
 
 
 class LoRALinear(Linear):
-    """One Linear layer with a LoRA: y = W x + (alpha / rank) B A x, B zero at the start. https://arxiv.org/abs/2106.09685
+    """One Linear layer with a LoRA: y = W x + (alpha / rank) B A x, B zero at the start.
 
-    apply_lora_to_model puts peft's layer of the same kind into a whole model; this one is for a model that you build yourself.
+    apply_lora_to_model puts peft's layer of the same kind into a whole model; this one is for a model that
+    you build yourself. https://arxiv.org/abs/2106.09685
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class LoRALinear(Linear):
 
 
 def lora_config(rank: int, alpha: float | None, dropout: float, targets: str | None = None) -> LoraConfig:
-    """peft's configuration; targets: a pattern of full names. Errors: ValueError for numbers that no LoRA can have."""
+    """peft's configuration; targets: a pattern of full names. Errors: ValueError for impossible numbers."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank is a whole number from 1 on, not {rank!r}")
     if not 0 <= dropout < 1:
@@ -72,38 +74,49 @@ def cast_to_float32(model: torch.nn.Module) -> None:
 
 
 def lora_targets(model: torch.nn.Module, names: list[str] | None = None) -> list[str]:
-    """Full names of the layers that are meant by `names`: full names or their last parts, in either spelling of attention.
+    """Full names of the layers that `names` means: full names or their last parts, in diffusers' spelling of
+    attention or that of the original code.
 
-    None: the attention's layers; every Linear layer in a model that has none. torch.nn.MultiheadAttention reads its weights past
-    its layers, so that it takes no LoRA. Errors: ValueError for a name that fits none.
+    None: the attention's layers; every Linear layer in a model that has none. torch.nn.MultiheadAttention
+    reads its weights past its layers, so that it takes no LoRA. Errors: ValueError for a name that fits none.
     """
-    closed = tuple(f"{n}." if n else "" for n, m in model.named_modules() if isinstance(m, torch.nn.MultiheadAttention))
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS) and not n.startswith(closed)}
-    layers = {
-        n: m for n, m in layers.items() if n and getattr(m, "groups", 1) == 1
-    }  # peft merges no grouped convolution
+    modules = dict(model.named_modules())
+    closed = [name for name, m in modules.items() if isinstance(m, torch.nn.MultiheadAttention)]
+    prefixes = tuple(f"{name}." if name else "" for name in closed)
+    layers = {n: m for n, m in modules.items() if isinstance(m, LAYERS) and not n.startswith(prefixes)}
+    # peft merges no grouped convolution
+    layers = {n: m for n, m in layers.items() if n and getattr(m, "groups", 1) == 1}
     if not layers:
         advice = "; LoRALinear is one layer by itself" if isinstance(model, torch.nn.Linear) else ""
-        raise ValueError(f"{type(model).__name__} has no layer that takes a LoRA (Linear or convolution){advice}")
+        raise ValueError(
+            f"{type(model).__name__} has no layer that takes a LoRA (Linear or convolution){advice}"
+        )
 
-    def called(name: str) -> list[str]:
+    def layers_named(name: str) -> list[str]:
         return [layer for layer in layers if f".{layer}".endswith(f".{name}")]
 
     if names is None:
-        found = [layer for name in OTHER_NAME for layer in called(name)]
-        return sorted(set(found or [n for n, m in layers.items() if isinstance(m, torch.nn.Linear)] or layers))
-    found = set()
+        attention = [layer for name in OTHER_NAME for layer in layers_named(name)]
+        linear = [name for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)]
+        return sorted(set(attention or linear or layers))
+    targets = set()
     for name in [names] if isinstance(names, str) else names:
-        matched = called(name) or called(OTHER_NAME.get(name, name))
-        if not matched:
-            known = sorted({".".join(n.split(".")[-2:]) if n[-1].isdigit() else n.split(".")[-1] for n in layers})
+        matches = layers_named(name) or layers_named(OTHER_NAME.get(name, name))
+        if not matches:
+            endings = ", ".join(sorted({short_name(layer) for layer in layers}))
             raise ValueError(
-                f"target_modules: {name} is no layer of {type(model).__name__}; its are {', '.join(known)}"
+                f"target_modules: {name} is no layer of {type(model).__name__}; its are {endings}"
             )
-        found.update(matched)
-    if not found:
+        targets.update(matches)
+    if not targets:
         raise ValueError("target_modules names no layer")
-    return sorted(found)
+    return sorted(targets)
+
+
+def short_name(layer: str) -> str:
+    """The last part of a layer's full name; the last two where that is a number: "to_out.0"."""
+    parts = layer.split(".")
+    return ".".join(parts[-2:]) if layer[-1].isdigit() else parts[-1]
 
 
 def apply_lora_to_model(
@@ -118,18 +131,16 @@ def apply_lora_to_model(
     alpha: the rank, if None. target_modules: as lora_targets takes them. Errors: ValueError.
     """
     if lora_layers(model):
-        raise ValueError(
-            f"this {type(model).__name__} has a LoRA: merge_lora_weights or load_lora comes before another"
-        )
-    targets = lora_targets(model, target_modules)
-    config = lora_config(
-        rank, alpha, dropout, "|".join(map(re.escape, targets))
-    )  # a list would match ends of names, too
+        advice = "merge_lora_weights or load_lora comes before another"
+        raise ValueError(f"this {type(model).__name__} has a LoRA: {advice}")
+    # a list would match ends of names, too
+    pattern = "|".join(map(re.escape, lora_targets(model, target_modules)))
+    config = lora_config(rank, alpha, dropout, pattern)
     model.requires_grad_(False)
     inject_adapter_in_model(config, model, ADAPTER)
     cast_to_float32(model)
     if any(isinstance(module, torch.nn.TransformerEncoderLayer) for module in model.modules()):
-        torch.backends.mha.set_fastpath_enabled(False)  # it reads weights past the layers, and with them past the LoRA
+        torch.backends.mha.set_fastpath_enabled(False)  # it reads weights past the layers, and past the LoRA
     return model
 
 
@@ -158,8 +169,8 @@ def set_lora_enabled(model: torch.nn.Module, enabled: bool) -> None:
 def merge_lora_weights(model: torch.nn.Module) -> torch.nn.Module:
     """Adds the LoRA's update to the base's weights and takes the LoRA away; returns the plain model.
 
-    Sums are made in float32. Errors: ValueError for a model without LoRA, or with weights that are not finite (the base is then
-    as it was).
+    Sums are made in float32. Errors: ValueError for a model without LoRA, or with weights that are not finite
+    (the base is then as it was).
     """
     layers = lora_layers(model)
     if not layers:
@@ -179,11 +190,11 @@ def merge_lora_weights(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def parts_of(models: torch.nn.Module | Mapping) -> dict[str, torch.nn.Module]:
-    """{name in a file: model}: a model by itself has the name that it has in diffusers' pipelines, if any, else ""."""
+    """{name in a file: model}; one by itself has its name in diffusers' pipelines, if any, else ""."""
     if not isinstance(models, torch.nn.Module):
         unique = {id(m): name for name, m in reversed(models.items()) if isinstance(m, torch.nn.Module)}
         return {name: models[name] for name in reversed(unique.values())}
@@ -200,16 +211,18 @@ def checked_file(file: str | Path) -> Path:
 
 
 def save_lora(models: torch.nn.Module | Mapping, file: str | Path, dtype: torch.dtype | None = None) -> Path:
-    """Writes the LoRA of a model, or of several ({"unet": …, "text_encoder": …}), with rank and alpha; whole or not at all.
+    """Writes the LoRA of a model, or of several ({"unet": …, "text_encoder": …}), with rank and alpha.
 
-    dtype: float32, if None. Errors: ValueError if there is no LoRA, or weights that are not finite.
+    The file is there whole or not at all. dtype: float32, if None. Errors: ValueError if there is no LoRA, or
+    if it has weights that are not finite.
     """
     file, tensors, metadata = checked_file(file), {}, {}
     for name, model in parts_of(models).items():
         if not lora_layers(model):
             continue
         start, config = f"{name}." if name else "", model.peft_config[ADAPTER]
-        level = "text_model." if "CLIPText" in type(model).__name__ else ""  # in files, no longer in transformers 5
+        # files have a level that transformers 5 no longer has
+        level = "text_model." if "CLIPText" in type(model).__name__ else ""
         for key, value in get_peft_model_state_dict(model).items():
             if not torch.isfinite(value).all():
                 raise ValueError(f"{start}{key} is not finite: nothing is saved")
@@ -237,9 +250,9 @@ def read_lora(file: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     for key, value in tensors.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"{file}: {key} is not finite")
-    spellings = ((".lora.down.", ".lora_A."), (".lora.up.", ".lora_B."))  # as diffusers writes those of UNets
-    for theirs, peft in spellings:
-        tensors = {key.replace(theirs, peft): value for key, value in tensors.items()}
+    # as diffusers writes those of UNets, and peft
+    for diffusers_spelling, peft_spelling in ((".lora.down.", ".lora_A."), (".lora.up.", ".lora_B.")):
+        tensors = {key.replace(diffusers_spelling, peft_spelling): t for key, t in tensors.items()}
     return tensors, about
 
 
@@ -254,29 +267,40 @@ def load_lora(models: torch.nn.Module | Mapping, file: str | Path):
     if "" not in parts and not any(key.startswith(f"{name}.") for key in tensors for name in parts):
         raise ValueError(f"{file}: no layer of it is in {', '.join(parts)}")
     for name, model in parts.items():
-        start = f"{name}." if name else ""
-        own = {k.removeprefix(start).removeprefix("text_model."): v for k, v in tensors.items() if k.startswith(start)}
-        if not own:
+        prefix = f"{name}." if name else ""
+        state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        state = {key.removeprefix("text_model."): t.float() for key, t in state.items()}
+        if not state:
             continue
         if not lora_layers(model):
-            first = next((value for key, value in own.items() if ".lora_A." in f".{key}"), None)
-            rank = about.get(f"{start}r") or (0 if first is None else len(first))
-            layers = sorted({key.split(".lora_")[0] for key in own})
-            known = {n for n, m in model.named_modules() if isinstance(m, LAYERS)}
-            if unknown := [layer for layer in layers if layer not in known]:
-                raise ValueError(f"{file}: {type(model).__name__} has no layer {unknown[0]}")
-            alpha, dropout = (about.get(f"{start}lora_{key}") for key in ("alpha", "dropout"))
-            apply_lora_to_model(model, int(rank), alpha, dropout or 0.0, layers)
-        here = get_peft_model_state_dict(model)
-        for key in sorted({*here, *own}):
-            sizes = [tuple(side[key].shape) if key in side else "missing" for side in (own, here)]
-            if sizes[0] != sizes[1]:
-                raise ValueError(f"{file}: {key} is {sizes[0]} in the file and {sizes[1]} in the model")
-        set_peft_model_state_dict(model, {key: value.float() for key, value in own.items()})
+            settings = {key.removeprefix(prefix): v for key, v in about.items() if key.startswith(prefix)}
+            apply_lora_of_file(model, state, settings, file)
+        shapes = {key: tuple(t.shape) for key, t in state.items()}
+        model_shapes = {key: tuple(t.shape) for key, t in get_peft_model_state_dict(model).items()}
+        for key in sorted({*model_shapes, *shapes}):
+            in_file, in_model = shapes.get(key, "missing"), model_shapes.get(key, "missing")
+            if in_file != in_model:
+                raise ValueError(f"{file}: {key} is {in_file} in the file and {in_model} in the model")
+        set_peft_model_state_dict(model, state)
     return models
 
 
-# ---- bases -----------------------------------------------------------------------------------------------------------
+def apply_lora_of_file(model: torch.nn.Module, state: dict, settings: dict, file: str | Path) -> None:
+    """Adds a LoRA of the layers, rank and alpha that a file has.
+
+    state: its weights with peft's keys; settings: its metadata. Errors: ValueError.
+    """
+    layers = sorted({key.split(".lora_")[0] for key in state})
+    model_layers = {name for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    for layer in layers:
+        if layer not in model_layers:
+            raise ValueError(f"{file}: {type(model).__name__} has no layer {layer}")
+    first = next((t for key, t in state.items() if ".lora_A." in f".{key}"), ())
+    rank, alpha, dropout = (settings.get(key) for key in ("r", "lora_alpha", "lora_dropout"))
+    apply_lora_to_model(model, int(rank or len(first)), alpha, dropout or 0.0, layers)
+
+
+# ---- bases -------------------------------------------------------------------------------------------------
 
 
 def load_models(
@@ -290,15 +314,16 @@ def load_models(
 ) -> dict[str, object]:
     """A base's models with a LoRA in the denoiser, the CLIP text encoders, both or none.
 
-    ckpt_path: a diffusers folder, or a .safetensors or .ckpt checkpoint of SD 1.x/2.x, SDXL, SD3 or FLUX.1 (code in a .ckpt
-    is not run). The result has the names of diffusers' pipelines ("unet", "vae", "text_encoder", "tokenizer", …), and
-    "diffusion", "clip", "encoder", "decoder" and "pipeline" for the same models. Errors: ValueError for what is no base.
+    ckpt_path: a diffusers folder, or a .safetensors or .ckpt checkpoint of SD 1.x/2.x, SDXL, SD3 or FLUX.1
+    (code in a .ckpt is not run). The result has the names of diffusers' pipelines ("unet", "vae",
+    "text_encoder", "tokenizer", …), and "diffusion", "clip", "encoder", "decoder" and "pipeline" for the same
+    models. Errors: ValueError for what is no base.
     """
     import diffusers
 
     folder = Path(ckpt_path)
     if folder.is_file():
-        folder = unpacked(folder)
+        folder = unpack_checkpoint(folder)
     elif not (folder / "model_index.json").is_file():
         raise ValueError(f"{ckpt_path}: neither a checkpoint nor a diffusers folder")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True).to(device)
@@ -306,37 +331,37 @@ def load_models(
     models["diffusion"] = models.get("unet") or models["transformer"]
     models["clip"], vae = models["text_encoder"], models["vae"]
     models |= {"encoder": vae.encoder, "decoder": vae.decoder, "pipeline": pipeline}
-    clips = [m for name, m in models.items() if name.startswith("text_encoder") and type(m).__name__.startswith("CLIP")]
-    for module in (m for m in models.values() if isinstance(m, torch.nn.Module)):
-        module.requires_grad_(False)
+    text_encoders = [model for name, model in models.items() if name.startswith("text_encoder")]
+    clips = [model for model in text_encoders if type(model).__name__.startswith("CLIP")]
+    for module in models.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False)
     for model in [models["diffusion"]] * apply_to_diffusion + clips * apply_to_clip:
         apply_lora_to_model(model, lora_rank, lora_alpha, lora_dropout)
     return models
 
 
-def unpacked(checkpoint: Path) -> Path:
-    """The diffusers folder that the family's training script makes of a checkpoint, once. Errors: ValueError."""
-    from scripts.parts.base_family import detect
-    from scripts.parts.training_scripts import load_script
+def unpack_checkpoint(checkpoint: Path) -> Path:
+    """The diffusers folder that is made of a checkpoint, once. Errors: ValueError."""
+    from lora_training.base_model.family_detection import require_family
+    from lora_training.base_model.sources import unpack_single_file
+    from lora_training.errors import UserError
+    from lora_training.families import FAMILIES
 
     try:
-        family = detect(str(checkpoint))
-    except Exception as error:  # a checkpoint that holds more than tensors, or is none: torch raises many kinds
-        raise ValueError(f"{checkpoint}: no checkpoint of tensors alone, or damaged: {str(error)[:200]}") from None
-    if family is None:
-        raise ValueError(f"{checkpoint}: not a base of Stable Diffusion 1.x/2.x, SDXL, SD3 or FLUX.1")
-    script = load_script(family)
-    try:
-        return script.unpack_single_file(checkpoint, argparse.Namespace(cache_dir=None))
-    except script.UserError as error:
+        return unpack_single_file(checkpoint, FAMILIES[require_family(str(checkpoint))])
+    except UserError as error:
         raise ValueError(str(error)) from None
 
 
-# ---- how large a LoRA is ---------------------------------------------------------------------------------------------
+# ---- how large a LoRA is -----------------------------------------------------------------------------------
 
 
 def denoiser_without_weights(folder: str | None) -> torch.nn.Module:
-    """The denoiser of a diffusers folder, or of Stable Diffusion 1.5, on the meta device. Errors: ValueError."""
+    """The denoiser of a diffusers folder, or of Stable Diffusion 1.5, on the meta device.
+
+    Errors: ValueError for another folder.
+    """
     import diffusers
 
     config = {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768}  # SD 1.5

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """A whole training with lora.py and a loop of ten lines: train, compare, save, load, merge.
 
-    python lora_example.py                             # on the embedded toy base, in half a minute without a GPU
-    python lora_example.py --base BASE_FOLDER --data my_pictures --resolution 512 --learning_rate 1e-4 --steps 1000
+    python lora_example.py               # on the embedded toy base, in half a minute without a GPU
+    python lora_example.py --base BASE_FOLDER --data my_pictures --resolution 512 \\
+        --learning_rate 1e-4 --steps 1000
 
-It shows how a LoRA is trained in code of your own. What it leaves out (buckets, caches, checkpoints, prior preservation, …) the
-training scripts have: train_lora_sd15.py. For bases of Stable Diffusion 1.x/2.x.
+It shows how a LoRA is trained in code of your own. What it leaves out (buckets, caches, checkpoints, prior
+preservation, …) the training scripts have: train_lora_sd15.py. For bases of Stable Diffusion 1.x/2.x.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def read_pictures(folder: Path, side: int) -> tuple[torch.Tensor, list[str]]:
-    """Pictures of a folder with metadata.jsonl, scaled to a square, as (N, 3, side, side) from -1 to 1; and their captions."""
+    """Pictures of a folder with metadata.jsonl, as (N, 3, side, side) from -1 to 1, and their captions."""
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     images = [Image.open(folder / row["file_name"]).convert("RGB").resize((side, side)) for row in rows]
     pixels = np.stack([np.asarray(image, dtype=np.float32) for image in images]) / 127.5 - 1
@@ -49,8 +50,8 @@ def train(models: dict, folder: Path, side: int, steps: int, learning_rate: floa
     pixels, captions = read_pictures(folder, side)
     with torch.no_grad():  # what does not change is computed once
         latents = vae.encode(pixels.to(device)).latent_dist.mean * vae.config.scaling_factor
-        words = models["tokenizer"](captions, padding="max_length", truncation=True, return_tensors="pt")
-        texts = models["clip"](words.input_ids.to(device))[0]
+        tokens = models["tokenizer"](captions, padding="max_length", truncation=True, return_tensors="pt")
+        prompt_embeds = models["clip"](tokens.input_ids.to(device))[0]
     optimizer, losses = torch.optim.AdamW(get_lora_parameters(unet), lr=learning_rate), []
     generator = torch.Generator().manual_seed(0)
 
@@ -59,7 +60,7 @@ def train(models: dict, folder: Path, side: int, steps: int, learning_rate: floa
         timesteps = torch.randint(len(noise_scheduler), (batch,), generator=generator).to(device)
         noise = torch.randn(latents[chosen].shape, generator=generator).to(device)
         noisy_latents = noise_scheduler.add_noise(latents[chosen], noise, timesteps)
-        model_pred = unet(noisy_latents, timesteps, texts[chosen]).sample
+        model_pred = unet(noisy_latents, timesteps, prompt_embeds[chosen]).sample
         loss = torch.nn.functional.mse_loss(model_pred, noise)
         loss.backward()
         optimizer.step()
@@ -75,7 +76,8 @@ def draw(models: dict, prompt: str, side: int, count: int = 4) -> list[Image.Ima
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(models["scheduler"].config)
     generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
     size = {"width": side, "height": side}
-    return pipeline([prompt] * count, generator=generators, num_inference_steps=20, guidance_scale=3.0, **size).images
+    sampling = {"num_inference_steps": 20, "guidance_scale": 3.0}
+    return pipeline([prompt] * count, generator=generators, **sampling, **size).images
 
 
 def difference(first: list[Image.Image], second: list[Image.Image]) -> int:
@@ -94,20 +96,28 @@ def beside(*rows: list[Image.Image]) -> Image.Image:
     return sheet
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Trains a LoRA with lora.py: train, compare, save, load, merge.")
-    parser.add_argument("--base", default=str(ROOT / "assets" / "toy_sd15"), help="folder or checkpoint (the toy)")
-    parser.add_argument("--data", type=Path, default=ROOT / "assets" / "sample_data" / "smiley", help="pictures")
-    parser.add_argument("--output", type=Path, default=Path("output/lora_example"), help="(output/lora_example)")
-    parser.add_argument("--prompt", default="a sks circle on a blue background", help="what is drawn to compare")
-    parser.add_argument("--rank", type=int, default=8, help="(8)")
-    parser.add_argument("--steps", type=int, default=400, help="(400)")
-    parser.add_argument("--batch", type=int, default=4, help="pictures a step (4)")
-    parser.add_argument("--learning_rate", type=float, default=4e-3, help="(4e-3; of a real base 1e-4)")
-    parser.add_argument("--resolution", type=int, default=64, help="side of the pictures (64)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Trains a LoRA with lora.py, compares, saves, loads, merges."
+    )
+    add, assets = parser.add_argument, ROOT / "assets"
+    add("--base", default=str(assets / "toy_sd15"), help="folder or checkpoint (the toy)")
+    add("--data", type=Path, default=assets / "sample_data" / "smiley", help="pictures")
+    add("--output", type=Path, default=Path("output/lora_example"), help="(output/lora_example)")
+    add("--prompt", default="a sks circle on a blue background", help="what is drawn to compare")
+    add("--rank", type=int, default=8, help="(8)")
+    add("--steps", type=int, default=400, help="(400)")
+    add("--batch", type=int, default=4, help="pictures a step (4)")
+    add("--learning_rate", type=float, default=4e-3, help="(4e-3; of a real base 1e-4)")
+    add("--resolution", type=int, default=64, help="side of the pictures (64)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
 
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains, compares, saves, loads and merges; returns the exit code."""
+    args = parse_args(argv)
     try:
         models, begun = load_models(args.base, args.device, lora_rank=args.rank), time.time()
         counts = count_parameters(models["diffusion"])

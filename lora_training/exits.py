@@ -14,13 +14,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_training.console import print_status, printable
-from lora_training.errors import Interrupted, UserError, one_line
+from lora_training.errors import Interrupted, UserError, is_out_of_memory, one_line
 from lora_training.files import last_checkpoint_note, list_checkpoints
 from lora_training.signals import StopSignal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Outcome:
@@ -93,7 +96,7 @@ def report_interruption(code: int, *lines: str, output: Path | None) -> int:
 def explain(error: Exception, outcome: Outcome) -> str:
     """What happened and what to try; the traceback of what nobody expected goes to a file."""
     output = outcome.output_dir
-    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return (
             "out of memory; try, in this order, --gradient_checkpointing, --cache_latents,"
             " --mixed_precision bf16, --optimizer adamw8bit, --quantize_base nf4,"
@@ -103,7 +106,8 @@ def explain(error: Exception, outcome: Outcome) -> str:
         return "another process of this run has ended, which this one was waiting for"
     if os_error := describe_os_error(error, output):
         return f"{os_error}{last_checkpoint_note(output) if output else ''}"
-    return f"a fault of this script ({one_line(error)}); {write_crash_log(outcome)} has the traceback"
+    problem = one_line(f"{type(error).__name__}: {error}")
+    return f"a fault of this script ({problem}); {write_crash_log(outcome)} has the traceback"
 
 
 def describe_os_error(error: Exception, output: Path | None = None) -> str | None:
@@ -114,11 +118,12 @@ def describe_os_error(error: Exception, output: Path | None = None) -> str | Non
 
 
 def write_crash_log(outcome: Outcome) -> Path:
-    """Writes the traceback of the error being handled to the output folder, or to a temporary one."""
+    """Writes the command and the error's traceback to the output folder, or to a temporary one."""
+    text = f"{sys.argv}\nPython {sys.version}\n\n{traceback.format_exc()}"
     for folder in (outcome.output_dir, Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError, TypeError):
             log = folder / outcome.crash_log
-            log.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
+            log.write_text(text, encoding="utf-8", errors="backslashreplace")
             break
     return log
 

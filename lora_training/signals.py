@@ -55,8 +55,9 @@ def end_at_once_on_signals(note: str) -> None:
     """
 
     def end_at_once(number: int, frame: object) -> None:
+        line_end = "\n" if os.isatty(2) else ""  # after a progress bar
         program = Path(sys.argv[0]).name
-        os.write(2, f"\n{program}: stopped by {signal.Signals(number).name}; {note}\n".encode())
+        os.write(2, f"{line_end}{program}: stopped by {signal.Signals(number).name}; {note}\n".encode())
         os._exit(128 + number)
 
     sys.stdout.reconfigure(line_buffering=True)

@@ -291,7 +291,7 @@ def test_a_tracker_without_pictures_runs(family, tmp_path):
 def test_a_fault_of_ours_is_one_line_and_a_crash_log(family, tmp_path, script, monkeypatch, capsys):
     monkeypatch.setattr(script, "train", lambda *_: 1 / 0)
     assert run_here(family, tmp_path / "x", "-d", SAMPLE) == 1
-    assert "a fault of this script (division by zero)" in (line := one_line(capsys)) and "crash.log" in line
+    assert "a fault of this script (ZeroDivisionError: division by zero)" in (line := one_line(capsys)) and "crash.log" in line
     assert "ZeroDivisionError" in (tmp_path / "x" / "crash.log").read_text()
 
 

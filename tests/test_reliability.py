@@ -1078,7 +1078,7 @@ def test_a_fault_before_the_arguments_are_known_is_one_line(script, monkeypatch,
     monkeypatch.setattr(script, "parse_args", lambda argv: 1 / 0)
     assert script.main([]) == 1
     said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1 and "a fault of this script (division by zero)" in said and "crash.log" in said
+    assert len(said.splitlines()) == 1 and "a fault of this script (ZeroDivisionError: division by zero)" in said and "crash.log" in said
 
 
 def test_a_process_that_ends_is_named_by_the_others(script, tmp_path, monkeypatch, capsys):
