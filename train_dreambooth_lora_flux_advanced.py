@@ -13,8 +13,8 @@
 From a folder with pictures and captions (`metadata.jsonl`, `metadata.csv`, or a `.txt` beside each picture):
 
     accelerate launch train_dreambooth_lora_flux_advanced.py -m black-forest-labs/FLUX.1-dev \\
-        --train_data_dir my_pictures --trigger_word sks --resolution 512 --mixed_precision bf16 --cache_latents \\
-        --quantize_base nf4 --gradient_checkpointing --max_train_steps 1000 -o output/my_lora
+        --train_data_dir my_pictures --trigger_word sks --resolution 512 --mixed_precision bf16 \\
+        --cache_latents --quantize_base nf4 --gradient_checkpointing --max_train_steps 1000 -o output/my_lora
 
 Pivotal tuning: new tokens for CLIP in the first half, the LoRA all along:
 
@@ -23,45 +23,43 @@ Pivotal tuning: new tokens for CLIP in the first half, the LoRA all along:
         --train_text_encoder_ti --train_text_encoder_ti_frac 0.5 --optimizer prodigy --learning_rate 1 \\
         --text_encoder_lr 1 --rank 8 --gradient_checkpointing --max_train_steps 700
 
-What features cost and bring (a step at 1024 px, batch 1, bf16, rank 4, cached latents: 47 GiB, 161 TFLOP;
-docs/step.md):
+What features cost and bring (docs/step.md; a step at 1024 px, batch 1, bf16, rank 4: 47 GiB, 161 TFLOP):
 
-    --gradient_checkpointing   25 GiB, 212 TFLOP           --optimizer adamw8bit   2 bytes of state a weight, not 8
-    --quantize_base fp8        base 11 GiB, not 22         --with_prior_preservation   twice the pictures a step
-    --quantize_base nf4        base 6 GiB                  --use_ema               4 bytes a trained weight
+    --gradient_checkpointing  25 GiB, 212 TFLOP
+    --optimizer adamw8bit     2 bytes of state a weight, not 8
+    --quantize_base fp8       base 11 GiB, not 22
+    --with_prior_preservation twice the pictures a step
+    --quantize_base nf4       base 6 GiB
+    --use_ema                 4 bytes a trained weight
 
 Files written to the output folder (-o):
 
     pytorch_lora_weights.safetensors   the LoRA, for diffusers: `pipeline.load_lora_weights(folder)`
-    NAME.safetensors                   the same LoRA with the keys of ComfyUI, AUTOMATIC1111's forks and kohya's scripts
+    NAME.safetensors                   the LoRA with the keys of ComfyUI, Forge and kohya's scripts
     NAME_emb.safetensors               trained token embeddings, if any (keys clip_l and t5)
     comparison.png                     the same prompts and seeds without and with the LoRA
     samples/  checkpoint-N/  config.yaml  verdict.json  metrics.jsonl  logs/  README.md
 
-Read it from the top: what is learned, from what, when and in which order stands here; how, in lora_training/.
-What is the same in all four scripts is the same to the letter. Exit codes: 0 done, 1 failed, 2 wrong
-arguments or input, 128 + the number of a signal (Ctrl-C: 130).
+Read it from the top: what is learned, from what, when and in which order stands here, how it is done in
+lora_training/. What all four scripts have in common is the same to the letter. Exit codes: 0 done, 1 failed,
+2 wrong arguments or input, 128 + the number of a signal (Ctrl-C: 130).
 """
 
 from __future__ import annotations
 
-import argparse
-import random
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 try:
-    from lora_training import INTERFACE
-except ModuleNotFoundError:
-    INTERFACE = None
-if INTERFACE != 1:  # before anything of another interface is used
-    found = "there is none" if INTERFACE is None else f"found {INTERFACE}"
-    sys.exit(
-        f"train_dreambooth_lora_flux_advanced.py: error: needs the library lora_training of interface 1, {found}: `pip install` the clone, or copy its folder here"
-    )
+    import lazy_loader as lazy
 
-import lazy_loader as lazy
+    from lora_training import require_interface
+
+    require_interface(1)
+except ImportError as error:
+    way_out = "`pip install` the project's folder, or copy lora_training from it along"
+    sys.exit(f"{Path(__file__).name}: error: {error}: {way_out}")
 
 from lora_training import base_model, cli, data, exits, lora, optim, report, text, training, validation
 from lora_training.console import print_status, progress
@@ -72,12 +70,14 @@ from lora_training.seeds import stable_seed
 from lora_training.signals import StopSignal
 
 if TYPE_CHECKING:
+    import argparse
+    import random
+
     from lora_training.base_model import Components
     from lora_training.optim import TrainedPart
     from lora_training.training import MetricsLogger, Run
 
 torch = lazy.load("torch")
-
 
 LORA_TARGETS = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -89,21 +89,23 @@ TEXT_LORA_ENCODERS = ("clip_l",)  # those that --train_text_encoder gives a LoRA
 TI_ENCODERS = ("clip_l",)  # those that learn new tokens by default
 USUAL_INFERENCE_STEPS = 28
 USUAL_GUIDANCE = 3.5
-FOREIGN_FLAGS = {  # of other families: taken while they are off, else refused with this reason
+FOREIGN_FLAGS = {  # of other families: accepted while they are off, else an error with this reason
     **dict.fromkeys(
         ("snr_gamma", "input_perturbation", "noise_offset", "prediction_type"), "rectified flow has none"
     ),
     "clip_skip": "this family's pooled vectors and T5 come from the last layers",
 }
-FAMILY_RULES = (  # as RULES
-    ("enable_t5_ti", lambda a: not a.train_text_encoder_ti, "without --train_text_encoder_ti"),
-    (
+FAMILY_RULES = (
+    cli.no_effect("enable_t5_ti", lambda a: not a.train_text_encoder_ti, "without --train_text_encoder_ti"),
+    cli.no_effect(
         "logit_mean logit_std",
         lambda a: a.weighting_scheme != "logit_normal",
         "without --weighting_scheme logit_normal",
     ),
-    ("mode_scale", lambda a: a.weighting_scheme != "mode", "without --weighting_scheme mode"),
-    ("timestep_shift", lambda a: a.timestep_sampling != "shift", "without --timestep_sampling shift"),
+    cli.no_effect("mode_scale", lambda a: a.weighting_scheme != "mode", "without --weighting_scheme mode"),
+    cli.no_effect(
+        "timestep_shift", lambda a: a.timestep_sampling != "shift", "without --timestep_sampling shift"
+    ),
 )
 
 
@@ -141,8 +143,7 @@ def add_family_args(add) -> None:
     add("--enable_t5_ti", action="store_true", help="new tokens for T5 too")
 
 
-# ---- noise, timesteps, loss
-# ------------------------------------------------------------------------------------------
+# ---- noise, timesteps, loss --------------------------------------------------------------------------------
 
 
 def draw_noise(
@@ -229,8 +230,7 @@ def position_ids(height: int, width: int, device):
     ).float()
 
 
-# ---- prompts and their embeddings
-# ------------------------------------------------------------------------------------
+# ---- prompts and their embeddings --------------------------------------------------------------------------
 
 
 def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: argparse.Namespace) -> dict:
@@ -244,7 +244,7 @@ def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: 
 
 
 def join_embeds(encoded: dict[str, dict], args: argparse.Namespace, config: dict) -> dict:
-    """What each encoder gave, by key -> {"prompt_embeds": (B, T, D), "pooled_prompt_embeds": (B, P)}."""
+    """Each encoder's output, by key -> {"prompt_embeds": (B, T, D), "pooled_prompt_embeds": (B, P)}."""
     return {"prompt_embeds": encoded["t5"]["hidden"], "pooled_prompt_embeds": encoded["clip_l"]["pooled"]}
 
 
@@ -253,8 +253,7 @@ def negative_embeds(empty: dict, components: Components) -> dict:
     return {}
 
 
-# ---- what this family's bases must have, and what of them is trained
-# -------------------------------------------------
+# ---- what a base of this family must have, and what of them is trained ---------------------------------------
 
 
 def check_base(components: Components) -> None:
@@ -272,7 +271,8 @@ def check_base(components: Components) -> None:
         raise UserError("--guidance_scale has no effect: this base (as schnell) has no guidance embedding")
     if plain and args.num_validation_images and args.validation_inference_steps == USUAL_INFERENCE_STEPS:
         print_status(
-            "note: a base without guidance embedding, as schnell, draws in 4 steps: --validation_inference_steps 4"
+            "note: a base without guidance embedding, as schnell, draws in 4 steps:"
+            " --validation_inference_steps 4"
         )
     if any("negative_prompt" in own for own in args.prompt_settings):
         print_status(
@@ -281,8 +281,9 @@ def check_base(components: Components) -> None:
 
 
 def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
-    """Beginnings of names of layers whose output nothing reads, so that no gradient reaches them; `part` as
-    in FAMILY.text_encoders.
+    """How names of layers begin whose output nothing reads, so that no gradient reaches them.
+
+    part: a key of FAMILY.text_encoders, or the denoiser's name; config: its configuration.
     """
     return ()
 
@@ -292,8 +293,7 @@ def token_encoders(args: argparse.Namespace) -> list[str]:
     return [*TI_ENCODERS, *["t5"] * args.enable_t5_ti]
 
 
-# ---- latents and loss, as in all four scripts
-# ------------------------------------------------------------------------
+# ---- latents and loss, as in all four scripts --------------------------------------------------------------
 
 
 def sample_latents(moments: torch.Tensor, noise: torch.Tensor, vae_config: dict) -> torch.Tensor:
@@ -327,8 +327,7 @@ def batch_loss(run: Run, batch: dict, embeds: dict) -> torch.Tensor:
         return compute_loss(batch, latents, embeds, run.denoiser, run.scheduler, run.args)
 
 
-# ---- captions
-# --------------------------------------------------------------------------------------------------------
+# ---- captions ----------------------------------------------------------------------------------------------
 
 
 def draw_caption(captions: list[str], rng: random.Random, args: argparse.Namespace) -> str:
@@ -346,8 +345,7 @@ def draw_caption(captions: list[str], rng: random.Random, args: argparse.Namespa
     return "" if rng.random() < args.caption_dropout else caption
 
 
-# ---- new tokens, text encoders, and the pivot after which they stay
-# --------------------------------------------------
+# ---- new tokens, text encoders, and the pivot after which they stay ----------------------------------------
 
 
 def load_text(run: Run) -> None:
@@ -431,8 +429,7 @@ def freeze_text(run: Run) -> None:
         text.fill_text_cache(run)
 
 
-# ---- --preserve_class
-# ------------------------------------------------------------------------------------------------
+# ---- --preserve_class --------------------------------------------------------------------------------------
 
 
 def preservation_loss(run: Run, batch: dict) -> torch.Tensor:
@@ -462,8 +459,7 @@ def predict(run: Run, batch: dict, embeds: dict) -> tuple[torch.Tensor, torch.Te
     return loss, predictions[0]
 
 
-# ---- the run: what happens, in which order
-# ---------------------------------------------------------------------------
+# ---- the run: what happens, in which order -----------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -599,8 +595,7 @@ def add_trained_parts(run: Run) -> None:
     run.guard = optim.NonFiniteGuard(run.accelerator.device, run.accelerator.mixed_precision == "fp16")
 
 
-# ---- the loop, and one step of it
-# ------------------------------------------------------------------------------------
+# ---- the loop, and one step of it --------------------------------------------------------------------------
 
 
 def train(run: Run, first_step: int) -> None:

@@ -22,45 +22,43 @@ DreamBooth with prior preservation, from pictures without captions:
         --instance_data_dir dog --instance_prompt "a photo of sks dog" \\
         --with_prior_preservation --class_prompt "a photo of a dog" -o output/dog
 
-What features cost and bring (a step at 512 px, batch 1, bf16, rank 4, cached latents: 2.4 GiB, 1.8 TFLOP;
-docs/step.md):
+What features cost and bring (docs/step.md; a step at 512 px, batch 1, bf16, rank 4: 2.4 GiB, 1.8 TFLOP):
 
-    --gradient_checkpointing   1.8 GiB, 2.3 TFLOP          --optimizer adamw8bit   2 bytes of state a weight, not 8
-    --train_text_encoder       CLIP is held and run        --with_prior_preservation   twice the pictures a step
-    --use_ema                  4 bytes a trained weight    --quantize_base nf4     base 1.2 GiB, not 1.6
+    --gradient_checkpointing  1.8 GiB, 2.3 TFLOP
+    --optimizer adamw8bit     2 bytes of state a weight, not 8
+    --train_text_encoder      CLIP is held and run
+    --with_prior_preservation twice the pictures a step
+    --use_ema                 4 bytes a trained weight
+    --quantize_base nf4       base 1.2 GiB, not 1.6
 
 Files written to the output folder (-o):
 
     pytorch_lora_weights.safetensors   the LoRA, for diffusers: `pipeline.load_lora_weights(folder)`
-    NAME.safetensors                   the same LoRA with the keys of ComfyUI, AUTOMATIC1111 and kohya's scripts
+    NAME.safetensors                   the LoRA with the keys of ComfyUI, AUTOMATIC1111 and kohya's scripts
     NAME_emb.safetensors               trained token embeddings, if any (key clip_l)
     comparison.png                     the same prompts and seeds without and with the LoRA
     samples/  checkpoint-N/  config.yaml  verdict.json  metrics.jsonl  logs/  README.md
 
-Read it from the top: what is learned, from what, when and in which order stands here; how, in lora_training/.
-What is the same in all four scripts is the same to the letter. Exit codes: 0 done, 1 failed, 2 wrong
-arguments or input, 128 + the number of a signal (Ctrl-C: 130).
+Read it from the top: what is learned, from what, when and in which order stands here, how it is done in
+lora_training/. What all four scripts have in common is the same to the letter. Exit codes: 0 done, 1 failed,
+2 wrong arguments or input, 128 + the number of a signal (Ctrl-C: 130).
 """
 
 from __future__ import annotations
 
-import argparse
-import random
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 try:
-    from lora_training import INTERFACE
-except ModuleNotFoundError:
-    INTERFACE = None
-if INTERFACE != 1:  # before anything of another interface is used
-    found = "there is none" if INTERFACE is None else f"found {INTERFACE}"
-    sys.exit(
-        f"train_lora_sd15.py: error: needs the library lora_training of interface 1, {found}: `pip install` the clone, or copy its folder here"
-    )
+    import lazy_loader as lazy
 
-import lazy_loader as lazy
+    from lora_training import require_interface
+
+    require_interface(1)
+except ImportError as error:
+    way_out = "`pip install` the project's folder, or copy lora_training from it along"
+    sys.exit(f"{Path(__file__).name}: error: {error}: {way_out}")
 
 from lora_training import base_model, cli, data, exits, lora, optim, report, text, training, validation
 from lora_training.console import print_status, progress
@@ -71,12 +69,14 @@ from lora_training.seeds import stable_seed
 from lora_training.signals import StopSignal
 
 if TYPE_CHECKING:
+    import argparse
+    import random
+
     from lora_training.base_model import Components
     from lora_training.optim import TrainedPart
     from lora_training.training import MetricsLogger, Run
 
 torch = lazy.load("torch")
-
 
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 TEXT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -84,11 +84,11 @@ TEXT_LORA_ENCODERS = ("clip_l",)  # those that --train_text_encoder gives a LoRA
 TI_ENCODERS = ("clip_l",)  # those that learn new tokens by default
 USUAL_INFERENCE_STEPS = 50
 USUAL_GUIDANCE = 7.5
-FOREIGN_FLAGS = {  # of other families: taken while they are off, else refused with this reason
+FOREIGN_FLAGS = {  # of other families: accepted while they are off, else an error with this reason
     "weighting_scheme": "noise prediction has no such thing; --snr_gamma weighs its loss",
     "enable_t5_ti": "this family has no T5",
 }
-FAMILY_RULES: tuple[tuple, ...] = ()  # as RULES
+FAMILY_RULES = ()
 
 
 def add_family_args(add) -> None:
@@ -126,8 +126,7 @@ def add_family_args(add) -> None:
     )
 
 
-# ---- noise, timesteps, loss
-# ------------------------------------------------------------------------------------------
+# ---- noise, timesteps, loss --------------------------------------------------------------------------------
 
 
 def draw_noise(
@@ -172,8 +171,7 @@ def compute_loss(
     return loss
 
 
-# ---- prompts and their embeddings
-# ------------------------------------------------------------------------------------
+# ---- prompts and their embeddings --------------------------------------------------------------------------
 
 
 def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: argparse.Namespace) -> dict:
@@ -191,7 +189,7 @@ def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: 
 
 
 def join_embeds(encoded: dict[str, dict], args: argparse.Namespace, config: dict) -> dict:
-    """What each encoder gave, by key -> the denoiser's {"prompt_embeds": (B, L, D)}. config: the denoiser's."""
+    """Each encoder's output, by key -> {"prompt_embeds": (B, L, D)}. config: the denoiser's."""
     return {"prompt_embeds": encoded["clip_l"]["hidden"]}
 
 
@@ -200,8 +198,7 @@ def negative_embeds(empty: dict, components: Components) -> dict:
     return {"negative_prompt_embeds": empty["prompt_embeds"]}
 
 
-# ---- what this family's bases must have, and what of them is trained
-# -------------------------------------------------
+# ---- what a base of this family must have, and what of them is trained ---------------------------------------
 
 
 def check_base(components: Components) -> None:
@@ -227,8 +224,9 @@ def check_base(components: Components) -> None:
 
 
 def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
-    """Beginnings of names of layers whose output nothing reads, so that no gradient reaches them; `part` as
-    in FAMILY.text_encoders.
+    """How names of layers begin whose output nothing reads, so that no gradient reaches them.
+
+    part: a key of FAMILY.text_encoders, or the denoiser's name; config: its configuration.
     """
     if part != "clip_l" or args.clip_skip is None:
         return ()
@@ -240,8 +238,7 @@ def token_encoders(args: argparse.Namespace) -> list[str]:
     return [*TI_ENCODERS]
 
 
-# ---- latents and loss, as in all four scripts
-# ------------------------------------------------------------------------
+# ---- latents and loss, as in all four scripts --------------------------------------------------------------
 
 
 def sample_latents(moments: torch.Tensor, noise: torch.Tensor, vae_config: dict) -> torch.Tensor:
@@ -275,8 +272,7 @@ def batch_loss(run: Run, batch: dict, embeds: dict) -> torch.Tensor:
         return compute_loss(batch, latents, embeds, run.denoiser, run.scheduler, run.args)
 
 
-# ---- captions
-# --------------------------------------------------------------------------------------------------------
+# ---- captions ----------------------------------------------------------------------------------------------
 
 
 def draw_caption(captions: list[str], rng: random.Random, args: argparse.Namespace) -> str:
@@ -294,8 +290,7 @@ def draw_caption(captions: list[str], rng: random.Random, args: argparse.Namespa
     return "" if rng.random() < args.caption_dropout else caption
 
 
-# ---- new tokens, text encoders, and the pivot after which they stay
-# --------------------------------------------------
+# ---- new tokens, text encoders, and the pivot after which they stay ----------------------------------------
 
 
 def load_text(run: Run) -> None:
@@ -379,8 +374,7 @@ def freeze_text(run: Run) -> None:
         text.fill_text_cache(run)
 
 
-# ---- --preserve_class
-# ------------------------------------------------------------------------------------------------
+# ---- --preserve_class --------------------------------------------------------------------------------------
 
 
 def preservation_loss(run: Run, batch: dict) -> torch.Tensor:
@@ -410,8 +404,7 @@ def predict(run: Run, batch: dict, embeds: dict) -> tuple[torch.Tensor, torch.Te
     return loss, predictions[0]
 
 
-# ---- the run: what happens, in which order
-# ---------------------------------------------------------------------------
+# ---- the run: what happens, in which order -----------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -547,8 +540,7 @@ def add_trained_parts(run: Run) -> None:
     run.guard = optim.NonFiniteGuard(run.accelerator.device, run.accelerator.mixed_precision == "fp16")
 
 
-# ---- the loop, and one step of it
-# ------------------------------------------------------------------------------------
+# ---- the loop, and one step of it --------------------------------------------------------------------------
 
 
 def train(run: Run, first_step: int) -> None:

@@ -14,7 +14,8 @@ From a folder with pictures and captions (`metadata.jsonl`, `metadata.csv`, or a
 
     accelerate launch train_lora_sd3.py -m stabilityai/stable-diffusion-3.5-medium \\
         --train_data_dir my_pictures --trigger_word sks --mixed_precision bf16 --cache_latents \\
-        --gradient_checkpointing --max_train_steps 1000 --validation_prompt "sks, a portrait in a garden" -o output/my_lora
+        --gradient_checkpointing --max_train_steps 1000 --validation_prompt "sks, a portrait in a garden" \\
+        -o output/my_lora
 
 DreamBooth with prior preservation, from pictures without captions:
 
@@ -22,45 +23,43 @@ DreamBooth with prior preservation, from pictures without captions:
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --mixed_precision bf16 \\
         --with_prior_preservation --class_prompt "a photo of a dog" -o output/dog
 
-What features cost and bring (a step at 1024 px, batch 1, bf16, rank 4, cached latents: 11.5 GiB, 26 TFLOP;
-docs/step.md):
+What features cost and bring (docs/step.md; a step at 1024 px, batch 1, bf16, rank 4: 11.5 GiB, 26 TFLOP):
 
-    --gradient_checkpointing   5.3 GiB, 35 TFLOP           --optimizer adamw8bit   2 bytes of state a weight, not 8
-    --train_text_encoder       both CLIPs held and run     --with_prior_preservation   twice the pictures a step
-    --use_ema                  4 bytes a trained weight    --drop_t5               9 GiB less while captions are encoded
+    --gradient_checkpointing  5.3 GiB, 35 TFLOP
+    --optimizer adamw8bit     2 bytes of state a weight, not 8
+    --train_text_encoder      both CLIPs held and run
+    --with_prior_preservation twice the pictures a step
+    --use_ema                 4 bytes a trained weight
+    --drop_t5                 9 GiB less while captions are encoded
 
 Files written to the output folder (-o):
 
     pytorch_lora_weights.safetensors   the LoRA, for diffusers: `pipeline.load_lora_weights(folder)`
-    NAME.safetensors                   the same LoRA with the keys of ComfyUI, Forge and kohya's scripts
+    NAME.safetensors                   the LoRA with the keys of ComfyUI, Forge and kohya's scripts
     NAME_emb.safetensors               trained token embeddings, if any (keys clip_l, clip_g and t5)
     comparison.png                     the same prompts and seeds without and with the LoRA
     samples/  checkpoint-N/  config.yaml  verdict.json  metrics.jsonl  logs/  README.md
 
-Read it from the top: what is learned, from what, when and in which order stands here; how, in lora_training/.
-What is the same in all four scripts is the same to the letter. Exit codes: 0 done, 1 failed, 2 wrong
-arguments or input, 128 + the number of a signal (Ctrl-C: 130).
+Read it from the top: what is learned, from what, when and in which order stands here, how it is done in
+lora_training/. What all four scripts have in common is the same to the letter. Exit codes: 0 done, 1 failed,
+2 wrong arguments or input, 128 + the number of a signal (Ctrl-C: 130).
 """
 
 from __future__ import annotations
 
-import argparse
-import random
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 try:
-    from lora_training import INTERFACE
-except ModuleNotFoundError:
-    INTERFACE = None
-if INTERFACE != 1:  # before anything of another interface is used
-    found = "there is none" if INTERFACE is None else f"found {INTERFACE}"
-    sys.exit(
-        f"train_lora_sd3.py: error: needs the library lora_training of interface 1, {found}: `pip install` the clone, or copy its folder here"
-    )
+    import lazy_loader as lazy
 
-import lazy_loader as lazy
+    from lora_training import require_interface
+
+    require_interface(1)
+except ImportError as error:
+    way_out = "`pip install` the project's folder, or copy lora_training from it along"
+    sys.exit(f"{Path(__file__).name}: error: {error}: {way_out}")
 
 from lora_training import base_model, cli, data, exits, lora, optim, report, text, training, validation
 from lora_training.console import print_status, progress
@@ -71,12 +70,14 @@ from lora_training.seeds import stable_seed
 from lora_training.signals import StopSignal
 
 if TYPE_CHECKING:
+    import argparse
+    import random
+
     from lora_training.base_model import Components
     from lora_training.optim import TrainedPart
     from lora_training.training import MetricsLogger, Run
 
 torch = lazy.load("torch")
-
 
 LORA_TARGETS = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -87,25 +88,27 @@ TEXT_LORA_ENCODERS = ("clip_l", "clip_g")  # those that --train_text_encoder giv
 TI_ENCODERS = ("clip_l", "clip_g")  # those that learn new tokens by default
 USUAL_INFERENCE_STEPS = 28
 USUAL_GUIDANCE = 7.0
-FOREIGN_FLAGS = {  # of other families: taken while they are off, else refused with this reason
+FOREIGN_FLAGS = {  # of other families: accepted while they are off, else an error with this reason
     **dict.fromkeys(
         ("snr_gamma", "input_perturbation", "noise_offset", "prediction_type"), "rectified flow has none"
     ),
     "clip_skip": "this family's pooled vectors and T5 come from the last layers",
 }
-FAMILY_RULES = (  # as RULES
-    (
+FAMILY_RULES = (
+    cli.rule(
         "enable_t5_ti",
         lambda a: a.drop_t5 or not a.train_text_encoder_ti,
         "{flag} needs --train_text_encoder_ti, and T5",
     ),
-    (
+    cli.no_effect(
         "logit_mean logit_std",
         lambda a: a.weighting_scheme != "logit_normal",
         "without --weighting_scheme logit_normal",
     ),
-    ("mode_scale", lambda a: a.weighting_scheme != "mode", "without --weighting_scheme mode"),
-    ("timestep_shift", lambda a: a.timestep_sampling != "shift", "without --timestep_sampling shift"),
+    cli.no_effect("mode_scale", lambda a: a.weighting_scheme != "mode", "without --weighting_scheme mode"),
+    cli.no_effect(
+        "timestep_shift", lambda a: a.timestep_sampling != "shift", "without --timestep_sampling shift"
+    ),
 )
 
 
@@ -113,21 +116,24 @@ def add_family_args(add) -> None:
     """Flags that only this family has."""
     schemes = ["logit_normal", "mode", "cosmap", "sigma_sqrt", "none"]
     # fmt: off
-    add("--weighting_scheme", default="logit_normal", choices=schemes, help="how timesteps are drawn or weighted (logit_normal)")
+    add("--weighting_scheme", default="logit_normal", choices=schemes,
+        help="how timesteps are drawn or weighted (logit_normal)")
     add("--logit_mean", type=cli.signed, default=0.0, help="of logit_normal (0)")
     add("--logit_std", type=cli.amount, default=1.0, help="of logit_normal (1)")
     add("--mode_scale", type=cli.mode_scale, default=1.29, help="of mode (1.29)")
-    add("--timestep_sampling", default="weighting_scheme", choices=cli.TIMESTEP_SAMPLING, help="how timesteps are drawn (weighting_scheme)")
+    add("--timestep_sampling", default="weighting_scheme", choices=cli.TIMESTEP_SAMPLING,
+        help="how timesteps are drawn (weighting_scheme)")
     add("--timestep_shift", type=cli.amount, default=3.0, help="of shift: above 1 more noise (3)")
-    add("--precondition_outputs", type=cli.yes_or_no, default=True, nargs="?", const=True, help="loss on the clean latents (true)")
-    add("--max_sequence_length", type=cli.tokens, default=77, help="tokens that T5 reads (77; pass the same when drawing)")
+    add("--precondition_outputs", type=cli.yes_or_no, default=True, nargs="?", const=True,
+        help="loss on the clean latents (true)")
+    add("--max_sequence_length", type=cli.tokens, default=77,
+        help="tokens that T5 reads (77; pass the same when drawing)")
     add("--enable_t5_ti", action="store_true", help="new tokens for T5 too")
     add("--drop_t5", action="store_true", help="train and draw without T5: less memory, weaker long prompts")
     # fmt: on
 
 
-# ---- noise, timesteps, loss
-# ------------------------------------------------------------------------------------------
+# ---- noise, timesteps, loss --------------------------------------------------------------------------------
 
 
 def draw_noise(
@@ -199,8 +205,7 @@ def compute_loss(
     return (weighting.float() * elementwise_loss(model_pred, target, batch, args)).mean(dim=(1, 2, 3))
 
 
-# ---- prompts and their embeddings
-# ------------------------------------------------------------------------------------
+# ---- prompts and their embeddings --------------------------------------------------------------------------
 
 
 def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: argparse.Namespace) -> dict:
@@ -221,7 +226,7 @@ def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: 
 
 
 def join_embeds(encoded: dict[str, dict], args: argparse.Namespace, config: dict) -> dict:
-    """What each encoder gave, by key -> {"prompt_embeds": (B, 77 + T, D), "pooled_prompt_embeds": (B, P_l +
+    """Each encoder's output, by key -> {"prompt_embeds": (B, 77 + T, D), "pooled_prompt_embeds": (B, P_l +
     P_g)}.
 
     Both CLIPs stand side by side, padded to T5's width D; T5's T tokens follow, or zeros without T5.
@@ -242,8 +247,7 @@ def negative_embeds(empty: dict, components: Components) -> dict:
     return {f"negative_{name}": value for name, value in empty.items()}
 
 
-# ---- what this family's bases must have, and what of them is trained
-# -------------------------------------------------
+# ---- what a base of this family must have, and what of them is trained ---------------------------------------
 
 
 def check_base(components: Components) -> None:
@@ -257,8 +261,9 @@ def check_base(components: Components) -> None:
 
 
 def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
-    """Beginnings of names of layers whose output nothing reads, so that no gradient reaches them; `part` as
-    in FAMILY.text_encoders.
+    """How names of layers begin whose output nothing reads, so that no gradient reaches them.
+
+    part: a key of FAMILY.text_encoders, or the denoiser's name; config: its configuration.
     """
     if part != FAMILY.denoiser:
         return ()
@@ -272,8 +277,7 @@ def token_encoders(args: argparse.Namespace) -> list[str]:
     return [*TI_ENCODERS, *["t5"] * args.enable_t5_ti]
 
 
-# ---- latents and loss, as in all four scripts
-# ------------------------------------------------------------------------
+# ---- latents and loss, as in all four scripts --------------------------------------------------------------
 
 
 def sample_latents(moments: torch.Tensor, noise: torch.Tensor, vae_config: dict) -> torch.Tensor:
@@ -307,8 +311,7 @@ def batch_loss(run: Run, batch: dict, embeds: dict) -> torch.Tensor:
         return compute_loss(batch, latents, embeds, run.denoiser, run.scheduler, run.args)
 
 
-# ---- captions
-# --------------------------------------------------------------------------------------------------------
+# ---- captions ----------------------------------------------------------------------------------------------
 
 
 def draw_caption(captions: list[str], rng: random.Random, args: argparse.Namespace) -> str:
@@ -326,8 +329,7 @@ def draw_caption(captions: list[str], rng: random.Random, args: argparse.Namespa
     return "" if rng.random() < args.caption_dropout else caption
 
 
-# ---- new tokens, text encoders, and the pivot after which they stay
-# --------------------------------------------------
+# ---- new tokens, text encoders, and the pivot after which they stay ----------------------------------------
 
 
 def load_text(run: Run) -> None:
@@ -411,8 +413,7 @@ def freeze_text(run: Run) -> None:
         text.fill_text_cache(run)
 
 
-# ---- --preserve_class
-# ------------------------------------------------------------------------------------------------
+# ---- --preserve_class --------------------------------------------------------------------------------------
 
 
 def preservation_loss(run: Run, batch: dict) -> torch.Tensor:
@@ -442,8 +443,7 @@ def predict(run: Run, batch: dict, embeds: dict) -> tuple[torch.Tensor, torch.Te
     return loss, predictions[0]
 
 
-# ---- the run: what happens, in which order
-# ---------------------------------------------------------------------------
+# ---- the run: what happens, in which order -----------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -579,8 +579,7 @@ def add_trained_parts(run: Run) -> None:
     run.guard = optim.NonFiniteGuard(run.accelerator.device, run.accelerator.mixed_precision == "fp16")
 
 
-# ---- the loop, and one step of it
-# ------------------------------------------------------------------------------------
+# ---- the loop, and one step of it --------------------------------------------------------------------------
 
 
 def train(run: Run, first_step: int) -> None:

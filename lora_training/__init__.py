@@ -6,3 +6,9 @@ modules that need torch load them when something of theirs is first used.
 """
 
 INTERFACE = 1  # what recipes ask for; a new number whenever a signature that they use changes
+
+
+def require_interface(number: int) -> None:
+    """Errors: ImportError if recipes of interface `number` can't use this library."""
+    if number != INTERFACE:
+        raise ImportError(f"the library lora_training has interface {INTERFACE}, and this script needs {number}")

@@ -8,5 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "parsing": ["parse_args"],
         "types": ["amount", "count", "mode_scale", "natural", "share", "signed", "tokens", "yes_or_no"],
         "flags": ["TIMESTEP_SAMPLING"],
+        "rules": ["no_effect", "rule"],
     },
 )

@@ -26,27 +26,23 @@ def fill_defaults(args: argparse.Namespace) -> None:
     if args.lr_warmup_steps and args.lr_scheduler == "constant" and args.optimizer != "schedulefree":
         args.lr_scheduler = "constant_with_warmup"  # the two flags together can mean nothing else
     args.resolution = args.resolution or [args.family.resolution]
-    args.prompt_settings = (
-        read_prompts(args.validation_prompts_file, args.family.pixel_divisor)
-        if args.validation_prompts_file
-        else []
-    )
-    if args.prompt_settings:
-        args.validation_prompt = [own.pop("prompt") for own in args.prompt_settings]
+    args.prompt_settings = []
+    if args.validation_prompts_file:
+        args.prompt_settings = read_prompts(args.validation_prompts_file, args.family.pixel_divisor)
+        args.validation_prompt = [settings.pop("prompt") for settings in args.prompt_settings]
     for name in ("validation_prompt", "control_prompt"):  # each is one line, as a caption is; "" is off
-        vars(args)[name] = [c for p in vars(args)[name] or [] if (c := clean_caption(p))] or None
+        prompts = [clean_caption(prompt) for prompt in vars(args)[name] or []]
+        vars(args)[name] = [prompt for prompt in prompts if prompt] or None
     args.color_jitter = [0.1, 0.1, 0.1, 0.05] if args.color_jitter == [] else args.color_jitter
-    args.output_dir = str(
-        Path(args.output_dir or f"output/{args.family.name}-lora")
-    )  # "name/" and "name" are the same folder
+    # "name/" and "name" are the same folder
+    args.output_dir = str(Path(args.output_dir or f"output/{args.family.name}-lora"))
     args.class_data_dir = args.class_data_dir or str(Path(args.output_dir) / "class_images")
     if args.max_train_steps is None and args.num_train_epochs is None:
         args.max_train_steps = 1000
 
 
 def use_prepared_buckets(args: argparse.Namespace) -> None:
-    """Takes the buckets that scripts/prepare_dataset.py has left in the data folder; --aspect_ratio_buckets
-    wins.
+    """Takes the buckets that prepare_dataset.py has left in the data folder; --aspect_ratio_buckets wins.
 
     Errors: UserError if --resolution asks for another size, because the pictures have been scaled already.
     """
@@ -61,11 +57,11 @@ def use_prepared_buckets(args: argparse.Namespace) -> None:
             f"{file}: has no resolution and aspect_ratio_buckets; prepare the folder again"
         ) from None
     if args.resolution is not None and not 3 / 4 <= math.prod((args.resolution * 2)[:2]) / side**2 <= 4 / 3:
-        asked, way_out = (
-            " ".join(map(str, args.resolution)),
-            "prepare again, or use --aspect_ratio_buckets auto",
+        resolution = " ".join(map(str, args.resolution))
+        raise UserError(
+            f"--resolution {resolution}: the pictures are prepared for {side} ({file}); prepare again, or use"
+            " --aspect_ratio_buckets auto"
         )
-        raise UserError(f"--resolution {asked}: the pictures are prepared for {side} ({file}); {way_out}")
     args.resolution, args.aspect_ratio_buckets = [side], buckets
     print_status(f"buckets as prepared: {file}")
 
@@ -86,4 +82,6 @@ def check_sizes(args: argparse.Namespace) -> None:
 
 def optimizer_of(args: argparse.Namespace) -> str:
     """The optimizer that --optimizer, --use_8bit_adam or --use_prodigy names."""
-    return "adamw8bit" if args.use_8bit_adam else "prodigy" if args.use_prodigy else args.optimizer
+    if args.use_8bit_adam:
+        return "adamw8bit"
+    return "prodigy" if args.use_prodigy else args.optimizer

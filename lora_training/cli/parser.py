@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 
-from lora_training.cli.flag_groups import NAMES_ELSEWHERE
+from lora_training.cli.other_trainers import NAMES_ELSEWHERE
 from lora_training.errors import UserError, one_line
 from lora_training.exits import report_error
 

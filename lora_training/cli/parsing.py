@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_training.cli.checks import check_args
 from lora_training.cli.data_sets import read_set, set_entries
 from lora_training.cli.flags import add_shared_args
 from lora_training.cli.parser import OneLineParser, config_to_argv
-from lora_training.cli.rules import check_args
 from lora_training.errors import UserError
 from lora_training.files import read_config_file
 
@@ -40,37 +40,47 @@ def parse_args(
     commands run. The settings as they were given stand in `settings`, their defaults in `defaults`, the flags
     of the command line itself in `ordered`.
     """
-    parser = OneLineParser(description=f"Trains a LoRA for {family.title}.", allow_abbrev=False)
+    parser = make_parser(family, add_family_args, foreign_flags, lora_targets, inference_steps, guidance)
     parser.rules = rules
-    add_shared_args(parser, family, lora_targets, inference_steps, guidance)
-    add_family_args(parser.add_argument_group(f"{family.title} only").add_argument)
-    for name in foreign_flags:
-        parser.add_argument(f"--{name}", nargs="?", const="true", help=argparse.SUPPRESS)
     argv = list(sys.argv[1:] if argv is None else argv)
-    finder = OneLineParser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    file = finder.parse_known_args(argv)[0].config
-    ordered = {argument.split("=")[0].lstrip("-") for argument in argv}
-    argv = (config_to_argv(parser, read_config_file(file), f"--config {file}") if file else []) + argv
+    command_line_flags = {argument.split("=")[0].lstrip("-") for argument in argv}
+    argv = config_arguments(parser, argv) + argv
     args, unset = parser.parse_args(argv), object()
     marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
-    for name, why in foreign_flags.items():
-        marked.__dict__.pop(name)
-        if (args.__dict__.pop(name) or "none").lower() not in OFF_VALUES:
-            raise UserError(f"--{name}: {why}")
+    for name, reason in foreign_flags.items():
+        vars(marked).pop(name)
+        if (vars(args).pop(name) or "none").lower() not in OFF_VALUES:
+            raise UserError(f"--{name}: {reason}")
     settings, defaults = dict(vars(args)), {name: parser.get_default(name) for name in vars(args)}
-    given = {name for name, value in vars(marked).items() if value is not unset}
+    set_flags = {name for name, value in vars(marked).items() if value is not unset}
     args.family, args.script = family, Path(script).resolve()
     args.weight, args.is_class = 1.0, False
     args.sets = [read_set(parser, args, *entry) for entry in set_entries(args)]
     args.validation_split = max(own.validation_split for own in args.sets or [args])
     args.triggers = list(dict.fromkeys(own.trigger_word for own in args.sets or [args] if own.trigger_word))
-    check_args(args, given, parser)
-    if args.overwrite and "resume_from_checkpoint" not in ordered:  # which a recipe has
+    check_args(args, set_flags, parser)
+    if args.overwrite and "resume_from_checkpoint" not in command_line_flags:  # which a configuration has
         args.resume_from_checkpoint = None
-    args.settings, args.defaults, args.ordered = (
-        settings,
-        defaults,
-        ordered,
-    )  # settings: before anything was filled in
+    args.settings, args.defaults = settings, defaults  # settings: before anything was filled in
+    args.command_line_flags = command_line_flags
     return args
+
+
+def make_parser(
+    family: Family, add_family_args, foreign_flags: dict[str, str], *usual_values: object
+) -> OneLineParser:
+    """A parser with a family's flags; usual_values: as `add_shared_args` takes them."""
+    parser = OneLineParser(description=f"Trains a LoRA for {family.title}.", allow_abbrev=False)
+    add_shared_args(parser, family, *usual_values)
+    add_family_args(parser.add_argument_group(f"{family.title} only").add_argument)
+    for name in foreign_flags:
+        parser.add_argument(f"--{name}", nargs="?", const="true", help=argparse.SUPPRESS)
+    return parser
+
+
+def config_arguments(parser: OneLineParser, argv: list[str]) -> list[str]:
+    """What the --config file says, if one is named, as arguments of the command line."""
+    finder = OneLineParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    file = finder.parse_known_args(argv)[0].config
+    return config_to_argv(parser, read_config_file(file), f"--config {file}") if file else []

@@ -1,4 +1,4 @@
-"""--validation_prompts_file."""
+"""--validation_prompts_file: prompts with settings of their own, as YAML or as kohya's lines."""
 
 from __future__ import annotations
 
@@ -24,34 +24,40 @@ PROMPT_KEYS = {  # of --validation_prompts_file: kohya's letter, the flag that i
 def read_prompts(file: str, pixel_divisor: int) -> list[dict]:
     """The prompts of --validation_prompts_file, each with its settings (PROMPT_KEYS).
 
-    Errors: UserError that names the entry.
+    pixel_divisor: of image sides. Errors: UserError that names the entry.
     """
-    letters = {letter: key for key, (letter, *_) in PROMPT_KEYS.items() if letter} | {"g": "guidance"}
     if file.lower().endswith((".yaml", ".yml", ".json")):
-        entries = [
-            {"prompt": e} if isinstance(e, str) else e
-            for e in read_config_file(file, "--validation_prompts_file", list)
-        ]
+        entries = read_config_file(file, "--validation_prompts_file", list)
+        entries = [{"prompt": entry} if isinstance(entry, str) else entry for entry in entries]
     else:
         lines = [line.strip() for line in read_text_file(file, "--validation_prompts_file").splitlines()]
-        pieces = [re.split(r"\s--(\w+)\s+", line) for line in lines if line and not line.startswith("#")]
-        entries = [
-            {"prompt": p[0]} | {letters.get(k, k): v for k, v in zip(p[1::2], p[2::2], strict=True)}
-            for p in pieces
-        ]
+        entries = [parse_line(line) for line in lines if line and not line.startswith("#")]
     for number, entry in enumerate(entries, 1):
-        where = f"--validation_prompts_file {file}, prompt {number}"
-        if not isinstance(entry, dict) or not str(entry.get("prompt") or "").strip():
-            raise UserError(f"{where}: has no prompt")
-        for key, value in entry.items():
-            if key not in PROMPT_KEYS:
-                raise UserError(f"{where}: unknown key {key!r}; known are {', '.join(PROMPT_KEYS)}")
-            try:
-                entry[key] = PROMPT_KEYS[key][2](str(value))
-            except (ValueError, argparse.ArgumentTypeError):
-                raise UserError(f"{where}: {key} {value!r} is no {PROMPT_KEYS[key][2].__name__}") from None
-            if key in ("width", "height") and entry[key] % pixel_divisor:
-                raise UserError(f"{where}: {key} {value} is not divisible by {pixel_divisor}")
+        check_entry(entry, f"--validation_prompts_file {file}, prompt {number}", pixel_divisor)
     if not entries:
         raise UserError(f"--validation_prompts_file {file}: no prompt in it")
     return entries
+
+
+def parse_line(line: str) -> dict:
+    """A line as kohya's scripts read it, "a cat --w 512 --n blurry", by our keys."""
+    letters = {letter: key for key, (letter, *_) in PROMPT_KEYS.items() if letter} | {"g": "guidance"}
+    prompt, *options = re.split(r"\s--(\w+)\s+", line)
+    values = zip(options[::2], options[1::2], strict=True)
+    return {"prompt": prompt} | {letters.get(letter, letter): value for letter, value in values}
+
+
+def check_entry(entry: object, where: str, pixel_divisor: int) -> None:
+    """Checks the settings of a prompt and converts them to their types. Errors: UserError."""
+    if not isinstance(entry, dict) or not str(entry.get("prompt") or "").strip():
+        raise UserError(f"{where}: has no prompt")
+    for key, value in entry.items():
+        if key not in PROMPT_KEYS:
+            raise UserError(f"{where}: unknown key {key!r}; known are {', '.join(PROMPT_KEYS)}")
+        convert = PROMPT_KEYS[key][2]
+        try:
+            entry[key] = convert(str(value))
+        except (ValueError, argparse.ArgumentTypeError):
+            raise UserError(f"{where}: {key} {value!r} is no {convert.__name__}") from None
+        if key in ("width", "height") and entry[key] % pixel_divisor:
+            raise UserError(f"{where}: {key} {value} is not divisible by {pixel_divisor}")

@@ -9,13 +9,13 @@ import math
 from lora_training.errors import UserError
 
 
-def number(name: str, kind: type, least: float, most: float, complaint: str):
+def number(name: str, kind: type, least: float, most: float, message: str):
     """A type for argparse, which names it in its errors: a number from `least` to `most`."""
 
     def convert(text: str):
         value = kind(text)
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} {complaint}")
+            raise argparse.ArgumentTypeError(f"{text} {message}")
         return value
 
     convert.__name__ = name
@@ -23,21 +23,13 @@ def number(name: str, kind: type, least: float, most: float, complaint: str):
 
 
 count = number("count", int, 1, 2**31 - 1, "is below 1, or beyond what any run needs")
-
 natural = number("whole number", int, 0, 2**31 - 1, "must not be negative, or beyond what any run needs")
-
 share = number("share", float, 0, 1, "is not between 0 and 1")
-
 part_of_one = number("share", float, 0, math.nextafter(1, 0), "is not from 0 up to, but without, 1")
-
 rate = number("learning rate", float, 0, 100, "is not between 0 and 100")
-
 amount = number("amount", float, 0, 1e9, "is not a number from 0 to 1e9")
-
 signed = number("number", float, -100, 100, "is not a number between -100 and 100")
-
 mode_scale = number("scale", float, 0, 1.75, "is not between 0 and 1.75: beyond, timesteps leave their range")
-
 tokens = number("count", int, 1, 512, "is not between 1 and the 512 tokens that the pipeline takes")
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree")
@@ -65,7 +57,7 @@ def key_and_value(text: str) -> tuple[str, object]:
 
 def yes_or_no(text: str) -> bool:
     """true/false, as people write it."""
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in words:
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return words[text.lower()]
+    return values[text.lower()]

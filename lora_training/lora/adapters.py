@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lora_training.adapter_names import ADAPTER, LORA_TYPES
 from lora_training.base_model.sharding import block_prefixes
 from lora_training.console import print_status, progress
 from lora_training.errors import UserError, one_line
-from lora_training.optim.parts import ADAPTER, TrainedPart
 from lora_training.seeds import stable_seed
 
 if TYPE_CHECKING:
     import argparse
 
+    from lora_training.optim.parts import TrainedPart
+
 # attention's layers in the original code, and here
 ORIGINAL_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out.0"}
 
-LORA_TYPES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}  # https://arxiv.org/abs/2309.14859
 
 
 def find_target_layers(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
+from lora_training.adapter_names import ADAPTER
 from lora_training.lora.kohya_layouts import kohya_layout
-from lora_training.optim.parts import ADAPTER
 
 if TYPE_CHECKING:
     import argparse
@@ -17,28 +17,37 @@ if TYPE_CHECKING:
 
     from lora_training.families import Family
 
+KOHYA_KINDS = {  # peft's name of a tensor: kohya's
+    "lora_A.weight": "lora_down.weight",
+    "lora_B.weight": "lora_up.weight",
+    "lora_magnitude_vector": "dora_scale",
+}
+
 
 def to_diffusers_keys(state: dict, spelling: tuple[tuple[str, str], ...]) -> dict:
     """The denoiser's LoRA with the keys of diffusers' files, the same spelling for every layer.
 
-    diffusers looks at the first key only to tell how a file is spelled: its own conversion renames the attention's layers
-    alone, so a UNet's file that also has other layers would be read without them, or without the attention.
+    diffusers looks at the first key only to tell how a file is spelled: its own conversion renames the
+    attention's layers alone, so a UNet's file that also has other layers would be read without them, or
+    without the attention.
     """
-    for ours, theirs in spelling:
-        state = {k.replace(ours, theirs): v for k, v in state.items()}
+    for peft, diffusers in spelling:
+        state = {key.replace(peft, diffusers): value for key, value in state.items()}
     return state
 
 
 def text_encoder_keys(state: dict) -> dict:
-    """A text encoder's LoRA with the level `text_model` that released files have and transformers 5 has not."""
+    """A text encoder's LoRA with the level `text_model`, which released files have and transformers 5 has
+    not.
+    """
     return {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in state.items()}
 
 
 def reference_free(states: dict, initials: dict, args: argparse.Namespace) -> tuple[dict, float, int]:
     """LoRA weights for the unchanged base. Returns (states, alpha, rank).
 
-    pissa and olora change the base's weights by the LoRA's start; what they learned, B A - B0 A0, is a LoRA of twice the
-    rank: https://arxiv.org/abs/2404.02948
+    pissa and olora change the base's weights by the LoRA's start; what they learned, B A - B0 A0, is a LoRA
+    of twice the rank: https://arxiv.org/abs/2404.02948
     """
     if not args.init_lora_weights.startswith(("pissa", "olora")):
         return states, args.lora_alpha, args.rank
@@ -63,31 +72,19 @@ def kohya_state(
 ) -> dict:
     """LoRA, LoHa or LoKr weights with the keys of kohya's scripts, LyCORIS, AUTOMATIC1111 and ComfyUI.
 
-    states: pipeline name -> weights with peft's keys; config: the denoiser's; norms: of `neighbours_norms`; scale: alpha/rank,
-    which LyCORIS leaves out where a LoKr's factors are both whole. Each module gets its own alpha.
+    states: pipeline name -> weights with peft's keys; config: the denoiser's; norms: of `neighbours_norms`;
+    scale: alpha/rank, which LyCORIS leaves out where a LoKr's factors are both whole. Each module gets its
+    own alpha.
     """
-    kinds = {
-        "lora_A.weight": "lora_down.weight",
-        "lora_B.weight": "lora_up.weight",
-        "lora_magnitude_vector": "dora_scale",
-    }
     out = {}
     for part, state in states.items():
-        modules: dict[str, dict] = {}
-        for key, value in (state if part == family.denoiser else text_encoder_keys(state)).items():
-            name, suffix = ADAPTER.split(key)
-            if (
-                suffix == "lora_magnitude_vector"
-            ):  # a column, as ComfyUI multiplies it; of convolutions (out, 1, 1, 1)
-                value = value.reshape(-1, *[1] * max(1, value.dim() - 1))
-            modules.setdefault(name, {"alpha": torch.tensor(float(alpha))})[kinds.get(suffix, suffix)] = value
-        for tensors in modules.values():
-            if {"lokr_w1", "lokr_w2"} <= tensors.keys():
-                tensors["lokr_w1"] = tensors["lokr_w1"] * scale
+        is_denoiser = part == family.denoiser
+        modules = split_by_module(state if is_denoiser else text_encoder_keys(state), alpha, scale)
         prefix = family.kohya_prefixes[part]
-        if part == family.denoiser and family.fused_projections and not any(".lora_" in key for key in state):
-            prefix = "lycoris"  # before diffusers' names: factors of q, k and v can't be put together; ComfyUI knows it
-        elif part == family.denoiser:
+        if is_denoiser and family.fused_projections and not any(".lora_" in key for key in state):
+            # before diffusers' names: factors of q, k and v can't be put together; ComfyUI knows it
+            prefix = "lycoris"
+        elif is_denoiser:
             unchanged = {name: {"dora_scale": norm[:, None]} for name, norm in (norms or {}).items()}
             modules = kohya_layout(family, modules | unchanged, config)
         for name, tensors in modules.items():
@@ -95,29 +92,47 @@ def kohya_state(
     return out
 
 
-def neighbours_norms(family: Family, folder: Path, state: dict, config: dict) -> dict:
-    """{layer: norms of its rows} of the base's layers without LoRA that the original holds as one with a layer that has one:
-    with these as their magnitudes (DoRA) they stay as they are. folder: the denoiser's.
+def split_by_module(state: dict, alpha: float, scale: float) -> dict[str, dict]:
+    """Weights with peft's keys -> {module: {kohya's name: tensor}}, each with its alpha; scale as in
+    `kohya_state`.
     """
+    modules: dict[str, dict] = {}
+    for key, value in state.items():
+        name, kind = ADAPTER.split(key)
+        if (
+            kind == "lora_magnitude_vector"
+        ):  # a column, as ComfyUI multiplies it; of convolutions (out, 1, 1, 1)
+            value = value.reshape(-1, *[1] * max(1, value.dim() - 1))
+        tensors = modules.setdefault(name, {"alpha": torch.tensor(float(alpha))})
+        tensors[KOHYA_KINDS.get(kind, kind)] = value
+    for tensors in modules.values():
+        if {"lokr_w1", "lokr_w2"} <= tensors.keys():
+            tensors["lokr_w1"] = tensors["lokr_w1"] * scale
+    return modules
 
-    def original(name: str) -> str:
-        probe = {
-            "lora_down.weight": torch.zeros(1, 1),
-            "lora_up.weight": torch.zeros(1, 1),
-            "alpha": torch.tensor(1.0),
-        }
-        return next(iter(kohya_layout(family, {name: probe}, config)))
 
+def neighbours_norms(family: Family, folder: Path, state: dict, config: dict) -> dict:
+    """{layer: norms of its rows} of layers without LoRA that the original holds as one with a layer that has
+    one.
+
+    With these as their magnitudes (DoRA) they stay as they are. folder, config: the denoiser's.
+    """
+    if not family.fused_projections:
+        return {}
     trained, norms = {key.split(".lora_")[0] for key in state}, {}
-    shared = {original(name) for name in trained}
-    for file in (
-        sorted(folder.glob("*.safetensors")) if family.fused_projections else ()
-    ):  # a UNet's are single
+    shared = {original_name(family, name, config) for name in trained}
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as shard:
-            keys = shard.keys()
-            for name in {
-                k.removesuffix(".weight") for k in keys if len(shard.get_slice(k).get_shape()) == 2
-            } - trained:
-                if f"{name}.weight" in keys and original(name) in shared:
+            matrices = (key for key in shard.keys() if len(shard.get_slice(key).get_shape()) == 2)  # noqa: SIM118
+            layers = {key.removesuffix(".weight") for key in matrices if key.endswith(".weight")}
+            for name in layers - trained:
+                if original_name(family, name, config) in shared:
                     norms[name] = shard.get_tensor(f"{name}.weight").float().norm(dim=1)
     return norms
+
+
+def original_name(family: Family, layer: str, config: dict) -> str:
+    """The original checkpoint's name of a denoiser's layer, or of the one that holds it."""
+    kinds = ("lora_down.weight", "lora_up.weight")
+    probe = {kind: torch.zeros(1, 1) for kind in kinds} | {"alpha": torch.tensor(1.0)}
+    return next(iter(kohya_layout(family, {layer: probe}, config)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,10 +14,6 @@ from lora_training.optim.optimizers import make_optimizer
 if TYPE_CHECKING:
     import argparse
 
-# where, in the name of an adapter's parameter, the layer's name ends
-ADAPTER = re.compile(r"\.(?=(?:lora|hada|lokr)_)")
-# one factor of each kind of adapter, to which a layer's update is proportional
-LINEAR_FACTORS = (".lora_B.", ".hada_w2_b.", ".lokr_w1.")
 # what this run's optimizer keeps of its own where a checkpoint's is loaded
 RUN_SETTINGS = (
     *("weight_decay", "betas", "eps", "initial_lr", "beta3", "decouple"),

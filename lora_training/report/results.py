@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_training.adapter_names import LORA_TYPES
 from lora_training.console import print_status
 from lora_training.errors import UserError, one_line
 from lora_training.files import staging_folder
-from lora_training.lora.adapters import LORA_TYPES
 from lora_training.training.weights import save_merged
 from lora_training.validation.comparison import comparison_image
 from lora_training.validation.verdicts import verdict

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lora_training.cli.flag_groups import FREE_FLAGS, RESUME_FLAGS
+from lora_training.cli.resume_flags import FREE_FLAGS, RESUME_FLAGS
 from lora_training.console import print_status, progress
 from lora_training.errors import UserError, one_line
 from lora_training.files import list_checkpoints, sha256_of, staging_folder
@@ -63,7 +63,7 @@ def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
     """
     before, now = manifest["settings"], json.loads(json.dumps(resume_settings(run)))
     changed = {n: f"{n} {before[n]}, now {now[n]}" for n in now if n in before and before[n] != now[n]}
-    if hindered := [what for name, what in changed.items() if name in RESUME_FLAGS.split()]:
+    if hindered := [what for name, what in changed.items() if name in RESUME_FLAGS]:
         ways = "another --output_dir, or --overwrite, begins anew"
         raise UserError(f"{folder.name} was trained with other settings: {', '.join(hindered)}; {ways}")
     if changed and not run.args.resume_anyway:
@@ -104,7 +104,7 @@ def resume_settings(run: Run) -> dict:
         **{
             name: vars(args)[name]
             for name in args.settings
-            if name in vars(args) and name not in FREE_FLAGS.split()
+            if name in vars(args) and name not in FREE_FLAGS
         },
         **{name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in short.items()},
         "mixed_precision": run.accelerator.mixed_precision,

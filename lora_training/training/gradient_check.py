@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lora_training.adapter_names import ADAPTER
 from lora_training.console import print_status
 from lora_training.errors import UserError
-from lora_training.optim.parts import ADAPTER, TrainedPart
 
 if TYPE_CHECKING:
+    from lora_training.optim.parts import TrainedPart
     from lora_training.training.run import Run
 
 

@@ -81,7 +81,7 @@ def choose_precision(args: argparse.Namespace, device) -> str:
     What a preset or the launcher's configuration wants is a wish, and becomes what the machine can do;
     --mixed_precision on the command line is an order. Errors: UserError.
     """
-    kind, order = device.type, "mixed_precision" in args.ordered
+    kind, order = device.type, "mixed_precision" in args.command_line_flags
     # `able`: what it does well, first what a wish for another becomes; `never`: what it can't do at all
     name, able, never = f"CPU, {torch.get_num_threads()} threads", ["no", "bf16"], "fp16"
     if kind in ("cuda", "xpu"):
@@ -166,7 +166,7 @@ def try_kernels(args: argparse.Namespace, device) -> None:
         except Exception as error:  # whatever is missing: a package, its library, a kernel, a type of numbers
             why = f"is not possible on this machine ({device.type}: {one_line(error)[:160]})"
             problem = " ".join([f"--{name}", *[value] * bool(value), why])
-            if instead is None or {name, "use_8bit_adam"} & args.ordered:
+            if instead is None or {name, "use_8bit_adam"} & args.command_line_flags:
                 raise UserError(f"{problem}: leave it out") from None
             setattr(args, name, instead)
             print_status(f"{problem}: done without")

@@ -118,7 +118,7 @@ def start_trackers(run: Run) -> None:
     args = run.args
     if not run.accelerator.log_with:
         return
-    inner = ("hub_token", "settings", "defaults", "sets", "ordered", "family", "script")
+    inner = ("hub_token", "settings", "defaults", "sets", "command_line_flags", "family", "script")
     public = {k: v for k, v in vars(args).items() if k not in inner}
     config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public.items()}
     own = {"wandb": {"name": args.run_name or Path(args.output_dir).resolve().name, "dir": args.output_dir}}

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
+from lora_training.adapter_names import LINEAR_FACTORS
 from lora_training.base_model.reading import reading_base
 from lora_training.base_model.vae import unpack_output, unscale_latents
 from lora_training.cli.prompt_files import PROMPT_KEYS
 from lora_training.console import progress
 from lora_training.files import atomic_write
-from lora_training.optim.parts import LINEAR_FACTORS, TrainedPart, averaged_weights, restored_afterwards
+from lora_training.optim.parts import TrainedPart, averaged_weights, restored_afterwards
 from lora_training.seeds import validation_seed
 
 if TYPE_CHECKING:
