@@ -246,18 +246,6 @@ def test_a_batch_file_starts_what_its_bash_twin_starts(wrapper):
     assert not programs or any(Path(p).name in text for p in programs)
 
 
-@pytest.mark.parametrize(
-    ("machine", "half"), [("cpu", False), ("mps", True), ("mps before macOS 14", False), ("xpu", True)]
-)
-def test_pictures_are_drawn_on_what_is_there(machine, half, monkeypatch):
-    infer = load_script("infer_lora.py")
-    device = pretend(machine, monkeypatch)
-    for kind in ("cuda", "mps", "xpu"):
-        monkeypatch.setattr(getattr(torch, kind), "is_available", lambda kind=kind: kind == device.type)
-    settings = SimpleNamespace(device="auto", offload="none", quantize="none", dtype="auto")
-    assert infer.device_and_dtype(settings) == (device.type, torch.bfloat16 if half else torch.float32)
-
-
 def test_what_is_prepared_can_be_copied_to_windows():
     from scripts.parts.files import portable
 
