@@ -21,7 +21,12 @@ EMBEDDING_KEY_A1111 = "emb_params"
 
 
 def convert_lora_file(
-    source: Path, target: Path, spelling: str | None, family: str | None, base: str | None, rank: int
+    source: Path,
+    target: Path,
+    spelling: str | None = None,
+    family: str | None = None,
+    base: str | None = None,
+    rank: int = 64,
 ) -> list[str]:
     """Converts a LoRA file or a file of token embeddings. Returns lines that say what was written.
 

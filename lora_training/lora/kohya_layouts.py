@@ -7,7 +7,193 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lora_training.families import Family
+
+# Tables {diffusers: original}: layers outside of the blocks; layers of a block that the original has, too;
+# and {layer of the original: the layers of diffusers that it holds, from top to bottom}.
+SDXL_OUTER = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+SDXL_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+IMAGE_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+TEXT_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+SD3_OUTER = {
+    "pos_embed.proj": "x_embedder.proj",
+    "context_embedder": "context_embedder",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+SD3_BLOCK = {
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+}
+SD3_FUSED = {
+    "x_block.attn.qkv": IMAGE_QKV,
+    "context_block.attn.qkv": TEXT_QKV,
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+}
+FLUX_OUTER = {
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+}
+FLUX_DOUBLE_BLOCK = {
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+}
+FLUX_DOUBLE_FUSED = {"img_attn.qkv": IMAGE_QKV, "txt_attn.qkv": TEXT_QKV}
+FLUX_SINGLE_BLOCK = {"proj_out": "linear2", "norm.linear": "modulation.lin"}
+FLUX_SINGLE_FUSED = {"linear1": (*IMAGE_QKV, "proj_mlp")}
+
+
+def kohya_layout(family: Family, modules: dict[str, dict], config: dict) -> dict[str, dict]:
+    """A denoiser's modules {name: tensors} under the names of kohya's files. config: the denoiser's.
+
+    kohya's names for SD 1.x/2.x are diffusers'.
+    """
+    layouts = {"sdxl": sdxl_layout, "sd3": sd3_layout, "flux": flux_layout}
+    return layouts[family.name](modules, config) if family.name in layouts else modules
+
+
+def sdxl_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
+    """The UNet's modules under the names of the original checkpoint, which kohya's files use for SDXL."""
+    return {sdxl_name(name, config): tensors for name, tensors in modules.items()}
+
+
+def sdxl_name(name: str, config: dict) -> str:
+    """down_blocks.I.attentions.J -> input_blocks.N.1 and so on, with N counted over levels and their
+    layers.
+    """
+    side, *parts = name.split(".")
+    if side == "mid_block":
+        kind, number, *rest = parts
+        start = f"middle_block.{1 if kind == 'attentions' else 2 * int(number)}"
+    elif side in ("down_blocks", "up_blocks"):
+        level, kind, number, *rest = parts
+        count = config["layers_per_block"] + 1  # of blocks in a level
+        block = int(level) * count + int(number)
+        if kind == "downsamplers":
+            return f"input_blocks.{int(level) * count + count}.0.op"
+        if kind == "upsamplers":
+            has_attention = "CrossAttn" in config["up_block_types"][int(level)]
+            return f"output_blocks.{int(level) * count + count - 1}.{2 if has_attention else 1}.conv"
+        start = f"input_blocks.{block + 1}" if side == "down_blocks" else f"output_blocks.{block}"
+        start += ".1" if kind == "attentions" else ".0"
+    else:
+        return SDXL_OUTER[name]
+    if kind == "resnets":
+        rest = [SDXL_RESNET[rest[0]]]
+    return ".".join([start, *rest])
+
+
+def sd3_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
+    """The transformer's modules under the names of the original checkpoint, where q, k and v are one layer.
+
+    transformer_blocks.N.attn.{to_q,to_k,to_v} -> joint_blocks.N.x_block.attn.qkv and so on.
+    """
+    last_norm = f"transformer_blocks.{config['num_layers'] - 1}.norm1_context.linear"  # shift and scale alone
+    swapped = ("norm_out.linear", last_norm)
+
+    def place(name: str) -> tuple[str, int | None, int]:
+        if name in SD3_OUTER:
+            return SD3_OUTER[name], None, 0
+        _, number, layer = name.split(".", 2)
+        return block_place(f"joint_blocks.{number}", layer, SD3_BLOCK, SD3_FUSED)
+
+    out, projections = place_modules(modules, place, swapped)
+    for name, parts in projections.items():
+        width = next(len(p["lora_up.weight"]) for p in parts if p is not None and "lora_up.weight" in p)
+        out[name] = fuse_projections(parts, [width] * 3)
+    return out
+
+
+def flux_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
+    """The transformer's modules under the original checkpoint's names.
+
+    There q, k and v are one layer, and in a single block the MLP's first layer with them.
+    """
+
+    def place(name: str) -> tuple[str, int | None, int]:
+        if name in FLUX_OUTER:
+            return FLUX_OUTER[name], None, 0
+        group, number, layer = name.split(".", 2)
+        if group == "single_transformer_blocks":
+            return block_place(f"single_blocks.{number}", layer, FLUX_SINGLE_BLOCK, FLUX_SINGLE_FUSED)
+        return block_place(f"double_blocks.{number}", layer, FLUX_DOUBLE_BLOCK, FLUX_DOUBLE_FUSED)
+
+    out, projections = place_modules(modules, place, swapped=("norm_out.linear",))
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    heights = [width, width, width, 4 * width]
+    return out | {name: fuse_projections(p, heights[: len(p)]) for name, p in projections.items()}
+
+
+def block_place(
+    block: str, layer: str, names: dict[str, str], fused: dict[str, tuple[str, ...]]
+) -> tuple[str, int | None, int]:
+    """(name in the original, which part of that layer this is or None, how many parts it has) of a block's
+    layer.
+    """
+    if layer in names:
+        return f"{block}.{names[layer]}", None, 0
+    original, parts = next(item for item in fused.items() if layer in item[1])
+    return f"{block}.{original}", parts.index(layer), len(parts)
+
+
+def place_modules(
+    modules: dict[str, dict],
+    place: Callable[[str], tuple[str, int | None, int]],
+    swapped: tuple[str, ...],
+) -> tuple[dict[str, dict], dict[str, list[dict | None]]]:
+    """({name in the original: tensors}, {name of a fused layer: its parts' tensors, None where one has
+    none}).
+
+    place: as `block_place` returns it. swapped: modules whose rows the original has as shift before scale.
+    """
+    out: dict[str, dict] = {}
+    projections: dict[str, list[dict | None]] = {}
+    for name, tensors in modules.items():
+        original, part, count = place(name)
+        if part is None:
+            out[original] = swap_halves(tensors) if name in swapped else tensors
+        else:
+            projections.setdefault(original, [None] * count)[part] = tensors
+    return out, projections
 
 
 def swap_halves(tensors: dict) -> dict:
@@ -17,10 +203,12 @@ def swap_halves(tensors: dict) -> dict:
 
 
 def fuse_projections(parts: list[dict | None], heights: list[int]) -> dict:
-    """The LoRAs of layers that the original holds as one (without matrices, or None: a layer without LoRA) as one LoRA.
+    """The LoRAs of layers that the original holds as one (without matrices, or None: a layer without LoRA)
+    as one LoRA.
 
-    The down matrices stand under each other, the up matrices on a block diagonal of `heights` rows each; the rank is
-    their sum, and so is alpha. Errors: ValueError for DoRA on some of the layers, where the others' magnitudes are missing.
+    The down matrices stand under each other, the up matrices on a block diagonal of `heights` rows each; the
+    rank is their sum, and so is alpha. Errors: ValueError for DoRA on some of the layers, where the others'
+    magnitudes are missing.
     """
     there = [p for p in parts if p is not None and "lora_up.weight" in p]
     rank = sum(p["lora_down.weight"].shape[0] for p in there)
@@ -38,162 +226,3 @@ def fuse_projections(parts: list[dict | None], heights: list[int]) -> dict:
             raise ValueError("DoRA on some of the layers that the original holds as one")
         fused["dora_scale"] = torch.cat([p["dora_scale"].to(up.dtype) for p in parts])
     return fused
-
-
-def sdxl_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
-    """The UNet's modules under the names of the original checkpoint, which kohya's files use for SDXL.
-
-    down_blocks.I.attentions.J -> input_blocks.N.1 and so on, with N counted over levels and their layers.
-    """
-    layers, out = config["layers_per_block"], {}
-    inner = {
-        "conv1": "in_layers.2",
-        "conv2": "out_layers.3",
-        "time_emb_proj": "emb_layers.1",
-        "conv_shortcut": "skip_connection",
-    }
-    outer = {
-        "conv_in": "input_blocks.0.0",
-        "conv_out": "out.2",
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "add_embedding.linear_1": "label_emb.0.0",
-        "add_embedding.linear_2": "label_emb.0.2",
-    }
-    for name, tensors in modules.items():
-        parts = name.split(".")
-        if parts[0] in ("down_blocks", "up_blocks"):
-            level, kind, number, rest = int(parts[1]), parts[2], int(parts[3]), parts[4:]
-            down = parts[0] == "down_blocks"
-            if kind in ("downsamplers", "upsamplers"):
-                place = 1 + level * (layers + 1) + layers if down else level * (layers + 1) + layers
-                has_attention = "CrossAttn" in config["up_block_types"][level] if not down else False
-                target = (
-                    f"input_blocks.{place}.0.op"
-                    if down
-                    else f"output_blocks.{place}.{2 if has_attention else 1}.conv"
-                )
-                out[target] = tensors
-                continue
-            place = 1 + level * (layers + 1) + number if down else level * (layers + 1) + number
-            start = f"{'input' if down else 'output'}_blocks.{place}.{1 if kind == 'attentions' else 0}"
-        elif parts[0] == "mid_block":
-            kind, number, rest = parts[1], int(parts[2]), parts[3:]
-            start = f"middle_block.{1 if kind == 'attentions' else 2 * number}"
-        else:
-            out[outer[name]] = tensors
-            continue
-        out[".".join([start, *([inner[rest[0]]] if kind == "resnets" else rest)])] = tensors
-    return out
-
-
-def sd3_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
-    """The transformer's modules under the names of the original checkpoint, where q, k and v are one layer.
-
-    transformer_blocks.N.attn.{to_q,to_k,to_v} -> joint_blocks.N.x_block.attn.qkv and so on.
-    """
-    single = {
-        "attn.to_out.0": "x_block.attn.proj",
-        "attn.to_add_out": "context_block.attn.proj",
-        "attn2.to_out.0": "x_block.attn2.proj",
-        "ff.net.0.proj": "x_block.mlp.fc1",
-        "ff.net.2": "x_block.mlp.fc2",
-        "ff_context.net.0.proj": "context_block.mlp.fc1",
-        "ff_context.net.2": "context_block.mlp.fc2",
-        "norm1.linear": "x_block.adaLN_modulation.1",
-        "norm1_context.linear": "context_block.adaLN_modulation.1",
-    }
-    fused = {
-        "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-        "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-        "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    }
-    outer = {
-        "pos_embed.proj": "x_embedder.proj",
-        "context_embedder": "context_embedder",
-        "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
-        "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
-        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
-        "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
-        "norm_out.linear": "final_layer.adaLN_modulation.1",
-        "proj_out": "final_layer.linear",
-    }
-    places = {part: (target, k) for target, parts in fused.items() for k, part in enumerate(parts)}
-    out, waiting = {}, {}
-    for name, tensors in modules.items():
-        if name in outer:
-            if name == "norm_out.linear":  # the original holds shift before scale
-                tensors = swap_halves(tensors)
-            out[outer[name]] = tensors
-            continue
-        _, number, rest = name.split(".", 2)
-        if (
-            rest == "norm1_context.linear" and int(number) == config["num_layers"] - 1
-        ):  # shift and scale alone, too
-            tensors = swap_halves(tensors)
-        if rest in single:
-            out[f"joint_blocks.{number}.{single[rest]}"] = tensors
-        else:
-            target, place = places[rest]
-            waiting.setdefault(f"joint_blocks.{number}.{target}", [None] * 3)[place] = tensors
-    for name, parts in waiting.items():
-        width = next(len(p["lora_up.weight"]) for p in parts if p is not None and "lora_up.weight" in p)
-        out[name] = fuse_projections(parts, [width] * 3)
-    return out
-
-
-def flux_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
-    """The transformer's modules under the original checkpoint's names, where q, k, v (and a single block's MLP) are one layer."""
-    double = """attn.to_out.0=img_attn.proj attn.to_add_out=txt_attn.proj ff.net.0.proj=img_mlp.0 ff.net.2=img_mlp.2
-        ff_context.net.0.proj=txt_mlp.0 ff_context.net.2=txt_mlp.2 norm1.linear=img_mod.lin norm1_context.linear=txt_mod.lin"""
-    single = "proj_out=linear2 norm.linear=modulation.lin"
-    double, single = (dict(pair.split("=") for pair in pairs.split()) for pairs in (double, single))
-    image, text = (
-        ("attn.to_q", "attn.to_k", "attn.to_v"),
-        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    )
-    layout = {
-        "transformer_blocks": ("double_blocks", double, {"img_attn.qkv": image, "txt_attn.qkv": text}),
-        "single_transformer_blocks": ("single_blocks", single, {"linear1": (*image, "proj_mlp")}),
-    }
-    embedders = {
-        "timestep_embedder": "time_in",
-        "text_embedder": "vector_in",
-        "guidance_embedder": "guidance_in",
-    }
-    ends = {"linear_1": "in_layer", "linear_2": "out_layer"}
-    outer = {
-        f"time_text_embed.{e}.{n}": f"{o}.{end}" for e, o in embedders.items() for n, end in ends.items()
-    }
-    outer |= {"x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear"}
-    outer |= {"norm_out.linear": "final_layer.adaLN_modulation.1"}
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    out, partial = {}, {}
-    for name, tensors in modules.items():
-        if name in outer:
-            out[outer[name]] = (
-                swap_halves(tensors) if name == "norm_out.linear" else tensors
-            )  # shift first there
-            continue
-        group, number, rest = name.split(".", 2)
-        blocks, alone, fused = layout[group]
-        if rest in alone:
-            out[f"{blocks}.{number}.{alone[rest]}"] = tensors
-            continue
-        target, parts = next(pair for pair in fused.items() if rest in pair[1])
-        partial.setdefault(f"{blocks}.{number}.{target}", [None] * len(parts))[parts.index(rest)] = tensors
-    return out | {
-        n: fuse_projections(parts, ([width] * 3 + [4 * width])[: len(parts)]) for n, parts in partial.items()
-    }
-
-
-LAYOUTS = {
-    "sdxl": sdxl_layout,
-    "sd3": sd3_layout,
-    "flux": flux_layout,
-}  # kohya's names for SD 1.x/2.x are diffusers'
-
-
-def kohya_layout(family: Family, modules: dict[str, dict], config: dict) -> dict[str, dict]:
-    """A denoiser's modules {name: tensors} under the names of kohya's files. config: the denoiser's."""
-    return LAYOUTS[family.name](modules, config) if family.name in LAYOUTS else modules
