@@ -7,8 +7,8 @@ isn't one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_training.base_model.original_layout import OriginalPlace
 from lora_training.base_model.released_models import (
@@ -26,6 +26,9 @@ from lora_training.files import read_json_file
 from lora_training.libraries import import_model_libraries
 from lora_training.lora.layer_names import T5_PARTS, diffusers_name, split_prefix, underscored
 from lora_training.lora.single_file import is_layer, original_places
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # text encoders that end with a projection
 PROJECTED = (("sdxl", "text_encoder_2"), ("sd3", "text_encoder"), ("sd3", "text_encoder_2"))

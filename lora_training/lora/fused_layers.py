@@ -4,14 +4,18 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
-from lora_training.base_model.original_layout import OriginalPlace
 from lora_training.errors import UserError
-from lora_training.lora.base_layers import Meaning
 from lora_training.lora.low_rank import LoraLayer, LycorisLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lora_training.base_model.original_layout import OriginalPlace
+    from lora_training.lora.base_layers import Meaning
 
 PLAIN_LORA_ADVICE = "scripts/lora/resize_lora.py makes a plain LoRA of it"
 

@@ -7,16 +7,18 @@ import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from lora_training.lora.reading import Lora
 from lora_training.lora.single_file import BaseWeights
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL import Image
+
+    from lora_training.lora.reading import Lora
 
 # root mean square of an update; the weights of a base are about 0.02 to 0.05
 FAINT, STRONG = 1e-6, 0.05

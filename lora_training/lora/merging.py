@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -21,6 +21,9 @@ from lora_training.files import atomic_write
 from lora_training.lora.low_rank import LoraLayer, LycorisLayer, apply_delta
 from lora_training.lora.reading import Lora, read_lora
 from lora_training.lora.single_file import denoiser_places, single_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -11,9 +11,9 @@ Files
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -24,8 +24,12 @@ from lora_training.lora.base_layers import BaseLayers, candidate_bases
 from lora_training.lora.fused_layers import split_lora_layer
 from lora_training.lora.layer_names import likely_families, split_key
 from lora_training.lora.layer_tensors import read_layer
-from lora_training.lora.low_rank import LoraLayer, LycorisLayer
 from lora_training.tensors import read_safetensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lora_training.lora.low_rank import LoraLayer, LycorisLayer
 
 CLONE = Path(__file__).resolve().parents[2]  # whose assets/ has the toy bases
 WEIGHT_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")

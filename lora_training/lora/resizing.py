@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +12,9 @@ from lora_training.errors import UserError
 from lora_training.lora.fused_layers import fuse_lora_layers
 from lora_training.lora.low_rank import LoraLayer, LycorisLayer, resize_layer
 from lora_training.lora.reading import Lora
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass

@@ -8,7 +8,7 @@ import functools
 import inspect
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -18,11 +18,15 @@ from lora_training.errors import UserError
 from lora_training.files import atomic_write
 from lora_training.lora.formats import to_diffusers_keys
 from lora_training.lora.fused_layers import PLAIN_LORA_ADVICE, fuse_lora_layers
-from lora_training.lora.low_rank import LoraLayer, LycorisLayer
 from lora_training.lora.metadata import base_versions, tensor_hashes
-from lora_training.lora.reading import Lora
-from lora_training.lora.single_file import BaseWeights
 from lora_training.tensors import read_safetensors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_training.lora.low_rank import LoraLayer, LycorisLayer
+    from lora_training.lora.reading import Lora
+    from lora_training.lora.single_file import BaseWeights
 
 METADATA_PREFIXES = ("modelspec.", "ss_", "sshs_")  # of entries that every file of a LoRA keeps
 KOHYA_T5_PREFIXES = {"sd3": {"text_encoder_3": "lora_te3"}, "flux": {"text_encoder_2": "lora_te3"}}
