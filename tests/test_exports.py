@@ -10,6 +10,7 @@ import torch
 from conftest import FAMILIES, ROOT, SAMPLE, load_script, run_here
 from safetensors.torch import load_file, save_file
 
+from lora_training.inference.adapters import DIFFUSERS_KEY
 from scripts.lora import convert_lora, inspect_lora, merge_lora, resize_lora
 from scripts.lora.parts.lora_files import FileError, read_lora, to_kohya
 from scripts.lora.parts.low_rank import doras_weight
@@ -447,7 +448,7 @@ def test_other_trainers_files_keep_their_update_both_ways(tool, dtype, tmp_path)
 
 def test_infer_lora_leaves_to_diffusers_what_it_reads_right(family, trained):
     """What another trainer names otherwise is converted before it is loaded."""
-    own = load_script("infer_lora.py").OWN_KEY
+    own = DIFFUSERS_KEY
     assert all(own.match(key) for key in load_file(trained / "pytorch_lora_weights.safetensors"))
     for tool, (endings, keys) in FILES.items():
         assert all(own.match(f"{key}.{endings[0]}") for key in keys) == (tool == "ai-toolkit-flux")
