@@ -34,28 +34,27 @@ number of a signal (Ctrl-C: 130).
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 try:
-    from lora_training import INTERFACE
-except ModuleNotFoundError:
-    INTERFACE = None
-if INTERFACE != 1:  # before anything of another interface is used
-    problem = "there is none" if INTERFACE is None else f"found {INTERFACE}"
-    advice = "`pip install` the clone, or copy its folder here"
-    sys.exit(f"infer_lora.py: error: needs the library lora_training of interface 1, {problem}: {advice}")
+    import lazy_loader as lazy
+
+    from lora_training import require_interface
+
+    require_interface(1)
+except ImportError as error:
+    way_out = "`pip install` the project's folder, or copy lora_training from it along"
+    sys.exit(f"{Path(__file__).name}: error: {error}: {way_out}")
 
 from lora_training.signals import end_at_once_on_signals
 
-if __name__ == "__main__":  # before what takes time to import; no file is ever half written
+if __name__ == "__main__":  # before what takes time to import
     end_at_once_on_signals("finished images are kept")
 
 import time
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import lazy_loader as lazy
 from tqdm import tqdm
 
 from lora_training import exits, inference, text
@@ -63,6 +62,8 @@ from lora_training.console import print_status
 from lora_training.errors import UserError, is_out_of_memory, one_line
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from PIL.Image import Image
 
     from lora_training.inference import Training

@@ -369,3 +369,19 @@ def test_signals_end_with_a_line(number, moment, tmp_path):
     assert errors == f"infer_lora.py: stopped by {number.name}; finished images are kept\n"
     for file in (tmp_path / "o").rglob("[!.]*.png"):  # one that was being written is hidden
         Image.open(file).load()
+
+
+@pytest.mark.parametrize("library", ["none", "of another interface"])
+def test_a_copy_without_its_library_says_so_in_a_line(library, tmp_path):
+    shutil.copy(ROOT / "infer_lora.py", tmp_path)
+    message = "No module named 'lora_training'"
+    if library != "none":
+        (tmp_path / "lora_training").mkdir()
+        text = (ROOT / "lora_training" / "__init__.py").read_text().replace("INTERFACE = 1", "INTERFACE = 0")
+        (tmp_path / "lora_training" / "__init__.py").write_text(text)
+        message = "the library lora_training has interface 0"
+    command = [sys.executable, str(tmp_path / "infer_lora.py"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1 and not result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"infer_lora.py: error: {message}") and "`pip install`" in line
