@@ -6,7 +6,6 @@ import re
 from typing import TYPE_CHECKING
 
 from lora_training.errors import UserError
-from lora_training.text.tokens import TokenRows
 
 if TYPE_CHECKING:
     import argparse
@@ -17,6 +16,8 @@ def abstraction_tokens(args: argparse.Namespace, tokenizer) -> dict[str, list[st
     """{word in prompts: its new tokens}, numbered through: {"TOK": ["<s0>", "<s1>"]}."""
     if not args.train_text_encoder_ti:
         return {}
+    from lora_training.text.tokens import TokenRows  # needs torch, which drawing does without until later
+
     each = args.num_new_tokens_per_abstraction
     if args.initializer_concept:
         each = len(TokenRows.concept_ids(tokenizer, args.initializer_concept))
@@ -37,7 +38,7 @@ def insert_tokens(text: str, abstractions: dict[str, list[str]]) -> str:
 
 
 def class_caption(caption: str, class_name: str, words: Iterable[str]) -> str:
-    """The caption with each of the words that were learned replaced by their class: "a sks dog" -> "a dog"."""
+    """The caption with each of the learned words replaced by their class: "a sks dog" -> "a dog"."""
     for word in words:
         caption = caption.replace(f"{word} {class_name}", class_name).replace(word, class_name)
     return caption
