@@ -17,5 +17,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "weights": ["save_weights"],
         "output_folder": ["clear_output", "is_finished", "open_output_folder"],
         "dry_run": ["rehearse"],
+        "memory_estimate": ["MemoryEstimate", "estimate_memory"],
     },
 )
