@@ -198,7 +198,7 @@ def negative_embeds(empty: dict, components: Components) -> dict:
     return {"negative_prompt_embeds": empty["prompt_embeds"]}
 
 
-# ---- what a base of this family must have, and what of them is trained ---------------------------------------
+# ---- what a base of this family must have, and what of it is trained ---------------------------------------
 
 
 def check_base(components: Components) -> None:
@@ -552,9 +552,11 @@ def train(run: Run, first_step: int) -> None:
     gradient_check = training.GradientCheck(run, first_step, active_parts(run, first_step))
     run.stop.in_loop = True
     run.accelerator.wait_for_everyone()  # metrics.jsonl is as it was at the first step
+    accumulation, workers = args.gradient_accumulation_steps, args.dataloader_num_workers
+    numbers = range(first_step * accumulation, run.max_steps * accumulation)
     with (
         progress("training", run.max_steps, initial=first_step, leave=True, delay=0) as bar,
-        data.batches_ahead(run, first_step) as batches,
+        data.batches_ahead(run.data, run.plan, numbers, run.accelerator, workers) as batches,
     ):
         if (
             training.is_due(run, first_step) and first_step < run.max_steps
@@ -562,7 +564,7 @@ def train(run: Run, first_step: int) -> None:
             validate(run, first_step, metrics)
         for step in range(first_step, run.max_steps):
             active = active_parts(run, step)
-            for micro_step in range(args.gradient_accumulation_steps):
+            for micro_step in range(accumulation):
                 metrics.add(backward(run, next(batches), step, micro_step))
             grad_norm = run.guard.apply(active, run.accelerator, args.max_grad_norm)
             gradient_check.observe(step, active)

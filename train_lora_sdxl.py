@@ -212,7 +212,7 @@ def negative_embeds(empty: dict, components: Components) -> dict:
     return {f"negative_{name}": torch.zeros_like(value) if zeros else value for name, value in empty.items()}
 
 
-# ---- what a base of this family must have, and what of them is trained ---------------------------------------
+# ---- what a base of this family must have, and what of it is trained ---------------------------------------
 
 
 def check_base(components: Components) -> None:
@@ -242,9 +242,9 @@ def check_base(components: Components) -> None:
     name = str(components.args.pretrained_model_name_or_path).lower()
     if few_steps or any(word in name for word in ("turbo", "lightning", "lcm", "hyper")):
         print_status(
-            "warning: this base was distilled to draw in a few steps (Turbo, Lightning, LCM). Training undoes that:"
-            " expect blurred pictures in few steps and guidance near 0. Better train on the full base and use the"
-            " LoRA with the fast one."
+            "warning: this base was distilled to draw in a few steps (Turbo, Lightning, LCM). Training undoes"
+            " that: expect blurred pictures in few steps and guidance near 0. Better train on the full base and"
+            " use the LoRA with the fast one."
         )
 
 
@@ -579,9 +579,11 @@ def train(run: Run, first_step: int) -> None:
     gradient_check = training.GradientCheck(run, first_step, active_parts(run, first_step))
     run.stop.in_loop = True
     run.accelerator.wait_for_everyone()  # metrics.jsonl is as it was at the first step
+    accumulation, workers = args.gradient_accumulation_steps, args.dataloader_num_workers
+    numbers = range(first_step * accumulation, run.max_steps * accumulation)
     with (
         progress("training", run.max_steps, initial=first_step, leave=True, delay=0) as bar,
-        data.batches_ahead(run, first_step) as batches,
+        data.batches_ahead(run.data, run.plan, numbers, run.accelerator, workers) as batches,
     ):
         if (
             training.is_due(run, first_step) and first_step < run.max_steps
@@ -589,7 +591,7 @@ def train(run: Run, first_step: int) -> None:
             validate(run, first_step, metrics)
         for step in range(first_step, run.max_steps):
             active = active_parts(run, step)
-            for micro_step in range(args.gradient_accumulation_steps):
+            for micro_step in range(accumulation):
                 metrics.add(backward(run, next(batches), step, micro_step))
             grad_norm = run.guard.apply(active, run.accelerator, args.max_grad_norm)
             gradient_check.observe(step, active)

@@ -354,7 +354,7 @@ def test_every_sample_is_shown_once_per_epoch(images, repeats, batch, processes,
     class Plan(script.BatchPlan):
         pass
 
-    Plan.at_once = at_once
+    Plan.round_limit = at_once
     plan = Plan(examples, args, processes, classes)
     for epoch in (0, 3):
         seen, class_places = Counter(), Counter()

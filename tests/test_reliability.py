@@ -615,7 +615,7 @@ def test_a_caption_column_without_metadata_is_refused(script, pictures):
 def test_a_picture_that_vanishes_while_training_is_named(script, pictures, how):
     args = script.parse_args(quick_flags(SD15, "x", "-d", pictures))
     store = script.prepare_examples(script.load_examples(args), [(64, 64)], args)
-    store.kept.clear()  # as if there were more pictures than memory
+    store.covers.clear()  # as if there were more pictures than memory
     file = pictures / "3.png"
     file.unlink() if how == "gone" else file.write_bytes(b"text" if "text" in how else file.read_bytes()[:200])
     with pytest.raises(script.UserError, match=r"3\.png could be read when the run began, and can't now"):
@@ -686,7 +686,7 @@ def test_the_window_shows_what_the_whole_picture_would(script, size):
 
 @pytest.mark.parametrize(("count", "repeats"), [(7, 31), (1, 70), (100, 3), (64, 1)])
 def test_many_repeats_are_planned_in_rounds(script, monkeypatch, count, repeats):
-    monkeypatch.setattr(script.BatchPlan, "at_once", 64)
+    monkeypatch.setattr(script.BatchPlan, "round_limit", 64)
     prior = ("--with_prior_preservation", "--class_prompt", "a")
     flags = ("--repeats", repeats, "--train_batch_size", 4, *prior)
     args = script.parse_args(quick_flags(SD15, "x", "-d", SAMPLE, *flags))

@@ -438,7 +438,7 @@ def test_kohyas_folders_say_repeats_and_caption(tmp_path):
     pictures(tmp_path / "data" / "2_ukj cat", [None])
     args = script.parse_args(["-m", "base", "-d", str(tmp_path / "data"), "--kohya_folders", "--resolution", "64"])
     examples = [e for own in args.sets for e in script.load_examples(own, [(64, 64)], several=True)]
-    found = {e.name: (e.own.repeats, e.captions) for e in examples}
+    found = {e.name: (e.set_args.repeats, e.captions) for e in examples}
     assert found == {
         "10_sks dog/0.png": (10, ["sks dog"]),
         "10_sks dog/1.png": (10, ["sks dog in the sun"]),
@@ -453,7 +453,7 @@ def test_kohyas_folders_say_repeats_and_caption(tmp_path):
 def test_repeats_of_sets_are_planned_in_rounds(tmp_path, monkeypatch):
     """Rounds shuffle some repeats at a time; each image still comes as often as its set says."""
     script = load_script("train_lora_sd15.py")
-    monkeypatch.setattr(script.BatchPlan, "at_once", 8)
+    monkeypatch.setattr(script.BatchPlan, "round_limit", 8)
     pictures(tmp_path / "data" / "11_a", [None, None])
     pictures(tmp_path / "data" / "3_b", [None])
     args = script.parse_args(

@@ -1,11 +1,11 @@
-"""Which images stand in which batch."""
+"""Which images stand in which batch: a pure function of seed and position."""
 
 from __future__ import annotations
 
 import bisect
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_training.seeds import stable_seed
@@ -34,83 +34,97 @@ class BatchPlan:
     A global batch holds images of one bucket, batch size x processes of them or what is left of the bucket,
     so no image is dropped. Loss weights sum to 1 over a global batch (class images: to the prior loss
     weight), so gradients are summed over processes. Missing places are filled with copies of weight 0: up to
-    a multiple of the processes, or up to the full batch where shapes must be fixed. Repeats beyond `at_once`
-    images are shuffled in rounds.
+    a multiple of the processes, or up to the full batch where shapes must be fixed. An epoch of more than
+    `round_limit` images is shuffled in rounds of some repeats each.
     """
 
-    at_once = 65536
+    round_limit = 65536
 
     def __init__(
         self, examples: list[Example], args: argparse.Namespace, processes: int, class_images: int
     ) -> None:
         self.buckets = {i: e.bucket for i, e in enumerate(examples) if not e.held_out}
-        self.sets = {i: examples[i].own or args for i in self.buckets}
-        self.seed, self.processes, most = args.seed, processes, max(own.repeats for own in self.sets.values())
-        self.size, self.fixed_shapes = args.train_batch_size * processes, args.compile or args.cuda_graphs
+        self.sets = {i: examples[i].set_args or args for i in self.buckets}
+        self.seed, self.processes = args.seed, processes
+        self.size = args.train_batch_size * processes
+        self.fixed_shapes = args.compile or args.cuda_graphs
         self.class_images, self.prior_loss_weight = class_images, args.prior_loss_weight
-        self.round, self.starts = (
-            max(1, min(most, self.at_once // len(self.buckets))),
-            [0],
-        )  # starts: of each round
-        for part in range(-(-most // self.round)):
-            counts = Counter()
-            for i, bucket in self.buckets.items():
-                counts[bucket] += len(self.shown(i, part))
-            self.starts.append(self.starts[-1] + sum(-(-n // self.size) for n in counts.values()))
-        self.per_epoch = self.starts[-1]
+        repeats = max(set_args.repeats for set_args in self.sets.values())
+        self.round_repeats = max(1, min(repeats, self.round_limit // len(self.buckets)))
+        self.round_starts = [0]  # the number of the first batch of each round
+        for number in range(-(-repeats // self.round_repeats)):
+            self.round_starts.append(self.round_starts[-1] + self.count_batches(number))
+        self.per_epoch = self.round_starts[-1]
         self.cached: tuple[tuple, list[list[Slot]]] = ((), [])
 
-    def shown(self, index: int, part: int) -> range:
-        """The repeats of an image in round `part`."""
-        return range(part * self.round, min((part + 1) * self.round, self.sets[index].repeats))
+    def count_batches(self, round_number: int) -> int:
+        """The number of global batches in a round."""
+        counts = Counter()
+        for index, bucket in self.buckets.items():
+            counts[bucket] += len(self.repeats_in(index, round_number))
+        return sum(-(-count // self.size) for count in counts.values())
 
-    def epoch(self, epoch: int, part: int = 0) -> list[list[Slot]]:
-        """The global batches of an epoch, in order; of its round `part`, if its repeats are many thousands."""
-        if self.cached[0] == (epoch, part):
+    def repeats_in(self, index: int, round_number: int) -> range:
+        """The repeats of an image that a round shows."""
+        start = round_number * self.round_repeats
+        return range(start, min(start + self.round_repeats, self.sets[index].repeats))
+
+    def epoch(self, epoch: int, round_number: int = 0) -> list[list[Slot]]:
+        """The global batches of an epoch, or of one of its rounds if its repeats are many thousands, in order."""
+        if self.cached[0] == (epoch, round_number):
             return self.cached[1]
-        rng = random.Random(stable_seed(self.seed, "order", epoch, *([part] if part else [])))
-        order = [(i, r) for i in self.buckets for r in self.shown(i, part)]
+        rng = random.Random(stable_seed(self.seed, "order", epoch, *([round_number] if round_number else [])))
+        order = [(index, repeat) for index in self.buckets for repeat in self.repeats_in(index, round_number)]
         rng.shuffle(order)
-        full, waiting = [], {}
-        for index, repeat in order:
-            group = waiting.setdefault(self.buckets[index], [])
-            group.append((index, repeat))
-            if len(group) == self.size:
-                full.append(waiting.pop(self.buckets[index]))
-        groups = full + list(waiting.values())
+        groups = self.group_by_bucket(order)
         rng.shuffle(groups)
-        weights = {i: own.weight for i, own in self.sets.items()}
         batches = [
-            [Slot(i, self.buckets[i], epoch, r, weights[i] / len(group)) for i, r in group]
+            [
+                Slot(index, self.buckets[index], epoch, repeat, self.sets[index].weight / len(group))
+                for index, repeat in group
+            ]
             for group in groups
         ]
         if self.class_images:
-            rounds, numbers = -(-len(order) // self.class_images), range(self.class_images)
-            classes = [i for _ in range(rounds) for i in rng.sample(numbers, len(numbers))]
-            shown = part * (self.round * len(self.buckets) + self.class_images)  # before this round, at most
-            for batch in batches:
-                weight = self.prior_loss_weight / len(batch)
-                for _ in range(len(batch)):
-                    batch.append(
-                        Slot(classes.pop(), batch[0].bucket, epoch, shown + len(classes), weight, True)
-                    )
-        self.cached = ((epoch, part), batches)
+            # repeats of class images before this round, at most
+            first_repeat = round_number * (self.round_repeats * len(self.buckets) + self.class_images)
+            self.add_class_images(batches, len(order), first_repeat, rng)
+        self.cached = ((epoch, round_number), batches)
         return batches
 
+    def group_by_bucket(self, order: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+        """(image, repeat) pairs in groups of one bucket and up to the batch's size: full ones first."""
+        full, open_groups = [], {}
+        for index, repeat in order:
+            group = open_groups.setdefault(self.buckets[index], [])
+            group.append((index, repeat))
+            if len(group) == self.size:
+                full.append(open_groups.pop(self.buckets[index]))
+        return full + list(open_groups.values())
+
+    def add_class_images(self, batches: list[list[Slot]], count: int, first_repeat: int, rng) -> None:
+        """Adds as many class images to each batch as it has images; none comes again before all have come."""
+        numbers = range(self.class_images)
+        rounds = -(-count // self.class_images)
+        classes = [i for _ in range(rounds) for i in rng.sample(numbers, len(numbers))]
+        for batch in batches:
+            bucket, epoch, weight = batch[0].bucket, batch[0].epoch, self.prior_loss_weight / len(batch)
+            for _ in range(len(batch)):
+                index = classes.pop()
+                batch.append(Slot(index, bucket, epoch, first_repeat + len(classes), weight, True))
+
     def share(self, number: int, process: int) -> list[Slot]:
-        """What `process` computes of the global batch `number`, counted over all epochs; instance images
-        first.
-        """
-        epoch, place = divmod(number, self.per_epoch)
-        part = bisect.bisect_right(self.starts, place) - 1
-        batch = self.epoch(epoch, part)[place - self.starts[part]]
-        out = []
-        for kind in (False, True):
-            slots = [s for s in batch if s.is_class == kind]
+        """What `process` computes of the global batch `number` of all epochs; instance images come first."""
+        epoch, position = divmod(number, self.per_epoch)
+        round_number = bisect.bisect_right(self.round_starts, position) - 1
+        batch = self.epoch(epoch, round_number)[position - self.round_starts[round_number]]
+        share = []
+        for is_class in (False, True):
+            slots = [slot for slot in batch if slot.is_class == is_class]
             if not slots:
                 continue
             each = -(-(self.size if self.fixed_shapes else len(slots)) // self.processes)
-            spare = [slots[k % len(slots)] for k in range(each * self.processes - len(slots))]
-            filler = [Slot(s.index, s.bucket, s.epoch, s.repeat, 0.0, kind) for s in spare]
-            out += (slots + filler)[process * each : (process + 1) * each]
-        return out
+            copies = [slots[k % len(slots)] for k in range(each * self.processes - len(slots))]
+            slots += [replace(slot, weight=0.0) for slot in copies]
+            share += slots[process * each : (process + 1) * each]
+        return share

@@ -1,4 +1,4 @@
-"""Aspect ratio buckets."""
+"""Aspect ratio buckets: the sizes that images are cropped to."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ def bucket_sizes(args: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> int:
-    """The bucket whose aspect ratio is nearest on a logarithmic scale; among equals, the one of the nearest
-    area.
+    """The number of the bucket whose aspect ratio is nearest on a logarithmic scale.
+
+    Among equals it is the one of the nearest area.
     """
 
-    def distance(i: int) -> tuple[float, float]:
-        across, down = (math.log(buckets[i][k] / size[k]) for k in (0, 1))
-        return round(abs(across - down), 6), abs(across + down)
+    def distance(number: int) -> tuple[float, float]:
+        width, height = (math.log(buckets[number][k] / size[k]) for k in (0, 1))
+        return round(abs(width - height), 6), abs(width + height)
 
     return min(range(len(buckets)), key=distance)
 
@@ -48,9 +49,8 @@ def print_buckets(examples: list[Example], buckets: list[tuple[int, int]]) -> No
     for i, bucket in enumerate(buckets):
         shares = [share_cropped(e.size, bucket) for e in examples if e.bucket == i]
         if shares:
-            print_status(
-                f"{'{} x {}'.format(*bucket):>23}   {len(shares):6}   {sum(shares) / len(shares):.0%}"
-            )
+            name, mean = "{} x {}".format(*bucket), sum(shares) / len(shares)
+            print_status(f"{name:>23}   {len(shares):6}   {mean:.0%}")
 
 
 def share_cropped(size: tuple[int, int], bucket: tuple[int, int]) -> float:
@@ -60,6 +60,6 @@ def share_cropped(size: tuple[int, int], bucket: tuple[int, int]) -> float:
 
 
 def cover_size(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:
-    """The size at which a picture just covers a bucket."""
+    """The (width, height) at which a picture just covers a bucket."""
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     return max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale))

@@ -14,17 +14,21 @@ if TYPE_CHECKING:
 def as_captions(value: object) -> list[str]:
     """A caption or a list of captions, one of which is picked at random each time."""
     values = value if isinstance(value, (list, tuple)) else [value]
-    return [c for c in (clean_caption(v) for v in values) if c]
+    captions = [clean_caption(value) for value in values]
+    return [caption for caption in captions if caption]
 
 
 def clean_caption(text: object) -> str:
     """One line without needless spaces; None becomes the empty caption."""
-    return " ".join(unicodedata.normalize("NFC", printable(str(text))).split()) if text is not None else ""
+    if text is None:
+        return ""
+    return " ".join(unicodedata.normalize("NFC", printable(str(text))).split())
 
 
 def decode_text(raw: bytes, file: Path) -> str:
-    """Text in UTF-8 or UTF-16 with a mark, else in Windows-1252, which is said; as far as it goes where it is
-    cut.
+    """A file's text: UTF-8, UTF-16 with a byte order mark, else Windows-1252, which is said.
+
+    A text that is cut in the middle of a character is read up to there.
     """
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         if len(raw) % 2:
@@ -39,11 +43,9 @@ def decode_text(raw: bytes, file: Path) -> str:
 
 def prepend_trigger(caption: str, trigger: str | None) -> str:
     """The caption with the trigger word in front, unless it has it already."""
-    if (
-        not trigger
-        or f" {trigger.lower()} " in f" {''.join(c if c.isalnum() else ' ' for c in caption.lower())} "
-    ):
+    if not trigger:
         return caption
-    if trigger.lower() in caption.lower().replace(",", " ").split():
+    words = "".join(character if character.isalnum() else " " for character in caption.lower())
+    if f" {trigger.lower()} " in f" {words} " or trigger.lower() in caption.lower().replace(",", " ").split():
         return caption
     return f"{trigger}, {caption}" if caption else trigger

@@ -1,4 +1,4 @@
-"""What will hurt in the data."""
+"""What in the data will hurt the result, as far as a training sees it without a cost."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from lora_training.data.buckets import share_cropped
 from lora_training.data.captions import prepend_trigger
 
 if TYPE_CHECKING:
+    import argparse
+
     from lora_training.data.folders import Example
 
 
@@ -26,21 +28,24 @@ class Finding:
 def findings_for(
     what: str, names: list[str], total: int | None, advice: str, hurts: bool = True
 ) -> list[Finding]:
-    """[a finding with how many, of how many, and the first few names], or [] if there are none."""
-    of = "" if total is None else f" of {total}"
-    return [Finding(f"{what}: {len(names)}{of} ({summarize_names(names)})", advice, hurts)] if names else []
+    """[a finding with how many, of how many, and the first few names], or [] if there are no names."""
+    if not names:
+        return []
+    of_total = "" if total is None else f" of {total}"
+    return [Finding(f"{what}: {len(names)}{of_total} ({summarize_names(names)})", advice, hurts)]
 
 
 def report_findings(
-    examples: list[Example], buckets: list[tuple[int, int]], tokenizers: dict, args
+    examples: list[Example], buckets: list[tuple[int, int]], tokenizers: dict, args: argparse.Namespace
 ) -> list[str]:
-    """Says, and returns, what will hurt in the data, as far as it costs nothing to see; the doctor looks
-    closer.
+    """Prints and returns what in the data will hurt; `prepare_dataset.py --doctor` looks closer.
+
+    tokenizers: by encoder key, as `truncated_captions` takes them.
     """
     findings = examine_images(examples, buckets)
     if not args.instance_prompt and not args.default_caption:
         findings += unvaried_captions(examples)
-    captions = [prepend_trigger(c, e.own.trigger_word) for e in examples for c in e.captions]
+    captions = [prepend_trigger(c, e.set_args.trigger_word) for e in examples for c in e.captions]
     tokens_read = args.max_token_length if "max_token_length" in args.family.text_settings else 75
     findings += truncated_captions(captions, tokenizers, tokens_read)
     sizes = ["{} x {}".format(*size) for size in sorted((e.size for e in examples), key=math.prod)]
@@ -54,19 +59,21 @@ def report_findings(
 
 
 def examine_images(examples: list[Example], buckets: list[tuple[int, int]]) -> list[Finding]:
-    """What will hurt in pictures that have been looked at: those that are enlarged, or lose much to the crop."""
-    soft, narrow = [], []
-    for e in examples:
-        (width, height), bucket = e.size, buckets[e.bucket]
-        scale, lost = max(bucket[0] / width, bucket[1] / height), share_cropped(e.size, bucket)
-        soft += [f"{e.name}: {width} x {height}, {scale:.1f} times"] if scale > 1.25 else []
-        narrow += [f"{e.name}: {lost:.0%}"] if lost > 0.25 else []
+    """Pictures that are enlarged or lose much to the crop; their sizes and buckets must be known."""
+    enlarged, cropped = [], []
+    for example in examples:
+        (width, height), bucket = example.size, buckets[example.bucket]
+        scale = max(bucket[0] / width, bucket[1] / height)
+        share = share_cropped(example.size, bucket)
+        if scale > 1.25:
+            enlarged.append(f"{example.name}: {width} x {height}, {scale:.1f} times")
+        if share > 0.25:
+            cropped.append(f"{example.name}: {share:.0%}")
     advice = "the LoRA learns their blur; use larger ones or a lower resolution"
-    findings = findings_for("images enlarged to fill their bucket", soft, len(examples), advice)
+    findings = findings_for("images enlarged to fill their bucket", enlarged, len(examples), advice)
     advice = "crop them by hand" if len(buckets) > 1 else "use --aspect_ratio_buckets auto"
-    return findings + findings_for(
-        "images that lose more than a quarter to the crop", narrow, len(examples), advice
-    )
+    what = "images that lose more than a quarter to the crop"
+    return findings + findings_for(what, cropped, len(examples), advice)
 
 
 def unvaried_captions(examples: list[Example]) -> list[Finding]:
@@ -74,24 +81,25 @@ def unvaried_captions(examples: list[Example]) -> list[Finding]:
     captions = {tuple(e.captions) for e in examples}
     if len(examples) < 2 or len(captions) > 1 or not any(*captions):
         return []
+    what = f"all captions are the same ({examples[0].captions[0][:60]!r})"
     advice = (
         "what else the pictures share is learned with it; say in each what differs, or give --instance_prompt"
     )
-    return [Finding(f"all captions are the same ({examples[0].captions[0][:60]!r})", advice)]
+    return [Finding(what, advice)]
 
 
 def truncated_captions(captions: list[str], tokenizers: dict, read: int = 75) -> list[Finding]:
-    """Captions of more tokens than are read of CLIP's.
+    """A finding for each CLIP that doesn't read the ends of some captions.
 
-    tokenizers: {"clip_l": tokenizer, ...}, others are skipped.
+    tokenizers: {"clip_l": tokenizer, ...}, others than CLIP's are skipped; read: tokens between start and
+    end.
     """
     findings = []
     for key, tokenizer in tokenizers.items():
         if key.startswith("clip"):
-            limit, ids = read + 2, tokenizer(captions, truncation=False).input_ids
-            long = [
-                f"{len(i)} tokens: {c[:60]}…" for c, i in zip(captions, ids, strict=True) if len(i) > limit
-            ]
+            limit, lengths = read + 2, map(len, tokenizer(captions, truncation=False).input_ids)
+            pairs = zip(captions, lengths, strict=True)
+            long = [f"{length} tokens: {caption[:60]}…" for caption, length in pairs if length > limit]
             what = f"captions longer than the {limit} tokens that {key} reads"
             findings += findings_for(what, long, len(captions), "their ends are not seen; shorten them")
     return findings

@@ -58,12 +58,12 @@ def write_run_files(run: Run) -> None:
     for k, index in enumerate(probed_images(run)):
         text = PngImagePlugin.PngInfo()
         text.add_itxt(
-            "prompt", prepend_trigger(examples[index].captions[0], examples[index].own.trigger_word)
+            "prompt", prepend_trigger(examples[index].captions[0], examples[index].set_args.trigger_word)
         )
-        image = run.data.stores[0].decoded(index)
+        image = run.data.stores[0].decode(index)
         if run.data.masks:  # what hardly counts, in red
             red = Image.blend(image, Image.new("RGB", image.size, "red"), 0.6)
-            image = Image.composite(image, red, run.data.masks.decoded(index))
+            image = Image.composite(image, red, run.data.masks.decode(index))
         image.thumbnail((384, 384))
         with atomic_write(folder / f"{k:02d}.png") as part:
             image.save(part, pnginfo=text)

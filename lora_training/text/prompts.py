@@ -164,7 +164,7 @@ def fill_text_cache(run: Run) -> None:
                 "note: the text encoders stay on the GPU: shuffled or dropped tags make new captions all the time"
             )
         return
-    captions = [prepend_trigger(c, e.own.trigger_word) for e in run.data.examples for c in e.captions]
+    captions = [prepend_trigger(c, e.set_args.trigger_word) for e in run.data.examples for c in e.captions]
     captions += (
         [class_caption(c, args.preserve_class, (*args.triggers, *run.abstractions)) for c in captions]
         if args.preserve_class

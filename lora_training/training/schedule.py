@@ -37,5 +37,5 @@ def default_prompts(args: argparse.Namespace, examples: list[Example]) -> list[s
     """What pictures show: the validation prompts, else two captions."""
     if args.num_validation_images == 0 or (args.skip_final_inference and not args.validation_prompt):
         return []
-    captions = [prepend_trigger(e.captions[0], e.own.trigger_word) for e in examples if not e.held_out]
+    captions = [prepend_trigger(e.captions[0], e.set_args.trigger_word) for e in examples if not e.held_out]
     return list(args.validation_prompt or dict.fromkeys(captions))[: None if args.validation_prompt else 2]

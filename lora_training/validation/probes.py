@@ -62,7 +62,7 @@ class Probe:
         shape = tuple(item["posterior_noise"].shape)
         item |= self.draw_noise(generator, shape, run.scheduler, run.args, quantile=quantile)
         return collate([item]), insert_tokens(
-            prepend_trigger(example.captions[0], example.own.trigger_word), run.abstractions
+            prepend_trigger(example.captions[0], example.set_args.trigger_word), run.abstractions
         )
 
     def control_rows(self, drawn: list) -> list[tuple[dict, str]]:

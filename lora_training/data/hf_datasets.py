@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_training.data.captions import as_captions
-from lora_training.data.folders import CAPTION_COLUMNS, Example
+from lora_training.data.folders import Example
+from lora_training.data.metadata_files import CAPTION_COLUMNS
 from lora_training.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -18,7 +19,38 @@ if TYPE_CHECKING:
 
 
 def dataset_examples(args: argparse.Namespace) -> list[Example]:
-    """Images and captions of a `datasets` data set: from the hub, a local folder, or a Python builder."""
+    """Images and captions of a `datasets` data set: from the hub, a local folder, or a Python builder.
+
+    Errors: UserError for what can't be loaded, and for columns that it hasn't.
+    """
+    import datasets
+
+    table = load_table(args)
+    for flag in ("image_column", "caption_column"):
+        if vars(args)[flag] not in (None, *table.column_names):
+            columns = ", ".join(table.column_names)
+            raise UserError(f"--{flag} {vars(args)[flag]}: the data set has the columns {columns}")
+    caption_column = args.caption_column or next(
+        (column for column in CAPTION_COLUMNS if column in table.column_names), None
+    )
+    table = table.cast_column(args.image_column, datasets.Image(decode=False))
+    texts = table[caption_column] if caption_column else [None] * len(table)
+    reader = functools.partial(read_cell, table, args.image_column)  # a spawned worker can take it along
+    examples = [
+        Example(f"row {row}", as_captions(text), functools.partial(reader, row))
+        for row, text in enumerate(texts)
+    ]
+    if args.masked_loss not in (None, "alpha"):
+        raise UserError(
+            f"--masked_loss {args.masked_loss}: a data set's masks are its pictures' alpha channels: alpha"
+        )
+    for example in examples if args.masked_loss else ():
+        example.read_mask = example.read
+    return examples
+
+
+def load_table(args: argparse.Namespace):
+    """The split of --dataset_name. Errors: UserError."""
     import datasets
 
     datasets.utils.logging.set_verbosity_error()
@@ -27,33 +59,13 @@ def dataset_examples(args: argparse.Namespace) -> list[Example]:
     name, split = args.dataset_name, args.dataset_split
     try:
         if name.endswith(".py"):
-            table = builder_dataset(args)
-        elif any((Path(name) / file).exists() for file in ("dataset_dict.json", "state.json")):
+            return builder_dataset(args)
+        if any((Path(name) / file).exists() for file in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(name)
-            table = saved[split] if isinstance(saved, dict) else saved
-        else:
-            table = datasets.load_dataset(
-                name, args.dataset_config_name, split=split, cache_dir=args.cache_dir
-            )
+            return saved[split] if isinstance(saved, dict) else saved
+        return datasets.load_dataset(name, args.dataset_config_name, split=split, cache_dir=args.cache_dir)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"--dataset_name {name}: {one_line(error)}") from None
-    for flag in ("image_column", "caption_column"):
-        if vars(args)[flag] not in (None, *table.column_names):
-            columns = ", ".join(table.column_names)
-            raise UserError(f"--{flag} {vars(args)[flag]}: the data set has the columns {columns}")
-    column = args.caption_column or next((c for c in CAPTION_COLUMNS if c in table.column_names), None)
-    table = table.cast_column(args.image_column, datasets.Image(decode=False))
-
-    captions = map(as_captions, table[column] if column else [None] * len(table))
-    reader = functools.partial(read_cell, table, args.image_column)  # a spawned worker can take it along
-    examples = [Example(f"row {i}", own, functools.partial(reader, i)) for i, own in enumerate(captions)]
-    if args.masked_loss not in (None, "alpha"):
-        raise UserError(
-            f"--masked_loss {args.masked_loss}: a data set's masks are its pictures' alpha channels: alpha"
-        )
-    for example in examples if args.masked_loss else ():
-        example.read_mask = example.read
-    return examples
 
 
 def read_cell(table, column: str, row: int) -> bytes:
@@ -75,12 +87,13 @@ def builder_dataset(args: argparse.Namespace):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
-    builders = [c for c in own if issubclass(c, datasets.DatasetBuilder)]
+    classes = [value for value in vars(module).values() if isinstance(value, type)]
+    classes = [value for value in classes if value.__module__ == module.__name__]  # not what it imports
+    builders = [value for value in classes if issubclass(value, datasets.DatasetBuilder)]
     if len(builders) != 1:
         raise UserError(f"--dataset_name {path}: expected one datasets builder class, found {len(builders)}")
     data_dir = str(Path(args.train_data_dir).resolve()) if args.train_data_dir else None
-    with tempfile.TemporaryDirectory() as work:
-        builder = builders[0](cache_dir=work, config_name=args.dataset_config_name, data_dir=data_dir)
+    with tempfile.TemporaryDirectory() as cache:
+        builder = builders[0](cache_dir=cache, config_name=args.dataset_config_name, data_dir=data_dir)
         builder.download_and_prepare()
         return builder.as_dataset(split=args.dataset_split, in_memory=True)
