@@ -360,7 +360,7 @@ def load_text(run: Run) -> None:
         add_tokens(run)
     if args.train_text_encoder:
         add_text_lora(run)
-    text.fill_text_cache(run)
+    text.fill_text_cache(run.prompts, run.data, run.abstractions, run.drawn_prompts)
 
 
 def add_tokens(run: Run) -> None:
@@ -426,7 +426,7 @@ def freeze_text(run: Run) -> None:
         if name != FAMILY.denoiser:
             module.eval()  # no dropout in embeddings that stay
     if not run.args.train_text_encoder:
-        text.fill_text_cache(run)
+        text.fill_text_cache(run.prompts, run.data, run.abstractions, run.drawn_prompts)
 
 
 # ---- --preserve_class --------------------------------------------------------------------------------------

@@ -201,13 +201,13 @@ def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: 
 
 
 def join_embeds(encoded: dict[str, dict], args: argparse.Namespace, config: dict) -> dict:
-    """Each encoder's output, by key -> {"prompt_embeds": (B, L, D_l + D_g), "pooled_prompt_embeds": (B, P)}."""
+    """Each encoder's output -> {"prompt_embeds": (B, L, D_l + D_g), "pooled_prompt_embeds": (B, P)}."""
     hidden = torch.cat([encoded["clip_l"]["hidden"], encoded["clip_g"]["hidden"]], dim=-1)
     return {"prompt_embeds": hidden, "pooled_prompt_embeds": encoded["clip_g"]["pooled"]}
 
 
 def negative_embeds(empty: dict, components: Components) -> dict:
-    """The pipeline's arguments for guidance's other half: zeros if the base says so, else the empty prompt."""
+    """The pipeline's negative embeddings: zeros if the base says so, else those of the empty prompt."""
     zeros = components.index.get("force_zeros_for_empty_prompt", True)
     return {f"negative_{name}": torch.zeros_like(value) if zeros else value for name, value in empty.items()}
 
@@ -332,7 +332,7 @@ def load_text(run: Run) -> None:
         add_tokens(run)
     if args.train_text_encoder:
         add_text_lora(run)
-    text.fill_text_cache(run)
+    text.fill_text_cache(run.prompts, run.data, run.abstractions, run.drawn_prompts)
 
 
 def add_tokens(run: Run) -> None:
@@ -398,7 +398,7 @@ def freeze_text(run: Run) -> None:
         if name != FAMILY.denoiser:
             module.eval()  # no dropout in embeddings that stay
     if not run.args.train_text_encoder:
-        text.fill_text_cache(run)
+        text.fill_text_cache(run.prompts, run.data, run.abstractions, run.drawn_prompts)
 
 
 # ---- --preserve_class --------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ PLACES = {
     "TokenRows": ("text.tokens", "TokenRows"),
     "UNSKIPPED": ("text.prompts", "UNSKIPPED"),
     "Prompts": ("text.prompts", "Prompts"),
-    "fill_text_cache": ("text.prompts", "fill_text_cache"),
+    "fill_text_cache": ("text.text_cache", "fill_text_cache"),
     "ORIGINAL_NAMES": ("lora.adapters", "ORIGINAL_NAMES"),
     "LORA_TYPES": ("adapter_names", "LORA_TYPES"),
     "lora_targets": ("lora.adapters", "find_target_layers"),

@@ -284,7 +284,7 @@ def test_captions_are_computed_once(streamed, monkeypatch):
     monkeypatch.setattr(prompts, "compute", compute)
     monkeypatch.setattr(prompts, "text_encoder", lambda key: None)
     for _ in range(2):
-        rows = prompts.kept("t5", ["a", "bbb", "a", "cc"])
+        rows = prompts.encode("t5", ["a", "bbb", "a", "cc"])
         assert [row["hidden"].tolist() for row in rows] == [[[[n, n]] * 4] for n in (1.0, 3.0, 1.0, 2.0)]
     assert asked == ([["a", "bbb", "cc"]] if streamed else [["a"], ["bbb"], ["cc"]])
 

@@ -16,25 +16,29 @@ def abstraction_tokens(args: argparse.Namespace, tokenizer) -> dict[str, list[st
     """{word in prompts: its new tokens}, numbered through: {"TOK": ["<s0>", "<s1>"]}."""
     if not args.train_text_encoder_ti:
         return {}
-    from lora_training.text.tokens import TokenRows  # needs torch, which drawing does without until later
-
     each = args.num_new_tokens_per_abstraction
     if args.initializer_concept:
-        each = len(TokenRows.concept_ids(tokenizer, args.initializer_concept))
+        each = len(concept_ids(tokenizer, args.initializer_concept))
         if not each:
-            raise UserError(
-                f"--initializer_concept {args.initializer_concept!r}: the tokenizer finds no token in it"
-            )
-    words = [w.strip() for w in args.token_abstraction.split(",") if w.strip()]
+            flag = f"--initializer_concept {args.initializer_concept!r}"
+            raise UserError(f"{flag}: the tokenizer finds no token in it")
+    words = [word.strip() for word in args.token_abstraction.split(",") if word.strip()]
     if not words:
         raise UserError("--token_abstraction is empty")
     return {word: [f"<s{i * each + k}>" for k in range(each)] for i, word in enumerate(words)}
 
 
+def concept_ids(tokenizer, concept: str) -> list[int]:
+    """The token ids of --initializer_concept, without start and end."""
+    return tokenizer(concept, add_special_tokens=False).input_ids
+
+
 def insert_tokens(text: str, abstractions: dict[str, list[str]]) -> str:
     """The text with each abstraction replaced by its tokens: "a TOK" -> "a <s0><s1>"."""
-    words = "|".join(re.escape(word) for word in sorted(abstractions, key=len, reverse=True))
-    return re.sub(words, lambda found: "".join(abstractions[found[0]]), text) if words else text
+    if not abstractions:
+        return text
+    pattern = "|".join(re.escape(word) for word in sorted(abstractions, key=len, reverse=True))
+    return re.sub(pattern, lambda match: "".join(abstractions[match[0]]), text)
 
 
 def class_caption(caption: str, class_name: str, words: Iterable[str]) -> str:

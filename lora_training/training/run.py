@@ -60,6 +60,11 @@ class Run:
         return self.args.family
 
     @property
+    def drawn_prompts(self) -> list[str]:
+        """Every prompt of which pictures are drawn."""
+        return [*self.sample_prompts, *self.control_prompts]
+
+    @property
     def compares(self) -> bool:
         """Whether the run draws pictures before and after, for comparison.png."""
         return bool(self.sample_prompts) and not self.args.skip_final_inference
