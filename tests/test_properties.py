@@ -223,10 +223,10 @@ names = st.sampled_from(["unet.conv_in.lora.down.weight", "lora_unet_x.alpha", "
 @given(raw=st.binary(max_size=60) | st.dictionaries(names, entries | values, max_size=3).map(with_header))
 @example(raw=with_header({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}))
 def test_any_lora_file_is_tensors_or_refused_in_a_line(raw):
-    from scripts.lora.parts.lora_files import read_tensors
-    from scripts.lora.parts.low_rank import FileError
+    from lora_training.errors import UserError
+    from lora_training.lora.reading import read_lora_tensors
 
-    found = in_a_file(raw, "x.safetensors", lambda file: or_refused(lambda: read_tensors(file), FileError))
+    found = in_a_file(raw, "x.safetensors", lambda file: or_refused(lambda: read_lora_tensors(file), UserError))
     assert found is None or all(tensor.numel() >= 0 for tensor in found[0].values())
 
 
@@ -234,10 +234,11 @@ def test_any_lora_file_is_tensors_or_refused_in_a_line(raw):
 @given(raw=st.binary(max_size=60) | st.dictionaries(names, entries | values, max_size=3).map(with_header))
 @example(raw=b"\xff" * 8)
 def test_any_single_file_has_a_family_or_is_refused_in_a_line(raw):
-    from scripts.parts.base_family import BaseError, family_of
+    from lora_training.base_model.family_detection import require_family
+    from lora_training.errors import UserError
 
     for name in ("x.safetensors", "x.ckpt"):
-        in_a_file(raw, name, lambda file: or_refused(lambda: family_of(str(file)), BaseError))
+        in_a_file(raw, name, lambda file: or_refused(lambda: require_family(str(file)), UserError))
 
 
 @seldom

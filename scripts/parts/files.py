@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import time
@@ -25,11 +24,3 @@ def portable(path: str) -> str:
     """A relative path that Windows can have too: no colons and the like, no device's name, no dot or space at an end."""
     parts = (re.sub(r'[<>:"|?*\\\x00-\x1f]', "_", part).rstrip(". ") for part in path.split("/"))
     return "/".join(RESERVED.sub(r"_\1", part) or "_" for part in parts)
-
-
-def read_json(file: Path) -> dict:
-    """A JSON object. Errors: ValueError that names the file."""
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file}: damaged ({' '.join(str(error).split())[:200]})") from None

@@ -1,21 +1,44 @@
-"""--lora_type loha and lokr: what peft trains is what other tools' formula makes of the exported file, and what is drawn."""
+"""--lora_type loha and lokr: what peft trains is what other tools make of the exported file, and what is
+drawn.
+"""
+
+from __future__ import annotations
 
 import json
 
+import diffusers
 import numpy as np
+import peft
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, SAMPLE, load_script, run_here
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from lora_training import families
+from lora_training.lora.reading import read_lora, read_lora_tensors
 from scripts.lora import convert_lora, inspect_lora, merge_lora
-from scripts.lora.parts.lora_files import read_lora, read_tensors
 
 pytestmark = pytest.mark.run
+
+
 LORA = "pytorch_lora_weights.safetensors"
+
+
 KINDS = {"loha": ("--lora_type", "loha"), "lokr": ("--lora_type", "lokr", "--lokr_factor", 4)}
-FLAGS = ("--rank", 6, "--lora_alpha", 12, "--learning_rate", 3e-2, "--upcast_before_saving", "--max_train_steps", 3)
+
+
+FLAGS = (
+    "--rank",
+    6,
+    "--lora_alpha",
+    12,
+    "--learning_rate",
+    3e-2,
+    "--upcast_before_saving",
+    "--max_train_steps",
+    3,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +59,11 @@ def trained(tmp_path_factory):
 
 def peft_updates(family, folder) -> dict:
     """{layer: the change of its weight} as peft has it, of the file for diffusers."""
-    import diffusers
-    import peft
-
-    tensors, metadata = read_tensors(folder / LORA)
-    part = load_script(family.script).DENOISER
-    settings = {k.removeprefix(f"{part}."): v for k, v in json.loads(metadata["lora_adapter_metadata"]).items()}
+    tensors, metadata = read_lora_tensors(folder / LORA)
+    part = families.FAMILIES[family.name].denoiser
+    settings = {
+        k.removeprefix(f"{part}."): v for k, v in json.loads(metadata["lora_adapter_metadata"]).items()
+    }
     module = getattr(diffusers.DiffusionPipeline.from_pretrained(family.base), part)
     module.add_adapter(peft.get_peft_config(settings))
     peft.set_peft_model_state_dict(module, {k.removeprefix(f"{part}."): v for k, v in tensors.items()})
@@ -50,8 +72,8 @@ def peft_updates(family, folder) -> dict:
 
 
 def lycoris_update(found: dict, shape) -> torch.Tensor:
-    """What LyCORIS and ComfyUI make of a layer's tensors (https://arxiv.org/abs/2309.14859, section 3): alpha over the rank of
-    the factors; where a LoKr has none, it is not scaled.
+    """What LyCORIS and ComfyUI make of a layer's tensors (https://arxiv.org/abs/2309.14859, section 3):
+    alpha over the rank of the factors; where a LoKr has none, it is not scaled.
     """
     found = {name: value.double() for name, value in found.items()}
     if "hada_w1_a" in found:
@@ -69,25 +91,35 @@ def lycoris_update(found: dict, shape) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_others_make_of_the_file_what_was_trained(family, kind, trained):
     folder = trained(family.name, kind)
-    updates, (tensors, metadata) = peft_updates(family, folder), read_tensors(folder / "mine.safetensors")
+    updates, (tensors, metadata) = (
+        peft_updates(family, folder),
+        read_lora_tensors(folder / "mine.safetensors"),
+    )
     assert metadata["ss_network_module"] == "lycoris.kohya"
     assert json.loads(metadata["ss_network_args"])["algo"] == kind
-    prefix = {"unet": "lora_unet_", "transformer": "lycoris_"}[load_script(family.script).DENOISER]
+    prefix = {"unet": "lora_unet_", "transformer": "lycoris_"}[families.FAMILIES[family.name].denoiser]
     raw = {}
     for key, value in tensors.items():
         assert key.startswith(prefix)
         raw.setdefault(key.split(".")[0], {})[key.split(".")[1]] = value
-    assert len(raw) == len(updates) and any(update.dim() == 4 for update in updates.values()) == (prefix[1] == "o")
-    read = [{layer: update for _, layer, update in read_lora(folder / file)} for file in ("mine.safetensors", LORA)]
+    assert len(raw) == len(updates) and any(update.dim() == 4 for update in updates.values()) == (
+        prefix[1] == "o"
+    )
+    read = [
+        {layer: update for _, layer, update in read_lora(folder / file)}
+        for file in ("mine.safetensors", LORA)
+    ]
     whole = 0
     for (layer, update), own in zip(read[0].items(), raw.values(), strict=True):
         wanted = updates[layer].double()
         assert wanted.abs().max() > 1e-4
         assert torch.allclose(lycoris_update(own, wanted.shape), wanted, atol=1e-6)
-        for ours in (update.update(), read[1][layer].update()):
+        for ours in (update.delta(), read[1][layer].delta()):
             assert torch.allclose(ours.double(), wanted, atol=1e-6)
         whole += {"lokr_w1", "lokr_w2"} <= own.keys()
-    assert whole < len(raw) and (whole > 0) == (kind == "lokr" and prefix == "lora_unet_")  # a UNet's are of all sizes
+    assert whole < len(raw) and (whole > 0) == (
+        kind == "lokr" and prefix == "lora_unet_"
+    )  # a UNet's are of all sizes
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sdxl", "loha"), ("flux", "lokr")])
@@ -103,7 +135,9 @@ def test_infer_lora_draws_with_it_at_any_scale(name, kind, trained, tmp_path, ca
         for source, path in sources.items():
             output = tmp_path / f"{source}-{scale}"
             own = ["--paths.base_model_path", str(merged)] if source == "merged" else [str(path)]
-            own += ["--config", str(tmp_path / "c.yaml")] if source == "merged" else ["--adapter_scale", scale]
+            own += (
+                ["--config", str(tmp_path / "c.yaml")] if source == "merged" else ["--adapter_scale", scale]
+            )
             (tmp_path / "c.yaml").write_text("seed: 3\nresolution: {width: 64, height: 64}\n")
             assert infer.main([*own, *words, "--seed", "3", "--paths.infer_path", str(output)]) == 0
             drawn[source, scale] = np.asarray(Image.open(next(output.glob("*/0*.png")))).astype(int)
@@ -111,7 +145,7 @@ def test_infer_lora_draws_with_it_at_any_scale(name, kind, trained, tmp_path, ca
             assert np.abs(drawn[source, scale] - drawn["merged", scale]).max() <= 2
     assert np.abs(drawn["merged", "1"] - drawn["merged", "0.5"]).max() > 5
     (tmp_path / "cut").mkdir()
-    tensors, metadata = read_tensors(folder / LORA)
+    tensors, metadata = read_lora_tensors(folder / LORA)
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, tmp_path / "cut" / LORA, metadata=metadata)
     capsys.readouterr()
@@ -132,13 +166,24 @@ def test_the_tools_take_it(name, kind, trained, tmp_path, capsys):
 @pytest.mark.parametrize(("name", "kind"), [("sdxl", "lokr"), ("sd3", "loha")])
 def test_a_run_starts_from_it(name, kind, trained, tmp_path, capsys):
     family, folder = FAMILIES[name], trained(name, kind)
-    flags = ("-d", SAMPLE, "--learning_rate", 1e-7, "--max_train_steps", 1, "--upcast_before_saving", "--init_lora")
+    flags = (
+        "-d",
+        SAMPLE,
+        "--learning_rate",
+        1e-7,
+        "--max_train_steps",
+        1,
+        "--upcast_before_saving",
+        "--init_lora",
+    )
     assert run_here(family, tmp_path / "own", *flags, folder) == 0
     before, after = load_file(folder / LORA), load_file(tmp_path / "own" / LORA)
     assert before.keys() == after.keys()
     assert all(torch.allclose(after[key], value, atol=1e-6) for key, value in before.items())
     capsys.readouterr()
-    assert run_here(family, tmp_path / "other", *flags, folder / "mine.safetensors") == (2 if name == "sdxl" else 0)
+    assert run_here(family, tmp_path / "other", *flags, folder / "mine.safetensors") == (
+        2 if name == "sdxl" else 0
+    )
     said = capsys.readouterr()
     assert "became LoRA of rank 64" in said.out
     assert ("layers of several ranks" in said.err) == (name == "sdxl")  # whose toy has layers of 48
@@ -152,17 +197,32 @@ PROMPTS = "- a circle\n- {prompt: a star, lora_scale: 0}\n"
 
 @pytest.mark.parametrize(("name", "kind"), [("sd15", "loha"), ("flux", "lokr")])
 def test_all_that_a_lora_can_works_with_it(name, kind, tmp_path):
-    """Half precision, a quantised and swapped base, text encoders, a class kept, samples at a scale of their own."""
+    """Half precision, a quantised and swapped base, text encoders, a class kept, samples at a scale of their
+    own.
+    """
     (tmp_path / "prompts.yaml").write_text(PROMPTS)
     one_step = ("--validation_inference_steps", 1)
     cases = {
         "text": ("--train_text_encoder", "--use_ema", "--optimizer", "adafactor"),
         "bits": ("--mixed_precision", "bf16", "--quantize_base", "nf4", "--blocks_to_swap", 2),
-        "kept": ("--preserve_class", "circle", "--trigger_word", "sks", "--gradient_checkpointing", "--use_rslora"),
+        "kept": (
+            "--preserve_class",
+            "circle",
+            "--trigger_word",
+            "sks",
+            "--gradient_checkpointing",
+            "--use_rslora",
+        ),
         "drawn": ("--validation_prompts_file", tmp_path / "prompts.yaml", "--validation_steps", 3, *one_step),
     }
     for case, flags in cases.items():
-        more = (*KINDS[kind], "--learning_rate", 1e-2, *flags, *("--num_validation_images", int(case == "drawn")))
+        more = (
+            *KINDS[kind],
+            "--learning_rate",
+            1e-2,
+            *flags,
+            *("--num_validation_images", int(case == "drawn")),
+        )
         assert run_here(FAMILIES[name], tmp_path / case, "-d", SAMPLE, *more) == 0
         tensors = load_file(tmp_path / case / LORA)
         zero = "hada_w2_b" if kind == "loha" else "lokr_w2"  # at the start
@@ -170,7 +230,10 @@ def test_all_that_a_lora_can_works_with_it(name, kind, tmp_path):
         assert all(moved) and any("text_encoder" in key for key in tensors) == (case == "text")
     before, after = (tmp_path / "drawn" / "samples" / f"step-00000{n}" for n in (0, 3))
     files = ("00_00_a-circle.png", "01_00_a-star.png")
-    same = [np.array_equal(*(np.asarray(Image.open(folder / file)) for folder in (before, after))) for file in files]
+    same = [
+        np.array_equal(*(np.asarray(Image.open(folder / file)) for folder in (before, after)))
+        for file in files
+    ]
     assert same == [False, True]
 
 
