@@ -21,8 +21,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -31,6 +31,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 ADAPTER = "default"  # peft's name of a model's first adapter
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps a LoRA's rank and alpha

@@ -65,7 +65,7 @@ def check_family(settings, trainings: list[Training], family: str | None) -> Non
         if family and training.family not in (None, family):
             trained_for = FAMILIES[training.family].title
             raise UserError(f"{training.path} was trained for {trained_for}, but {base} is {title}")
-    has_unet = family in ("sd15", "sdxl")
+    has_unet = family is not None and FAMILIES[family].denoiser == "unet"
     if settings.true_cfg_scale is not None and family != "flux":
         raise UserError("true_cfg_scale is for FLUX.1 alone; other families have guidance_scale")
     if settings.negative_prompt and family == "flux" and (settings.true_cfg_scale or 0) <= 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_training.console import print_status
 from lora_training.errors import UserError
-from lora_training.families import FAMILIES
+from lora_training.families import FAMILIES, UNET_SCHEDULER_SETTINGS, UNET_TEXT_SETTINGS
 from lora_training.inference.arguments import path_exists
 from lora_training.inference.settings import list_adapters
 from lora_training.inference.training_files import (
@@ -31,8 +31,7 @@ TRAINING_FLAGS = {
     "rescale_betas_zero_snr": "rescale_betas_zero_snr",
     "seed": "seed",
 }
-# keys that families with a transformer have not
-UNET_KEYS = ("clip_skip", "max_token_length", "prediction_type", "rescale_betas_zero_snr")
+UNET_KEYS = UNET_TEXT_SETTINGS + UNET_SCHEDULER_SETTINGS  # which families with a transformer don't have
 
 
 @dataclass
@@ -61,7 +60,7 @@ def settings_of_training(path: str, explicit: dict[str, object], root: Path) -> 
     family = family_of_lora(lora, about)
     values = {key: about.get(flag) for key, flag in TRAINING_FLAGS.items()}
     values = {key: value for key, value in values.items() if value is not None and value is not False}
-    if family in ("sd3", "flux"):
+    if family and FAMILIES[family].denoiser != "unet":
         values = {key: value for key, value in values.items() if key not in UNET_KEYS}
     size = about.get("resolution") or re.findall(r"\d+", str(about.get("modelspec.resolution", "")))
     if size:
