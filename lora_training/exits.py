@@ -37,9 +37,9 @@ class Outcome:
 
 @contextlib.contextmanager
 def exit_code(program: str | None = None, user_errors: tuple[type[Exception], ...] = ()):
-    """Gives an `Outcome`; whatever is raised inside is told in one line and becomes its exit code.
+    """Gives an `Outcome`; whatever is raised inside is printed as one line and becomes its exit code.
 
-    A fault of ours ends with one line too, which names the file that has its traceback. program: what the
+    The line of an unexpected error names the file that has its traceback. program: what the
     line begins with, the running file's name by default. user_errors: errors that, like UserError, a person
     can mend (exit code 2).
     """

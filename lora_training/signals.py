@@ -47,8 +47,7 @@ def default_signals_afterwards():
 
 
 def end_at_once_on_signals(note: str) -> None:
-    """From now on a stop signal ends the program with one line that says `note`, and exit code 128 + its
-    number.
+    """From now on a stop signal ends the program with the line `note` and exit code 128 + its number.
 
     To be called before libraries are imported: they swallow what is raised meanwhile, so nothing is raised,
     and nothing is cleaned up. Lines on stdout are flushed one by one, so that none is lost.

@@ -42,9 +42,7 @@ def detect_family(base: str) -> str | None:
 
 
 def require_family(base: str) -> str:
-    """The family of a base. Errors: UserError that names the base, also if it is of none of the four
-    families.
-    """
+    """The family of a base. Errors: UserError that names a base that can't be read, or is of none of them."""
     try:
         family = detect_family(base)
     except Exception as error:  # the hub's client and torch's reader of pickles raise many kinds
@@ -67,10 +65,10 @@ def family_of_index(text: str) -> str | None:
 
 
 def tensor_types(checkpoint: Path) -> dict[str, tuple[str, int]]:
-    """{name: (dtype, number of dimensions)} of a checkpoint's tensors; the dtype as safetensors spells it:
-    "F32", "BF16".
+    """{name: (dtype, number of dimensions)} of a checkpoint's tensors.
 
-    Errors: those of json, struct or torch, for what is no checkpoint or holds more than tensors.
+    The dtype is as safetensors spells it: "F32", "BF16". Errors: those of json, struct or torch, for
+    what is no checkpoint or holds more than tensors.
     """
     if checkpoint.suffix == ".safetensors":
         with checkpoint.open("rb") as stream:

@@ -1,7 +1,6 @@
-"""The names that a base's tensors have in single-file checkpoints, as Stability AI, Black Forest Labs and
-ComfyUI lay them out.
+"""The names of a base's tensors in single-file checkpoints of Stability AI, Black Forest Labs and ComfyUI.
 
-Where a denoiser's linear and convolution layers stand is told by argument (`OriginalPlace`, made by
+Where a denoiser's linear and convolution layers stand is passed as an argument (`OriginalPlace`, made by
 lora/single_file.py); what no LoRA can stand on (normalisations, position tables) is named here, and so are
 the VAE and the text encoders. Sources: the released checkpoints, and ComfyUI's names for text encoders
 inside one.
@@ -74,8 +73,7 @@ OPENCLIP_LAYERS = {  # of a block
 
 @dataclass
 class OriginalPlace:
-    """Where a layer of diffusers stands in the original: in the rows `rows` of the layer `name`, which has
-    `height` rows.
+    """Where a layer of diffusers stands in the original: in `rows` of the layer `name`, which has `height`.
 
     Its own rows stand there in the order `order`.
     """
@@ -142,9 +140,7 @@ def unet_norm_name(layer: str, leaf: str, places: dict[str, OriginalPlace]) -> s
 
 
 def vae_to_original(family: str, state: dict[str, torch.Tensor], config: dict) -> dict[str, torch.Tensor]:
-    """The VAE's tensors under their original names; its attention's linear layers are 1 x 1 convolutions
-    there.
-    """
+    """The VAE's tensors under their original names; linear layers of its attention are convolutions there."""
     levels, out = len(config["block_out_channels"]), {}
     for key, value in state.items():
         name = vae_name(key, levels)

@@ -1,6 +1,4 @@
-"""The released SD 1.5 and SDXL as diffusers folders without weights, for checkpoints that bring nothing but
-weights.
-"""
+"""The released SD 1.5 and SDXL as folders without weights, for checkpoints that bring nothing else."""
 
 from __future__ import annotations
 
@@ -33,10 +31,9 @@ MODEL_INDEXES = {  # of model_index.json, beside the parts
 
 
 def write_layout(family: str, folder: Path, tokenizer: CLIPTokenizer) -> None:
-    """Writes configurations, tokenizers and model_index.json into a folder; `family` is a key of
-    MODEL_INDEXES.
+    """Writes configurations, tokenizers and model_index.json into a folder.
 
-    tokenizer: CLIP's, as `clip_tokenizer` makes it.
+    family: a key of MODEL_INDEXES. tokenizer: CLIP's, as `clip_tokenizer` makes it.
     """
     import diffusers
 

@@ -91,9 +91,7 @@ def check_layout(layout: Path, family: str, checkpoint: Path) -> None:
 
 
 def write_released_layout(checkpoint: Path, family: str, folder: Path) -> None:
-    """Writes the released model's layout into a folder. Errors: UserError where its tokenizers are
-    missing.
-    """
+    """Writes the released model's layout into a folder. Errors: UserError if its tokenizers are missing."""
     if family not in MODEL_INDEXES:
         raise UserError(f"{checkpoint} is {family}: its tokenizers are in no package; give --layout FOLDER")
     tokenizer = clip_tokenizer()

@@ -37,9 +37,7 @@ Meaning = list[tuple[str, OriginalPlace | None]]
 
 
 class BaseLayers:
-    """The layers of a base by part and diffusers name: their shapes, their places in the original, their
-    spellings.
-    """
+    """The layers of a base by part and diffusers name: shapes, places in the original, spellings."""
 
     def __init__(
         self, family: str, config: dict, encoders: dict[str, dict], title: str, folder: str | None
@@ -100,9 +98,7 @@ class BaseLayers:
             ]
 
     def meaning(self, key: str, source: Path) -> tuple[str, Meaning]:
-        """A layer's key -> (part, the layers that it means). Errors: UserError that names the file,
-        `source`.
-        """
+        """A layer's key -> (part, the layers that it means). Errors: UserError that names `source`."""
         family, denoiser = self.family.name, self.family.denoiser
         for part, prefix, name in split_prefix(key):
             if part in ("unet", "transformer") and part != denoiser:
@@ -139,9 +135,7 @@ def encoder_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def candidate_bases(family: str, folder: str | None) -> Iterator[BaseLayers]:
-    """The bases that a file of this family may be for: that in the folder, or the released ones, the usual
-    first.
-    """
+    """The bases that a file may be for: that in the folder, or the released ones, the usual one first."""
     import_model_libraries()
     if folder is not None:
         yield local_base(family, folder)

@@ -115,8 +115,9 @@ def is_embedding_file(path: Path) -> bool:
 
 
 def convert_embeddings(source: Path, target: Path, spelling: str | None) -> str:
-    """Token embeddings with ComfyUI's keys for diffusers', or the other way. Returns a line of what was
-    written.
+    """Token embeddings with ComfyUI's keys for diffusers', or the other way.
+
+    Returns a line about what was written. Errors: UserError for numbers that are not finite.
     """
     tensors, metadata = read_lora_tensors(source)
     for key, value in tensors.items():

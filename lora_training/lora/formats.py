@@ -37,9 +37,7 @@ def to_diffusers_keys(state: dict, spelling: tuple[tuple[str, str], ...]) -> dic
 
 
 def text_encoder_keys(state: dict) -> dict:
-    """A text encoder's LoRA with the level `text_model`, which released files have and transformers 5 has
-    not.
-    """
+    """A text encoder's LoRA with the level `text_model` of released files, which transformers 5 has not."""
     return {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in state.items()}
 
 
@@ -93,8 +91,9 @@ def kohya_state(
 
 
 def split_by_module(state: dict, alpha: float, scale: float) -> dict[str, dict]:
-    """Weights with peft's keys -> {module: {kohya's name: tensor}}, each with its alpha; scale as in
-    `kohya_state`.
+    """Weights with peft's keys -> {module: {kohya's name: tensor}}, each with its alpha.
+
+    scale: as in `kohya_state`.
     """
     modules: dict[str, dict] = {}
     for key, value in state.items():
@@ -112,8 +111,7 @@ def split_by_module(state: dict, alpha: float, scale: float) -> dict[str, dict]:
 
 
 def neighbours_norms(family: Family, folder: Path, state: dict, config: dict) -> dict:
-    """{layer: norms of its rows} of layers without LoRA that the original holds as one with a layer that has
-    one.
+    """{layer: norms of its rows} of layers without LoRA that are one layer in the original with one that has.
 
     With these as their magnitudes (DoRA) they stay as they are. folder, config: the denoiser's.
     """

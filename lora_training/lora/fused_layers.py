@@ -1,6 +1,4 @@
-"""LoRAs of layers that the original checkpoint holds as one (q, k and v, say): taken apart and put
-together.
-"""
+"""LoRAs of layers that the original checkpoint holds as one, such as q, k and v: split and fused."""
 
 from __future__ import annotations
 
@@ -57,8 +55,7 @@ def split_lora_layer(
 
 
 def rank_slices(layer: LoraLayer, ups: dict[str, torch.Tensor]) -> dict[str, slice]:
-    """{part: the columns of the up matrix that it uses}; parts that use none are left out, unless none uses
-    any.
+    """{part: the columns of the up matrix that it uses}, without parts that use none, unless none uses any.
 
     ups: the up matrix's rows by part, in the order of a block diagonal, if it is one.
     """

@@ -26,8 +26,7 @@ DIFFUSERS_PARTS = ("unet.", "transformer.", "text_encoder")  # how keys of diffu
 
 
 def read_initial_lora(args: argparse.Namespace, base: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """{pipeline name: weights with peft's keys} of --init_lora; args get kind, rank, alpha and the like of
-    the file.
+    """The LoRA of --init_lora: {pipeline name: weights with peft's keys}; args get its kind, rank and alpha.
 
     base: the base's diffusers folder. New tokens that lie beside the file come under "embeddings". Errors:
     UserError for a file that isn't a LoRA of this family, has layers of several ranks, or another setting
@@ -85,9 +84,7 @@ def split_by_part(weights: dict[str, torch.Tensor], family: Family) -> dict[str,
 def lora_settings(
     start: dict[str, dict[str, torch.Tensor]], metadata: dict[str, str], family: Family, file: Path
 ) -> dict[str, object]:
-    """{flag: value} that a file's LoRA has been trained with. Errors: UserError for several ranks or
-    alphas.
-    """
+    """{flag: value} of a file's training. Errors: UserError for several ranks or alphas."""
     denoiser = family.denoiser
     try:
         settings = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))

@@ -50,9 +50,7 @@ METADATA_LINES = {  # {title of a line: entries of the metadata}
 
 @dataclass
 class UpdateSizes:
-    """How large a LoRA's update is: root mean squares per weight, or with `is_relative` shares of the base's
-    weights.
-    """
+    """How large a LoRA's update is: root mean squares per weight, or shares of the base's weights."""
 
     is_relative: bool
     by_block: dict[str, float] = field(default_factory=dict)
@@ -65,9 +63,7 @@ class UpdateSizes:
 
 
 def measure_update(lora: Lora, base: Path | None) -> UpdateSizes:
-    """The sizes of a LoRA's update; with a base (a diffusers folder or a single file) relative to its
-    weights.
-    """
+    """The sizes of a LoRA's update; with a base, a folder or a single file, relative to its weights."""
     weights = BaseWeights(base, lora.family, lora.base.config) if base else None
     sizes = UpdateSizes(is_relative=base is not None)
     squares = defaultdict(lambda: [0.0, 0.0])  # {block: [of the update, of the reference]}
@@ -156,9 +152,7 @@ def describe_lora(lora: Lora) -> list[str]:
 
 
 def trigger_words(metadata: dict[str, str]) -> str:
-    """Words that the file says it was trained with: its trigger phrase, else the tags that most captions
-    have.
-    """
+    """What the file says triggers it: its trigger phrase, else the tags that most captions have."""
     if phrase := metadata.get("modelspec.trigger_phrase"):
         return phrase
     try:

@@ -97,9 +97,7 @@ def sdxl_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 
 
 def sdxl_name(name: str, config: dict) -> str:
-    """down_blocks.I.attentions.J -> input_blocks.N.1 and so on, with N counted over levels and their
-    layers.
-    """
+    """down_blocks.I.attentions.J -> input_blocks.N.1 and so on; N counts over levels and their layers."""
     side, *parts = name.split(".")
     if side == "mid_block":
         kind, number, *rest = parts
@@ -166,9 +164,7 @@ def flux_layout(modules: dict[str, dict], config: dict) -> dict[str, dict]:
 def block_place(
     block: str, layer: str, names: dict[str, str], fused: dict[str, tuple[str, ...]]
 ) -> tuple[str, int | None, int]:
-    """(name in the original, which part of that layer this is or None, how many parts it has) of a block's
-    layer.
-    """
+    """(name in the original, which part of that layer this is or None, number of its parts)."""
     if layer in names:
         return f"{block}.{names[layer]}", None, 0
     original, parts = next(item for item in fused.items() if layer in item[1])
@@ -180,8 +176,7 @@ def place_modules(
     place: Callable[[str], tuple[str, int | None, int]],
     swapped: tuple[str, ...],
 ) -> tuple[dict[str, dict], dict[str, list[dict | None]]]:
-    """({name in the original: tensors}, {name of a fused layer: its parts' tensors, None where one has
-    none}).
+    """({name in the original: tensors}, {name of a fused layer: tensors of its parts, or None}).
 
     place: as `block_place` returns it. swapped: modules whose rows the original has as shift before scale.
     """
@@ -203,12 +198,12 @@ def swap_halves(tensors: dict) -> dict:
 
 
 def fuse_projections(parts: list[dict | None], heights: list[int]) -> dict:
-    """The LoRAs of layers that the original holds as one (without matrices, or None: a layer without LoRA)
-    as one LoRA.
+    """The LoRAs of layers that the original holds as one, as one LoRA.
 
-    The down matrices stand under each other, the up matrices on a block diagonal of `heights` rows each; the
-    rank is their sum, and so is alpha. Errors: ValueError for DoRA on some of the layers, where the others'
-    magnitudes are missing.
+    parts: from top to bottom; one without LoRA has no matrices, or is None. The down matrices stand
+    under each other, the up matrices on a block diagonal of `heights` rows each; the rank is their sum,
+    and so is alpha. Errors: ValueError for DoRA on some of the layers, where the others' magnitudes are
+    missing.
     """
     there = [p for p in parts if p is not None and "lora_up.weight" in p]
     rank = sum(p["lora_down.weight"].shape[0] for p in there)

@@ -59,8 +59,9 @@ PREFIXES = (  # (pattern, the pipeline's part; "t5": the family's T5, "": the de
 
 
 def split_key(key: str, source: Path) -> tuple[str, str]:
-    """A key -> (layer, what it holds of it: "down", "up", "alpha", …). Errors: UserError that names what is
-    no LoRA.
+    """A key -> (layer, what it holds of it: "down", "up", "alpha", …).
+
+    Errors: UserError that names what is no LoRA.
     """
     adapter = next((name for part, name in OTHER_ADAPTERS if part in key), None)
     if adapter:
@@ -73,9 +74,7 @@ def split_key(key: str, source: Path) -> tuple[str, str]:
 
 
 def split_prefix(layer: str) -> list[tuple[str, str, str]]:
-    """[(part, prefix, the layer's name in that part)] that a key's beginning may mean; the part as in
-    PREFIXES.
-    """
+    """[(part, prefix, the layer's name in that part)] that a key may mean; the part as in PREFIXES."""
     bare = re.sub(r"^(?:base_model\.model\.|module\.)+", "", layer)
     matches = ((re.match(pattern, bare), part) for pattern, part in PREFIXES)
     return [(part, match[0], bare[match.end() :]) for match, part in matches if match]
@@ -96,9 +95,7 @@ def underscored(name: str) -> str:
 
 
 def likely_families(layers: list[str], metadata: dict[str, str]) -> list[str]:
-    """The families, the likeliest first: by what a file's metadata says, and what its layers' names look
-    like.
-    """
+    """The families, the likeliest first, by a file's metadata and the looks of its layers' names."""
     base = " ".join(metadata.get(k, "") for k in ("modelspec.architecture", "ss_base_model_version")).lower()
     names = "\n".join(layers)
     signs = {

@@ -19,8 +19,7 @@ def read_layer(
     source: str,
     base_title: str,
 ) -> LoraLayer | LycorisLayer:
-    """Tensors by what they are ("down", "up", "alpha", "hada_w1_a", …) -> the adapter of a weight of this
-    shape.
+    """A layer's tensors by what they are ("down", "alpha", …) -> the adapter of a weight of this shape.
 
     settings: what the file's metadata says of ranks and alphas, for the layer `name` of `part`. source: file
     and key, for errors. Errors: UserError where the tensors don't fit.
@@ -92,9 +91,7 @@ def dora_magnitude(
 
 
 def factored_rows(layer: LycorisLayer, source: str) -> int:
-    """The rows of a LoHa's, LoKr's or full difference's delta. Errors: UserError for factors that don't
-    fit.
-    """
+    """The rows of a LoHa's, LoKr's or full difference's delta. Errors: UserError if the factors don't fit."""
     try:  # without numbers, which would take minutes for a large base
         factors = {name: factor.to("meta") for name, factor in layer.factors.items()}
         return LycorisLayer(factors, None, layer.shape).delta().shape[0]
@@ -106,9 +103,7 @@ def factored_rows(layer: LycorisLayer, source: str) -> int:
 def with_weight_shape(
     tensors: dict[str, torch.Tensor], shape: tuple[int, ...], source: str, base_title: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(down, up) with a convolution's dimensions where the weight has them. Errors: UserError for other
-    sizes.
-    """
+    """(down, up) with the weight's number of dimensions. Errors: UserError for other sizes."""
     down, up = tensors["down"], tensors["up"]
     if "mid" in tensors:  # LoCon's core, (r, r, k, k): a LoRA of the same rank
         core, flat_down = tensors["mid"].float(), down.float().flatten(1)

@@ -195,8 +195,9 @@ def resize_layer(
 def rounding_error(
     up: torch.Tensor, down: torch.Tensor, u: torch.Tensor, s: torch.Tensor, v: torch.Tensor
 ) -> float:
-    """Squared distance of up (out, r) @ down (r, in) from the leading r singular triplets, which they were
-    made of.
+    """Squared distance of up @ down from the leading singular triplets that they were made of.
+
+    up (out, r), down (r, in); u, s, v: r triplets or more.
     """
     rank = len(down)
     difference = LoraLayer(

@@ -1,6 +1,4 @@
-"""Merges LoRAs into a base, a diffusers folder or a single file: the result needs neither peft nor the
-files.
-"""
+"""Merges LoRAs into a base, a folder or a single file, which then needs neither peft nor the LoRAs' files."""
 
 from __future__ import annotations
 
@@ -195,8 +193,9 @@ def merge_part_file(part: str, file: Path, merger: Merger) -> dict[str, torch.Te
 
 
 def merge_single_file(base: Path, family: str, shape: str | None, merger: Merger) -> dict[str, torch.Tensor]:
-    """The tensors of a single-file checkpoint with the LoRAs in it; shape: a diffusers folder, None: the
-    released model.
+    """The tensors of a single-file checkpoint with the LoRAs in it.
+
+    shape: a diffusers folder of the same shape; None for the released model's.
     """
     tensors = read_base_file(base)
     if base.suffix == ".ckpt":  # a .safetensors file holds no two tensors in one piece of memory

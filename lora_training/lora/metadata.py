@@ -1,6 +1,4 @@
-"""What a LoRA file's metadata says of its base and of itself, as kohya's scripts and SAI's modelspec name
-it.
-"""
+"""What a LoRA file's metadata says of its base and of itself, in kohya's and SAI modelspec's names."""
 
 from __future__ import annotations
 
@@ -12,8 +10,9 @@ if TYPE_CHECKING:
 
 
 def sd15_version(config: dict, schedule: dict) -> tuple[str, str, str]:
-    """(version, architecture, implementation) as kohya's files name this base, from its denoiser's and
-    scheduler's config.
+    """(version, architecture, implementation) as kohya's files name this base.
+
+    config: the denoiser's; schedule: the scheduler's.
     """
     if config["cross_attention_dim"] != 1024:
         return "sd_v1", "stable-diffusion-v1", "diffusers"
@@ -53,8 +52,9 @@ BASE_VERSIONS = {"sd15": sd15_version, "sdxl": sdxl_version, "sd3": sd3_version,
 
 
 def base_versions(family: Family, config: dict, schedule: dict) -> dict[str, str]:
-    """What a LoRA's metadata says of its base; AUTOMATIC1111 hides LoRAs by it. The configurations as in
-    `base_version`.
+    """What a LoRA's metadata says of its base; AUTOMATIC1111 hides LoRAs by it.
+
+    config: the denoiser's; schedule: the scheduler's.
     """
     version, architecture, implementation = BASE_VERSIONS[family.name](config, schedule)
     spec = {"modelspec.architecture": f"{architecture}/lora", "modelspec.implementation": implementation}

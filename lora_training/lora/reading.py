@@ -1,5 +1,4 @@
-"""Reads LoRA files of every spelling that people meet into one form, a `Lora`: its layers by part and
-diffusers name.
+"""Reads LoRA files of every spelling that people meet into one form: layers by part and diffusers name.
 
 Files
 * of diffusers and peft: `unet.….lora.down.weight`, `transformer.….lora_A.weight`, adapter_model.safetensors;
@@ -119,8 +118,9 @@ def read_lora_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
 
 
 def base_of_training(path: Path, metadata: dict[str, str]) -> str | None:
-    """The local folder of the base that a LoRA was trained on, as config.yaml beside it or its metadata say;
-    else None.
+    """The local folder of the base that a LoRA was trained on; None if nothing says it.
+
+    config.yaml beside the file may say it, or its metadata.
     """
     config = (path if path.is_dir() else path.parent) / "config.yaml"
     names = [f"assets/{metadata.get('ss_base_model', '')}"]  # the toys
@@ -174,8 +174,9 @@ def has_own_keys(by_layer: dict[str, dict], layers: dict[str, dict], denoiser: s
 def read_layers(
     by_layer: dict[str, dict[str, torch.Tensor]], base: BaseLayers, metadata: dict[str, str], path: Path
 ) -> dict[str, dict[str, LoraLayer | LycorisLayer]]:
-    """{part: {layer: its LoRA}}; fused projections are taken apart. Errors: UserError if a layer isn't the
-    base's.
+    """{part: {layer: its LoRA}}; fused projections are taken apart.
+
+    Errors: UserError if a layer isn't the base's.
     """
     settings = adapter_settings(metadata, base.family.denoiser, path)
     out: dict[str, dict[str, LoraLayer | LycorisLayer]] = {}
@@ -194,8 +195,9 @@ def read_layers(
 
 
 def adapter_settings(metadata: dict[str, str], denoiser: str, path: Path) -> dict:
-    """What diffusers (`unet.r`, …) or peft's adapter_config.json say of rank and alpha. Errors: UserError if
-    damaged.
+    """What diffusers (`unet.r`, …) or peft's adapter_config.json say of rank and alpha.
+
+    Errors: UserError if they are damaged.
     """
     try:
         settings = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))

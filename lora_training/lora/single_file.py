@@ -1,6 +1,4 @@
-"""A base in the original checkpoint's layout: where each layer stands in it, its weights, a whole folder as
-one file.
-"""
+"""A base in the original checkpoint's layout: places of its layers, their weights, a folder as one file."""
 
 from __future__ import annotations
 
@@ -59,9 +57,7 @@ def original_places(family: Family, denoiser: torch.nn.Module) -> dict[str, Orig
 
 
 def denoiser_places(family: str, config: dict) -> dict[str, OriginalPlace]:
-    """{diffusers name of a layer: where it stands in the original denoiser}; names without
-    DENOISER_PREFIX.
-    """
+    """{diffusers name of a layer: its place in the original denoiser}; names without DENOISER_PREFIX."""
     layout = (
         "sdxl" if family == "sd15" else family
     )  # kohya's SD 1.5 names are diffusers', a checkpoint's aren't

@@ -1,6 +1,4 @@
-"""Writes a `Lora` in one of two spellings: that of diffusers, or that of kohya's scripts, AUTOMATIC1111 and
-ComfyUI.
-"""
+"""Writes a `Lora` as diffusers spells it, or as kohya's scripts, AUTOMATIC1111 and ComfyUI do."""
 
 from __future__ import annotations
 
@@ -66,9 +64,7 @@ def kohya_tensors(lora: Lora, row_norms: RowNorms | None = None) -> dict[str, to
 
 
 def kohya_layers(lora: Lora, row_norms: RowNorms | None) -> dict[str, LoraLayer]:
-    """{module as kohya's scripts, AUTOMATIC1111 and ComfyUI name it: its LoRA}; fused where the original
-    is.
-    """
+    """{module as kohya's scripts and ComfyUI name it: its LoRA}; fused where the original is."""
     base, family = lora.base, lora.base.family
     prefixes = family.kohya_prefixes | KOHYA_T5_PREFIXES.get(lora.family, {})
     out = {}

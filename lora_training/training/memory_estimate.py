@@ -153,8 +153,9 @@ def add_trained_lora(
 
 
 def denoiser_inputs(family: str, batch: int, size: tuple[int, int], tokens: int) -> dict:
-    """The denoiser's arguments for a batch of images of `size` (width, height) pixels; `tokens`: what T5
-    reads.
+    """The denoiser's arguments for a batch of images.
+
+    size: (width, height) in pixels; tokens: what T5 reads.
     """
     width, height = size[0] // 8, size[1] // 8
 

@@ -1,5 +1,4 @@
-"""Merges LoRAs into a base: the result draws what base and LoRAs draw together, and needs neither peft nor
-the files.
+"""Merges LoRAs into a base, which then draws what base and LoRAs draw together, and needs no peft.
 
     python scripts/lora/merge_lora.py BASE_FOLDER merged --lora output/mine 0.8 --lora other.safetensors
     python scripts/lora/merge_lora.py BASE_FOLDER merged.safetensors --lora output/mine    one file

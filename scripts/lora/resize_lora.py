@@ -1,5 +1,4 @@
-"""Makes a LoRA of another rank, and a plain LoRA of a DoRA, LoHa or LoKr, by singular value decomposition;
-says what is lost.
+"""Makes a LoRA of another rank, or a plain LoRA of a DoRA, LoHa or LoKr, and says what is lost.
 
     python scripts/lora/resize_lora.py output/mine smaller.safetensors --rank 8
     python scripts/lora/resize_lora.py big.safetensors smaller.safetensors --keep 0.98

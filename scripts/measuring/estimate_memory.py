@@ -67,8 +67,9 @@ def estimate(family: str, flags: list[str]) -> tuple[argparse.Namespace, trainin
 
 
 def estimate_case(case: str) -> training.MemoryEstimate:
-    """The estimate of a case of count_step.py, family:size:batch[:flag[=value],...]: bf16, cached latents,
-    rank 4.
+    """The estimate of a case of count_step.py, family:size:batch[:flag[=value],...].
+
+    In bf16, with cached latents, rank 4.
     """
     family, size, batch, *rest = case.split(":", 3)
     flags = ["--mixed_precision", "bf16", "--cache_latents"]
