@@ -243,8 +243,8 @@ def check_base(components: Components) -> None:
     if few_steps or any(word in name for word in ("turbo", "lightning", "lcm", "hyper")):
         print_status(
             "warning: this base was distilled to draw in a few steps (Turbo, Lightning, LCM). Training undoes"
-            " that: expect blurred pictures in few steps and guidance near 0. Better train on the full base and"
-            " use the LoRA with the fast one."
+            " that: expect blurred pictures in few steps and guidance near 0. Better train on the full base"
+            " and use the LoRA with the fast one."
         )
 
 

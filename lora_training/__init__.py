@@ -11,4 +11,6 @@ INTERFACE = 1  # what recipes ask for; a new number whenever a signature that th
 def require_interface(number: int) -> None:
     """Errors: ImportError if recipes of interface `number` can't use this library."""
     if number != INTERFACE:
-        raise ImportError(f"the library lora_training has interface {INTERFACE}, and this script needs {number}")
+        raise ImportError(
+            f"the library lora_training has interface {INTERFACE}, and this script needs {number}"
+        )

@@ -21,28 +21,26 @@ def sha256_of(file: Path) -> str:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Makes sure that a file's or a folder's content is on the disk; Windows flushes no folder, and no file
-    open for reading.
+    """Makes sure that a file's or a folder's content is on the disk.
+
+    Windows flushes no folder, and no file open for reading.
     """
-    folder = path.is_dir()
-    with contextlib.suppress(PermissionError) if folder else contextlib.nullcontext():
-        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    is_folder = path.is_dir()
+    with contextlib.suppress(PermissionError) if is_folder else contextlib.nullcontext():
+        handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
 
 
-def replace_file(part: Path, final: Path) -> None:
-    """Gives a file or folder its name.
-
-    On Windows a scanner may hold it for a moment: it's tried again for some seconds.
-    """
+def replace_file(source: Path, target: Path) -> None:
+    """Renames a file or folder; for some seconds, because a scanner on Windows may hold it."""
     for _ in range(20):
         with contextlib.suppress(PermissionError):
-            return os.replace(part, final)
+            return os.replace(source, target)
         time.sleep(0.25)
-    os.replace(part, final)
+    os.replace(source, target)
 
 
 @contextlib.contextmanager
@@ -66,39 +64,36 @@ def atomic_write(target: Path):
 
 @contextlib.contextmanager
 def staging_folder(output: Path, what: str, whole: bool = False):
-    """Gives a folder to write to.
+    """Gives a folder to write to, whose files then appear in the output folder, each in one step.
 
-    Its files then appear in the output folder, each in one step; or, with `whole`, as the folder `what`, in
-    one step. All of it is on the disk by then. Errors: UserError for a full one.
+    whole: they appear as the folder `what`, all in one step. Everything is on the disk by then. Errors:
+    UserError for a full one.
     """
     from safetensors import SafetensorError
 
-    part = output / f".{what}.part"
-    shutil.rmtree(part, ignore_errors=True)
+    staging = output / f".{what}.part"
+    shutil.rmtree(staging, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
-        yield part
-        for file in sorted(part.iterdir()):
+        staging.mkdir(parents=True)
+        yield staging
+        for file in sorted(staging.iterdir()):
             flush_to_disk(file)
             if not whole:
                 move_result(file, output / file.name)
         if whole:
-            flush_to_disk(part)
+            flush_to_disk(staging)
             shutil.rmtree(output / what, ignore_errors=True)
-            replace_file(part, output / what)
+            replace_file(staging, output / what)
             flush_to_disk(output)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own, for a full disk
-        raise UserError(
-            f"{what} could not be written to {output} ({error}){last_checkpoint_note(output)}"
-        ) from None
+        note = last_checkpoint_note(output)
+        raise UserError(f"{what} could not be written to {output} ({error}){note}") from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def move_result(file: Path, target: Path) -> None:
-    """Moves a result to its place in one step; to a name of its own if Windows has the place open in another
-    program.
-    """
+    """Moves a result to its place in one step, or beside it if a program on Windows has that one open."""
     try:
         replace_file(file, target)
     except PermissionError:
@@ -109,16 +104,18 @@ def move_result(file: Path, target: Path) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, the latest first."""
-    numbers = {p: p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*") if p.is_dir()}
-    ours = [
-        p for p, number in numbers.items() if number.isascii() and number.isdigit()
-    ]  # not checkpoint-backup-900
-    return sorted(ours, key=lambda p: int(numbers[p]), reverse=True)
+    checkpoints = {}
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if path.is_dir() and number.isascii() and number.isdigit():  # not checkpoint-backup-900
+            checkpoints[int(number)] = path
+    return [checkpoints[number] for number in sorted(checkpoints, reverse=True)]
 
 
 def last_checkpoint_note(output: Path) -> str:
     """The end of an error's line: which checkpoint is the last, if there is one."""
-    return next((f"; the last good checkpoint is {folder.name}" for folder in list_checkpoints(output)), "")
+    checkpoints = list_checkpoints(output)
+    return f"; the last good checkpoint is {checkpoints[0].name}" if checkpoints else ""
 
 
 def read_metrics(output: str) -> list[dict]:
@@ -140,11 +137,8 @@ def read_config_file(file: str, flag: str = "--config", kind: type = dict):
 
     try:
         values = yaml.safe_load(text)  # JSON is YAML too
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # a date that is none; lists in lists in lists
+    # an impossible date; lists in lists in lists
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{flag} {file}: not YAML or JSON: {one_line(error)}") from None
     if not isinstance(values, kind):
         expected = "flag names and values" if kind is dict else "a list"

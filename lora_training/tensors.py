@@ -19,14 +19,15 @@ def torch_dtype(precision: str | None):
 
 def move_to_device(batch: dict, device) -> dict:
     """Moves the tensors of a batch."""
-    free = device.type == "cuda"  # elsewhere a copy that isn't waited for may be read before it is there
-    return {k: v.to(device, non_blocking=free) if torch.is_tensor(v) else v for k, v in batch.items()}
+    is_async = device.type == "cuda"  # elsewhere a copy that isn't waited for may be read before it is there
+    return {
+        name: value.to(device, non_blocking=is_async) if torch.is_tensor(value) else value
+        for name, value in batch.items()
+    }
 
 
 def pin_memory(tensor):
-    """The tensor in pinned memory, from which the GPU copies by itself; as it is where there is no GPU, or no
-    more of that.
-    """
+    """The tensor in pinned memory, from which the GPU copies by itself; unchanged where there is none."""
     try:
         return tensor.pin_memory() if torch.cuda.is_available() else tensor
     except RuntimeError:
@@ -39,9 +40,9 @@ def read_safetensors(file: Path) -> tuple[dict, dict]:
         return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
 
 
-def hash_tensors(tensors: dict, place: tuple) -> str:
-    """SHA-256 of tensors, their names, types and shapes, and of the key that they belong to."""
-    digest = hashlib.sha256("|".join(map(str, place)).encode())
+def hash_tensors(tensors: dict, key: tuple) -> str:
+    """SHA-256 of tensors, their names, types and shapes, and of the key that they are stored under."""
+    digest = hashlib.sha256("|".join(map(str, key)).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"|{name} {tensor.dtype} {tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())

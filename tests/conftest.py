@@ -101,7 +101,7 @@ def load_script(name: str):
             from lora_training.libraries import import_training_libraries
 
             import_training_libraries()
-            progress.noticed = 60.0  # a busy machine's bars are no lines that tests wait for
+            progress.appears_after = 60.0  # a busy machine's bars are no lines that tests wait for
             sys.modules[key] = ScriptView(module)
     return sys.modules[key]
 

@@ -78,7 +78,7 @@ PLACES = {
     "resolve_base": ("base_model.sources", "resolve_base"),
     "download": ("base_model.sources", "download"),
     "unpack_single_file": ("base_model.sources", "unpack_single_file"),
-    "velocity_marks": ("base_model.sources", "prediction_marks"),
+    "velocity_marks": ("base_model.sources", "prediction_settings"),
     "parts_with_weights": ("base_model.sources", "parts_with_weights"),
     "load_quantized": ("base_model.quantized", "load_quantized"),
     "place": ("base_model.quantized", "load_tensor"),

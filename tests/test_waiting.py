@@ -40,7 +40,7 @@ spec = importlib.util.spec_from_file_location("slowed_script", {script!r})
 script = importlib.util.module_from_spec(spec)
 sys.modules["slowed_script"] = script
 spec.loader.exec_module(script)
-script.waiting.noticed = 0.2
+script.waiting.appears_after = 0.2
 import accelerate, diffusers, huggingface_hub
 huggingface_hub.snapshot_download = lambda *given, **options: {base!r}
 owners = {{"snapshot_download": huggingface_hub, "init_trackers": accelerate.Accelerator}}
@@ -104,7 +104,7 @@ def test_no_part_of_a_run_is_silent_in_a_terminal(tmp_path):
 
 def test_a_log_file_tells_of_a_long_wait_in_lines(capfd):
     script = load_script("train_lora_sd15.py")
-    before, script.waiting.noticed = script.waiting.noticed, 0.2
+    before, script.waiting.appears_after = script.waiting.appears_after, 0.2
     try:
         with script.waiting("loading the base"):
             time.sleep(0.7)
@@ -112,7 +112,7 @@ def test_a_log_file_tells_of_a_long_wait_in_lines(capfd):
         with script.waiting("not noticed"):
             pass
     finally:
-        script.waiting.noticed = before
+        script.waiting.appears_after = before
     said = capfd.readouterr()
     assert "loading the base 00:0" in said.err and said.err.count("\n") == 1 and "not noticed" not in said.err
     assert said.out == "a line\n"

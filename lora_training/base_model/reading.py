@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
+import importlib
 import json
 from typing import TYPE_CHECKING
 
@@ -16,17 +16,15 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def reading_base(what: str):
-    """Names the part of the base that can't be read. What the libraries raise then, of a dozen kinds, means
-    damaged files.
+    """Names the part of the base that can't be read inside, whatever the libraries raise then.
+
+    Errors: UserError; those that name a flag already, or lack memory, pass.
     """
     try:
         yield
     except Exception as error:
-        if (
-            type(error).__name__ == "OutOfMemoryError"
-            or "allocate memory" in str(error)
-            or str(error).startswith("--")
-        ):
+        lacks_memory = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+        if lacks_memory or str(error).startswith("--"):
             raise
         reason = one_line(error) or type(error).__name__
         raise UserError(f"--pretrained_model_name_or_path: {what} can't be loaded: {reason}") from None
@@ -35,14 +33,14 @@ def reading_base(what: str):
 def read_json(file: Path) -> dict:
     """A JSON object of the base. Errors: UserError that names the file."""
     with reading_base(str(file)):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
             raise ValueError("it holds no JSON object")
-        return Configuration(found)
+        return Configuration(values)
 
 
 class Configuration(dict):
-    """A part's settings, of which one that is missing means that they are damaged, or another part's."""
+    """A part's settings: a missing one is an error, for the file is damaged or another part's."""
 
     def __missing__(self, name: str):
         raise UserError(f"--pretrained_model_name_or_path: a configuration of this base has no {name}")
@@ -54,9 +52,7 @@ def import_class(library: str, name: str):
 
 
 def fingerprint(files: list[Path]) -> str:
-    """A hash of weight files' sizes and of 64 stretches of 64 KiB of each: enough to tell any two trainings
-    apart.
-    """
+    """A hash of files' sizes and of 64 pieces of 64 KiB of each: enough to tell any two trainings apart."""
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

@@ -16,9 +16,8 @@ def shard_base(denoiser, block_lists: tuple[str, ...], device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    warnings.filterwarnings(
-        "ignore", message="FSDP2-wrapped module"
-    )  # of in-place changes; the models make none
+    # of in-place changes; the models make none
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     trained = {p for p in denoiser.parameters() if p.requires_grad}
     for parameter in trained:
@@ -29,10 +28,12 @@ def shard_base(denoiser, block_lists: tuple[str, ...], device) -> None:
 
 
 def block_prefixes(denoiser, block_lists: tuple[str, ...]) -> list[str]:
-    """The denoiser's blocks in order, for --lora_blocks."""
-    names = []
+    """Full names of the denoiser's blocks in order. block_lists: the names of its lists of blocks."""
+    prefixes = []
     for name in block_lists:
         blocks = getattr(denoiser, name)
-        listed = isinstance(blocks, torch.nn.ModuleList)
-        names += [f"{name}.{i}" for i in range(len(blocks))] if listed else [name] * (blocks is not None)
-    return names
+        if isinstance(blocks, torch.nn.ModuleList):
+            prefixes += [f"{name}.{number}" for number in range(len(blocks))]
+        elif blocks is not None:
+            prefixes.append(name)
+    return prefixes
