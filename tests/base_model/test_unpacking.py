@@ -14,10 +14,11 @@ import diffusers
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, ROOT, SAMPLE, load_script, losses, run_here
+from conftest import FAMILIES, ROOT, SAMPLE, losses, run_here
 from safetensors.torch import load_file, save_file
 from single_files import Payload, checkpoint_of
 
+import infer_lora
 from lora_training.base_model import released_models
 from lora_training.base_model.clip_tokenizer import clip_tokenizer
 from lora_training.base_model.released_layout import write_layout
@@ -248,7 +249,6 @@ def test_single_file_base_trains_and_draws(name, suffix, tmp_path, monkeypatch):
     assert run_here(family, tmp_path / "y", *flags) == 0
     assert losses(tmp_path / "x") == pytest.approx(losses(tmp_path / "y"), abs=1e-5)
     if suffix == ".safetensors":
-        infer = load_script("infer_lora.py")
         words = ["--paths.base_model_path", str(file), "--paths.lora_weights_path", str(tmp_path / "x")]
         words += [
             "--paths.infer_path",
@@ -268,5 +268,5 @@ def test_single_file_base_trains_and_draws(name, suffix, tmp_path, monkeypatch):
             "--resolution.height",
             "64",
         ]
-        assert infer.main(words) == 0
+        assert infer_lora.main(words) == 0
         assert list((tmp_path / "pictures").rglob("*.png"))

@@ -9,10 +9,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, SAMPLE, load_script, run_here
+from conftest import FAMILIES, SAMPLE, run_here
 from safetensors.torch import load_file, save_file
 from trained_loras import draw, train_with_text_encoder
 
+import infer_lora
 from lora_training import families
 from lora_training.errors import UserError
 from lora_training.lora.reading import read_lora
@@ -121,16 +122,11 @@ def test_pickles_are_refused_unexecuted(name, tmp_path, capsys):
     assert convert_lora.main([str(file), str(tmp_path / "y.safetensors")]) == 2
     assert inspect_lora.main([str(file)]) == 2
     assert merge_lora.main([base, str(tmp_path / "m"), "--lora", str(file)]) == 2
-    assert (
-        load_script("infer_lora.py").main(
-            ["--paths.base_model_path", base, "--paths.lora_weights_path", str(file)]
-        )
-        == 2
-    )
+    assert infer_lora.main(["--paths.base_model_path", base, "--paths.lora_weights_path", str(file)]) == 2
     assert "can run code" in capsys.readouterr().err
     if name == "x.ckpt":
         assert run_here(FAMILIES["sd15"], tmp_path / "t", "-d", SAMPLE, "-m", file) == 2
-        assert load_script("infer_lora.py").main(["--paths.base_model_path", str(file)]) == 2
+        assert infer_lora.main(["--paths.base_model_path", str(file)]) == 2
     assert not os.path.exists("/tmp/lora_payload_was_run")
 
 

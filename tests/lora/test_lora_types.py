@@ -15,6 +15,7 @@ from conftest import FAMILIES, ROOT, SAMPLE, load_script, run_here
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import infer_lora
 from lora_training import families
 from lora_training.lora.reading import read_lora, read_lora_tensors
 from scripts.lora import convert_lora, inspect_lora, merge_lora
@@ -125,7 +126,7 @@ def test_others_make_of_the_file_what_was_trained(family, kind, trained):
 @pytest.mark.parametrize(("name", "kind"), [("sdxl", "loha"), ("flux", "lokr")])
 def test_infer_lora_draws_with_it_at_any_scale(name, kind, trained, tmp_path, capsys):
     """As the base with the same update merged in; both files of the training, and a file that is cut."""
-    infer, folder, family, drawn = load_script("infer_lora.py"), trained(name, kind), FAMILIES[name], {}
+    folder, family, drawn = trained(name, kind), FAMILIES[name], {}
     words = ["--prompt", "a red circle", "--num_inference_steps", "2", "--guidance_scale", "3"]
     words += ["--max_sequence_length", "77"] if name == "flux" else []
     for scale in ("1", "0.5"):
@@ -139,7 +140,7 @@ def test_infer_lora_draws_with_it_at_any_scale(name, kind, trained, tmp_path, ca
                 ["--config", str(tmp_path / "c.yaml")] if source == "merged" else ["--adapter_scale", scale]
             )
             (tmp_path / "c.yaml").write_text("seed: 3\nresolution: {width: 64, height: 64}\n")
-            assert infer.main([*own, *words, "--seed", "3", "--paths.infer_path", str(output)]) == 0
+            assert infer_lora.main([*own, *words, "--seed", "3", "--paths.infer_path", str(output)]) == 0
             drawn[source, scale] = np.asarray(Image.open(next(output.glob("*/0*.png")))).astype(int)
         for source in ("diffusers", "others"):
             assert np.abs(drawn[source, scale] - drawn["merged", scale]).max() <= 2
@@ -149,7 +150,9 @@ def test_infer_lora_draws_with_it_at_any_scale(name, kind, trained, tmp_path, ca
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, tmp_path / "cut" / LORA, metadata=metadata)
     capsys.readouterr()
-    assert infer.main([str(tmp_path / "cut" / LORA), *words, "--paths.base_model_path", family.base]) == 2
+    assert (
+        infer_lora.main([str(tmp_path / "cut" / LORA), *words, "--paths.base_model_path", family.base]) == 2
+    )
     assert "is missing, or fits no layer" in capsys.readouterr().err
 
 
