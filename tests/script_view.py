@@ -91,7 +91,7 @@ PLACES = {
     "ADAPTER": ("adapter_names", "ADAPTER"),
     "LINEAR_FACTORS": ("adapter_names", "LINEAR_FACTORS"),
     "Part": ("optim.parts", "TrainedPart"),
-    "prepare_parts": ("optim.parts", "prepare_parts"),
+    "prepare_parts": ("optim.optimizers", "prepare_parts"),
     "restored": ("optim.parts", "restored_afterwards"),
     "averaged": ("optim.parts", "averaged_weights"),
     "make_optimizer": ("optim.optimizers", "make_optimizer"),

@@ -1,4 +1,4 @@
-"""Optimizers by name, without waits for the GPU."""
+"""Optimizers by name, without waits for the GPU, with schedule and moving average."""
 
 from __future__ import annotations
 
@@ -10,11 +10,36 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_training.base_model.reading import import_class
+from lora_training.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import argparse
 
     from lora_training.optim.parts import TrainedPart
+
+
+def prepare_parts(parts: list[TrainedPart], args: argparse.Namespace, dtype=None) -> None:
+    """Gives each part its buffers, optimizer, schedule and moving average. dtype: the modules' precision."""
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    for part in parts:
+        exact = part.name == "embeddings" or args.use_dora  # DoRA's magnitudes would be rounded
+        part.allocate(None if exact else dtype)
+        try:
+            part.optimizer = make_optimizer(part, args)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"--optimizer {args.optimizer}: {one_line(error)}") from None
+        part.schedule = get_scheduler(
+            args.lr_scheduler,
+            part.optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=part.last_step,
+            num_cycles=args.lr_num_cycles,
+            power=args.lr_power,
+        )
+        if args.use_ema and part.name != "embeddings":
+            part.ema = EMAModel([part.weights], decay=args.ema_decay)
 
 
 def make_optimizer(part: TrainedPart, args: argparse.Namespace):

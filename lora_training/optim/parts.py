@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
-
-from lora_training.errors import UserError, one_line
-from lora_training.optim.optimizers import make_optimizer
-
-if TYPE_CHECKING:
-    import argparse
 
 # what this run's optimizer keeps of its own where a checkpoint's is loaded
 RUN_SETTINGS = (
@@ -157,30 +150,6 @@ class TrainedPart:
             parameter.grad = None
         self.gradients = self.micro_gradients = self.weights.grad = None
         self.optimizer = self.schedule = self.ema = None
-
-
-def prepare_parts(parts: list[TrainedPart], args: argparse.Namespace, dtype=None) -> None:
-    """Gives each part its buffers, optimizer, schedule and moving average. dtype: the modules' precision."""
-    from diffusers.optimization import get_scheduler
-    from diffusers.training_utils import EMAModel
-
-    for part in parts:
-        exact = part.name == "embeddings" or args.use_dora  # DoRA's magnitudes would be rounded
-        part.allocate(None if exact else dtype)
-        try:
-            part.optimizer = make_optimizer(part, args)
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"--optimizer {args.optimizer}: {one_line(error)}") from None
-        part.schedule = get_scheduler(
-            args.lr_scheduler,
-            part.optimizer,
-            num_warmup_steps=args.lr_warmup_steps,
-            num_training_steps=part.last_step,
-            num_cycles=args.lr_num_cycles,
-            power=args.lr_power,
-        )
-        if args.use_ema and part.name != "embeddings":
-            part.ema = EMAModel([part.weights], decay=args.ema_decay)
 
 
 @contextlib.contextmanager
