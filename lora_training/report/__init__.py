@@ -1,4 +1,4 @@
-"""Pages of a run, of several runs, of a data set, and the other files that show what came out."""
+"""Pages of a run and of several, and the other files that show what came out of a training."""
 
 import lazy_loader
 
@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "ending": ["finish"],
         "run_files": ["write_run_files"],
-        "run_page": ["write_report"],
+        "run_page": ["write_report", "write_run_page"],
+        "comparison_page": ["write_comparison_page"],
     },
 )

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 
 def finish(run: Run) -> None:
-    """Writes what follows the weights, says where everything is, and notes in config.yaml that the run is
-    finished.
+    """Writes what follows the weights, says where everything is, and marks the run as finished.
+
+    The mark is a comment in config.yaml.
     """
     args = run.args
     with progress("writing the results"):

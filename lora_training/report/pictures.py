@@ -1,0 +1,84 @@
+"""Pictures inside a page: each made small enough that all of them together stay below a budget."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+from typing import TYPE_CHECKING, NamedTuple
+
+from PIL import Image
+
+from lora_training.report.run_folder import DAMAGED_PICTURE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+BUDGET = 4_500_000  # bytes of all pictures of a page before base64, which adds a third
+LEAST_SHARE = 1500  # bytes that a picture may have, however many there are
+SMALLEST_SIDE = 64  # pixels of the longer side
+LOSSLESS_SIDE = 128  # pictures up to this side stay as they are: the toys'
+
+
+class EncodedPicture(NamedTuple):
+    """A picture as the bytes of a PNG or JPEG file, and its (width, height)."""
+
+    format: str
+    data: bytes
+    size: tuple[int, int]
+
+
+def encode_within(file: Path, limit: int, largest: int) -> EncodedPicture | None:
+    """A picture at the largest size below `limit` bytes and `largest` pixels; None if it can't be read."""
+    try:
+        with Image.open(file) as source:
+            source.draft("RGB", (2 * largest, 2 * largest))
+            image = source.convert("RGB")
+    except DAMAGED_PICTURE:
+        return None
+    if max(image.size) <= LOSSLESS_SIDE:
+        data = file_bytes(image, "PNG", optimize=True)
+        if len(data) <= limit:
+            return EncodedPicture("png", data, image.size)
+    side = min(largest, max(image.size))
+    while True:
+        small = image.copy()
+        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+        data = file_bytes(small, "JPEG", quality=85, optimize=True)
+        if len(data) <= limit or side <= SMALLEST_SIDE:
+            break
+        image, side = small, max(SMALLEST_SIDE, int(side * min(0.9, (limit / len(data)) ** 0.5)))
+    return EncodedPicture("jpeg", data, small.size)
+
+
+def file_bytes(image: Image.Image, file_format: str, **options) -> bytes:
+    """What a picture's file would hold."""
+    out = io.BytesIO()
+    image.save(out, file_format, **options)
+    return out.getvalue()
+
+
+class PagePictures:
+    """Makes the <img> elements of a page. count: how many there are at most, which share the budget."""
+
+    def __init__(self, count: int, budget: int = BUDGET) -> None:
+        self.limit = max(budget // max(count, 1), LEAST_SHARE)
+        self.encoded: dict[tuple[Path, int], EncodedPicture | None] = {}
+
+    def img(self, file: Path, alt: str, largest: int = 512, limit: int | None = None) -> str:
+        """An <img> that says its size, so that nothing moves while it appears.
+
+        largest: pixels of the longer side. limit: bytes, where not each picture's share.
+        """
+        key = file, largest
+        if key not in self.encoded:
+            self.encoded[key] = encode_within(file, limit or self.limit, largest)
+        picture = self.encoded[key]
+        if picture is None:
+            return '<span class="gone">no picture</span>'
+        width, height = picture.size
+        pixelated = ' class="px"' if max(width, height) <= LOSSLESS_SIDE else ""
+        return (
+            f'<img{pixelated} alt="{escape(alt)}" width="{width}" height="{height}" decoding="async"'
+            f' src="data:image/{picture.format};base64,{base64.b64encode(picture.data).decode()}">'
+        )
