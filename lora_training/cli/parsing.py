@@ -54,6 +54,8 @@ def parse_args(
     settings, defaults = dict(vars(args)), {name: parser.get_default(name) for name in vars(args)}
     set_flags = {name for name, value in vars(marked).items() if value is not unset}
     args.family, args.script = family, Path(script).resolve()
+    if args.script.parent.is_file():  # of scripts/bundle.py
+        args.script = args.script.parent
     args.weight, args.is_class = 1.0, False
     args.sets = [read_set(parser, args, *entry) for entry in set_entries(args)]
     args.validation_split = max(own.validation_split for own in args.sets or [args])
