@@ -10,7 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for imports
 
 from scripts.start.parts.env_file import export, settings_of
 from scripts.start.parts.process import ROOT, program
