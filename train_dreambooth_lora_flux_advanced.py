@@ -5,7 +5,7 @@
 #   "torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "peft==0.21.2",
 #   "accelerate==1.15.0", "datasets==5.2.0", "bitsandbytes==0.50.2", "prodigyopt==1.1.2",
 #   "schedulefree==1.4.1", "safetensors==0.8.0", "pillow==13.0.0", "pyyaml==6.0.3",
-#   "tensorboard==2.21.0", "wandb==0.31.0", "lazy-loader==0.5",
+#   "tensorboard==2.21.0", "wandb==0.31.0", "lazy-loader==0.6",
 # ]
 # ///
 """Trains a LoRA for FLUX.1 (dev, schnell) on your own pictures, with DreamBooth and pivotal tuning.
@@ -90,9 +90,10 @@ TI_ENCODERS = ("clip_l",)  # those that learn new tokens by default
 USUAL_INFERENCE_STEPS = 28
 USUAL_GUIDANCE = 3.5
 FOREIGN_FLAGS = {  # of other families: accepted while they are off, else an error with this reason
-    **dict.fromkeys(
-        ("snr_gamma", "input_perturbation", "noise_offset", "prediction_type"), "rectified flow has none"
-    ),
+    "snr_gamma": "rectified flow has none",
+    "input_perturbation": "rectified flow has none",
+    "noise_offset": "rectified flow has none",
+    "prediction_type": "rectified flow has none",
     "clip_skip": "this family's pooled vectors and T5 come from the last layers",
 }
 FAMILY_RULES = (
@@ -112,35 +113,21 @@ FAMILY_RULES = (
 def add_family_args(add) -> None:
     """Flags that only this family has."""
     schemes = ["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"]
-    add(
-        "--weighting_scheme",
-        default="none",
-        choices=schemes,
-        help="how timesteps are drawn or weighted (none)",
-    )
+    # fmt: off
+    add("--weighting_scheme", default="none", choices=schemes,
+        help="how timesteps are drawn or weighted (none)")
     add("--logit_mean", type=cli.signed, default=0.0, help="of logit_normal (0)")
     add("--logit_std", type=cli.amount, default=1.0, help="of logit_normal (1)")
     add("--mode_scale", type=cli.mode_scale, default=1.29, help="of mode (1.29)")
-    add(
-        "--timestep_sampling",
-        default="weighting_scheme",
-        choices=cli.TIMESTEP_SAMPLING,
-        help="how timesteps are drawn",
-    )
+    add("--timestep_sampling", default="weighting_scheme", choices=cli.TIMESTEP_SAMPLING,
+        help="how timesteps are drawn")
     add("--timestep_shift", type=cli.amount, default=3.0, help="of shift: above 1 more noise (3)")
-    add(
-        "--guidance_scale",
-        type=cli.amount,
-        default=3.5,
-        help="guidance that dev is told while it trains (3.5)",
-    )
-    add(
-        "--max_sequence_length",
-        type=cli.tokens,
-        default=512,
-        help="tokens that T5 reads (512; draw with the same)",
-    )
+    add("--guidance_scale", type=cli.amount, default=3.5,
+        help="guidance that dev is told while it trains (3.5)")
+    add("--max_sequence_length", type=cli.tokens, default=512,
+        help="tokens that T5 reads (512; draw with the same)")
     add("--enable_t5_ti", action="store_true", help="new tokens for T5 too")
+    # fmt: on
 
 
 # ---- noise, timesteps, loss --------------------------------------------------------------------------------
@@ -149,31 +136,28 @@ def add_family_args(add) -> None:
 def draw_noise(
     generator, shape: tuple, scheduler, args: argparse.Namespace, quantile: float | None = None
 ) -> dict:
-    """What the loss needs at random for one sample: noise (C, H, W), sigma and timestep; `quantile` fixes the
-    last two.
+    """What the loss needs at random for one sample: noise (C, H, W), sigma and timestep.
 
-    Where the base's schedule shifts with the size, as dev's does, sigma is shifted as the pipeline does when
-    it draws.
+    Where the base's schedule shifts with the size, as dev's does, sigma is shifted as the pipeline shifts it.
+    quantile: of the noise levels, fixes sigma and timestep.
     """
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     noise = torch.randn(shape, generator=generator)
     config, steps = scheduler.config, scheduler.config.num_train_timesteps
     sigma = scheduler.sigmas[min(int(draw_level(generator, args, quantile) * steps), steps - 1)].clone()
-    if (
-        config.use_dynamic_shifting
-    ):  # sigma' = e^mu / (e^mu + 1/sigma - 1), mu linear in the number of image tokens
+    if config.use_dynamic_shifting:
+        # sigma' = e^mu / (e^mu + 1/sigma - 1), mu linear in the number of image tokens
         ends = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
         sigma = scheduler.time_shift(calculate_shift(shape[1] * shape[2] // 4, *ends), 1.0, sigma)
     return {"noise": noise, "sigmas": sigma, "timesteps": sigma * steps}
 
 
 def draw_level(generator, args: argparse.Namespace, quantile: float | None = None) -> float:
-    """Where in a flow's table of noise levels one sample stands: from 0, all noise, to 1; `quantile` fixes
-    it.
+    """Where in a flow's table of noise levels one sample stands, from 0, all noise, to 1.
 
-    --min_timestep and --max_timestep bound it, in thousandths of the table, before a shift that the base has
-    of its own.
+    --min_timestep and --max_timestep bound it, in thousandths of the table, before a shift of the base's own.
+    quantile: fixes it.
     """
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
@@ -181,16 +165,14 @@ def draw_level(generator, args: argparse.Namespace, quantile: float | None = Non
         level = quantile
     elif args.timestep_sampling == "weighting_scheme":
         settings = (args.logit_mean, args.logit_std, args.mode_scale)
-        level = compute_density_for_timestep_sampling(
-            args.weighting_scheme, 1, *settings, generator=generator
-        ).item()
+        scheme = args.weighting_scheme
+        level = compute_density_for_timestep_sampling(scheme, 1, *settings, generator=generator).item()
     elif args.timestep_sampling == "uniform":
         level = torch.rand((), generator=generator).item()
     else:
         level = torch.randn((), generator=generator).sigmoid().item()
-    if (
-        args.timestep_sampling == "shift" and quantile is None
-    ):  # s' = S s / (1 + (S - 1) s) of the sigma s = 1 - level
+    if args.timestep_sampling == "shift" and quantile is None:
+        # s' = S s / (1 + (S - 1) s) of the sigma s = 1 - level
         level /= level + args.timestep_shift * (1 - level)
     low, high = 1 - args.max_timestep / 1000, 1 - args.min_timestep / 1000
     return low + level * (high - low)
@@ -208,34 +190,39 @@ def compute_loss(
     noise, sigmas = batch["noise"], batch["sigmas"].view(-1, 1, 1, 1)
     # z_t = (1 - t) x_0 + t eps, https://arxiv.org/abs/2403.03206 eq. 13
     noisy_latents = (1 - sigmas) * latents + sigmas * noise
-    (count, _, height, width), guided = latents.shape, denoiser.config.guidance_embeds
+    count, _, height, width = latents.shape
+    guidance = None
+    if denoiser.config.guidance_embeds:
+        guidance = torch.full((count,), args.guidance_scale, device=latents.device)
+    packed = base_model.pack_latents(noisy_latents)  # (B, C, H, W) -> (B, H/2 * W/2, 4C)
     model_pred = denoiser(
-        hidden_states=base_model.pack_latents(noisy_latents).to(denoiser.dtype),
+        hidden_states=packed.to(denoiser.dtype),
         timestep=batch["timesteps"] / scheduler.config.num_train_timesteps,
-        guidance=torch.full((count,), args.guidance_scale, device=latents.device) if guided else None,
+        guidance=guidance,
         pooled_projections=embeds["pooled_prompt_embeds"],
         encoder_hidden_states=embeds["prompt_embeds"],
         txt_ids=torch.zeros(embeds["prompt_embeds"].shape[1], 3, device=latents.device),
         img_ids=position_ids(height, width, latents.device),
     ).sample.float()
-    model_pred, target = base_model.unpack_latents(model_pred, height, width), noise - latents  # dz_t / dt
+    model_pred = base_model.unpack_latents(model_pred, height, width)
+    target = noise - latents  # dz_t / dt
     weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas)
     return (weighting.float() * elementwise_loss(model_pred, target, batch, args)).mean(dim=(1, 2, 3))
 
 
 def position_ids(height: int, width: int, device):
     """(H/2 * W/2, 3): (0, row, column) of each image token. Text tokens have (0, 0, 0)."""
-    return torch.cartesian_prod(
-        *(torch.arange(n, device=device) for n in (1, height // 2, width // 2))
-    ).float()
+    axes = (torch.arange(size, device=device) for size in (1, height // 2, width // 2))
+    return torch.cartesian_prod(*axes).float()
 
 
 # ---- prompts and their embeddings --------------------------------------------------------------------------
 
 
 def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: argparse.Namespace) -> dict:
-    """Prompts -> T5's {"hidden": (B, --max_sequence_length, D)} or CLIP's {"pooled": (B, P)}; differentiable
-    in the encoder.
+    """Prompts -> T5's {"hidden": (B, --max_sequence_length, D)} or CLIP's {"pooled": (B, P)}.
+
+    Differentiable in the text encoder.
     """
     length = args.max_sequence_length if key == "t5" else tokenizer.model_max_length
     padded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -257,27 +244,27 @@ def negative_embeds(empty: dict, components: Components) -> dict:
 
 
 def check_base(components: Components) -> None:
-    """Refuses other families' bases and what would have no effect on this one, and says what its pictures
-    need.
+    """Refuses other families' bases and what would have no effect on this one.
+
+    Notes say what the pictures of a base such as schnell need.
     """
-    args, config = (
-        components.args,
-        components.config(FAMILY.denoiser) if components.has(FAMILY.denoiser) else {},
-    )
-    kind, plain = components.index.get("_class_name"), not config.get("guidance_embeds")
+    args = components.args
+    config = components.config(FAMILY.denoiser) if components.has(FAMILY.denoiser) else {}
     if config.get("_class_name") != "FluxTransformer2DModel":
+        kind = components.index.get("_class_name")
         raise UserError(f"--pretrained_model_name_or_path is a {kind}, not {FAMILY.title}")
-    if plain and args.guidance_scale != 3.5:
+    is_guided = config.get("guidance_embeds")
+    if not is_guided and args.guidance_scale != 3.5:
         raise UserError("--guidance_scale has no effect: this base (as schnell) has no guidance embedding")
-    if plain and args.num_validation_images and args.validation_inference_steps == USUAL_INFERENCE_STEPS:
+    usual_steps = args.validation_inference_steps == USUAL_INFERENCE_STEPS
+    if not is_guided and args.num_validation_images and usual_steps:
         print_status(
             "note: a base without guidance embedding, as schnell, draws in 4 steps:"
             " --validation_inference_steps 4"
         )
-    if any("negative_prompt" in own for own in args.prompt_settings):
-        print_status(
-            "note: FLUX.1's guidance is distilled into it: its pictures take no account of negative prompts"
-        )
+    if any("negative_prompt" in settings for settings in args.prompt_settings):
+        reason = "its pictures take no account of negative prompts"
+        print_status(f"note: FLUX.1's guidance is distilled into it: {reason}")
 
 
 def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
@@ -352,7 +339,7 @@ def load_text(run: Run) -> None:
     """New tokens, the text encoders' LoRA, and the embeddings that can't change."""
     args, examples = run.args, run.data.examples
     run.abstractions = text.abstraction_tokens(args, next(iter(run.prompts.tokenizers.values())))
-    sample_prompts = training.default_prompts(args, examples)
+    sample_prompts = validation.sample_prompts(args, examples)
     run.sample_prompts = [text.insert_tokens(prompt, run.abstractions) for prompt in sample_prompts]
     if args.num_validation_images or args.validation_split:
         run.control_prompts = validation.control_prompts(args, examples, run.abstractions)
@@ -374,11 +361,12 @@ def add_tokens(run: Run) -> None:
     prompts.trained |= set(keys)
     prompts.known.clear()  # a new token may stand for a word that a prompt already had
     for key in keys:
-        tokenizer, initial = prompts.tokenizers[key], run.start.get("embeddings", {}).get(key)
+        tokenizer = prompts.tokenizers[key]
+        initial = run.initial_lora.get("embeddings", {}).get(key)
         if args.initializer_concept:
             text.report_split(key, tokenizer, args.initializer_concept, len(tokens) // len(run.abstractions))
         encoder = prompts.text_encoder(key)
-        run.rows[key] = text.TokenRows(
+        run.token_rows[key] = text.TokenRows(
             tokenizer, encoder, tokens, args.initializer_concept, args.seed, initial
         )
         prompts.altered.add(key)
@@ -394,7 +382,7 @@ def add_text_lora(run: Run) -> None:
         names = [name for name, module in encoder.named_modules() if isinstance(module, torch.nn.Linear)]
         names = [name for name in names if name.endswith(TEXT_LORA_TARGETS)]
         targets = [name for name in names if not name.removeprefix("text_model.").startswith(idle)]
-        lora.add_lora(encoder, targets, args, run.start.get(part))
+        lora.add_lora(encoder, targets, args, run.initial_lora.get(part))
         prompts.altered.add(key)
         run.lora_modules[part] = encoder
         encoder.train()
@@ -496,14 +484,15 @@ def execute(args: argparse.Namespace) -> None:
     training.start_trackers(run)
     training.report_plan(run)
     with disable_input_dtype_casting(run.denoiser, active=run.accelerator.mixed_precision != "no"):
-        if run.compares and first_step == 0:  # the base's own pictures; memory that doesn't suffice shows now
-            training.on_main_process(run, validation.draw_samples, run, 0, draws=True)
+        if run.draws_comparison and first_step == 0:
+            # before the training, so that too little memory shows at once
+            training.on_main_process(run, validation.draw_samples, run, 0, uses_denoiser=True)
         if args.dry_run:
-            training.rehearse(run, train)
+            training.perform_dry_run(run, train)
         else:
             train(run, first_step)
-    if run.control_prompts and run.compares:
-        training.on_main_process(run, validation.draw_control, run, run.max_steps, draws=True)
+    if run.control_prompts and run.draws_comparison:
+        training.on_main_process(run, validation.draw_control_images, run, run.max_steps, uses_denoiser=True)
     report.finish(run)
 
 
@@ -516,14 +505,14 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
     with progress("looking at the machine"):
         run = training.Run(args, training.start_accelerator(args), stop)
     checkpoint = training.find_checkpoint(args)
-    training.settle_seed(args, checkpoint)
+    training.choose_seed(args, checkpoint)
     run.components = training.open_base(run, check_base, draw_noise)
-    run.start = lora.read_initial_lora(args, run.components.folder) if args.init_lora else {}
+    run.initial_lora = lora.read_initial_lora(args, run.components.folder) if args.init_lora else {}
     load_data(run)
     load_text(run)
     add_trained_parts(run)
     if not checkpoint and run.accelerator.is_main_process:
-        training.clear_output(Path(args.output_dir))
+        training.clear_output_folder(Path(args.output_dir))
     training.on_main_process(run, report.write_run_files, run)
     return run, checkpoint
 
@@ -569,9 +558,10 @@ def add_trained_parts(run: Run) -> None:
         last_step = max(1, round(share * run.max_steps))
         run.parts.append(optim.TrainedPart(name, parameters, learning_rate, decay, last_step))
 
-    if run.rows:
+    if run.token_rows:
         share = 1.0 if args.train_transformer_frac == 0 else args.train_text_encoder_ti_frac
-        add_part("embeddings", {key: row.weight for key, row in run.rows.items()}, text_lr, text_decay, share)
+        weights = {key: rows.weight for key, rows in run.token_rows.items()}
+        add_part("embeddings", weights, text_lr, text_decay, share)
     if run.lora_modules:
         parameters = {
             f"{part}.{name}": parameter
@@ -581,7 +571,7 @@ def add_trained_parts(run: Run) -> None:
         add_part("text_encoder", parameters, text_lr, text_decay, args.train_text_encoder_frac)
     if args.train_transformer_frac > 0:
         idle = idle_layers(FAMILY.denoiser, run.denoiser.config, args)
-        initial = run.start.get(FAMILY.denoiser)
+        initial = run.initial_lora.get(FAMILY.denoiser)
         lora.add_denoiser_lora(run.denoiser, args, LORA_TARGETS, idle, initial)
         run.lora_modules = {FAMILY.denoiser: run.denoiser} | run.lora_modules
         parameters = lora.lora_parameters(run.denoiser)
@@ -613,9 +603,8 @@ def train(run: Run, first_step: int) -> None:
         progress("training", run.max_steps, initial=first_step, leave=True, delay=0) as bar,
         data.batches_ahead(run.data, run.plan, numbers, run.accelerator, workers) as batches,
     ):
-        if (
-            training.is_due(run, first_step) and first_step < run.max_steps
-        ):  # killed between checkpoint and pictures
+        is_due = training.validation_is_due(run, first_step)
+        if is_due and first_step < run.max_steps:  # killed between checkpoint and pictures
             validate(run, first_step, metrics)
         for step in range(first_step, run.max_steps):
             active = active_parts(run, step)
@@ -642,11 +631,10 @@ def train(run: Run, first_step: int) -> None:
                 validate(run, done, metrics)
     run.stop.in_loop = False
     metrics.close()
-    training.check_results(run)
-    training.on_main_process(
-        run, training.save_weights, run
-    )  # first: whatever befalls the pictures, the LoRA is there
-    if training.is_due(run, run.max_steps):
+    training.check_weights_changed(run)
+    # before the last pictures: whatever befalls them, the LoRA is there
+    training.on_main_process(run, training.save_weights, run)
+    if training.validation_is_due(run, run.max_steps):
         validate(run, run.max_steps, metrics)
 
 
@@ -675,22 +663,24 @@ def backward(run: Run, batch: dict, step: int, micro_step: int) -> torch.Tensor:
         return loss
 
     inputs = batch | embeds
-    return run.graphs.run(forward_and_backward, inputs) if run.graphs else forward_and_backward(inputs)
+    if run.cuda_graphs:
+        return run.cuda_graphs.run(forward_and_backward, inputs)
+    return forward_and_backward(inputs)
 
 
 def validate(run: Run, step: int, metrics: MetricsLogger) -> None:
     """Held-out loss and validation images, on the main process."""
     run.accelerator.wait_for_everyone()
-    draws = run.compares if step == run.max_steps else run.args.validation_prompt
+    draws = run.draws_comparison if step == run.max_steps else run.args.validation_prompt
     if draws and run.sample_prompts:
-        training.on_main_process(run, validation.log_samples, run, step, draws=True)
+        training.on_main_process(run, validation.draw_and_log_samples, run, step, uses_denoiser=True)
     if run.probe:  # its row comes last: it says that the pictures are there
         values = run.probe.measure()
         metrics.write({"step": step} | values)
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items())
         print_status(f"step {step}: {shown}")
     training.on_main_process(run, report.write_report, run)
-    metrics.pause()
+    metrics.restart_timer()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 #   "torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "peft==0.21.2",
 #   "accelerate==1.15.0", "datasets==5.2.0", "bitsandbytes==0.50.2", "prodigyopt==1.1.2",
 #   "schedulefree==1.4.1", "safetensors==0.8.0", "pillow==13.0.0", "pyyaml==6.0.3",
-#   "tensorboard==2.21.0", "wandb==0.31.0", "lazy-loader==0.5",
+#   "tensorboard==2.21.0", "wandb==0.31.0", "lazy-loader==0.6",
 # ]
 # ///
 """Trains a LoRA for Stable Diffusion 3 and 3.5 on your own pictures.
@@ -89,9 +89,10 @@ TI_ENCODERS = ("clip_l", "clip_g")  # those that learn new tokens by default
 USUAL_INFERENCE_STEPS = 28
 USUAL_GUIDANCE = 7.0
 FOREIGN_FLAGS = {  # of other families: accepted while they are off, else an error with this reason
-    **dict.fromkeys(
-        ("snr_gamma", "input_perturbation", "noise_offset", "prediction_type"), "rectified flow has none"
-    ),
+    "snr_gamma": "rectified flow has none",
+    "input_perturbation": "rectified flow has none",
+    "noise_offset": "rectified flow has none",
+    "prediction_type": "rectified flow has none",
     "clip_skip": "this family's pooled vectors and T5 come from the last layers",
 }
 FAMILY_RULES = (
@@ -139,25 +140,22 @@ def add_family_args(add) -> None:
 def draw_noise(
     generator, shape: tuple, scheduler, args: argparse.Namespace, quantile: float | None = None
 ) -> dict:
-    """What the loss needs at random for one sample: noise (C, H, W), sigma and timestep; `quantile` fixes the
-    last two.
+    """What the loss needs at random for one sample: noise (C, H, W), sigma and timestep.
+
+    quantile: of the noise levels, fixes sigma and timestep.
     """
     noise = torch.randn(shape, generator=generator)
     steps = scheduler.config.num_train_timesteps
-    place = min(int(draw_level(generator, args, quantile) * steps), steps - 1)
-    return {
-        "noise": noise,
-        "sigmas": scheduler.sigmas[place].clone(),
-        "timesteps": scheduler.timesteps[place].clone(),
-    }
+    index = min(int(draw_level(generator, args, quantile) * steps), steps - 1)
+    sigma, timestep = scheduler.sigmas[index].clone(), scheduler.timesteps[index].clone()
+    return {"noise": noise, "sigmas": sigma, "timesteps": timestep}
 
 
 def draw_level(generator, args: argparse.Namespace, quantile: float | None = None) -> float:
-    """Where in a flow's table of noise levels one sample stands: from 0, all noise, to 1; `quantile` fixes
-    it.
+    """Where in a flow's table of noise levels one sample stands, from 0, all noise, to 1.
 
-    --min_timestep and --max_timestep bound it, in thousandths of the table, before a shift that the base has
-    of its own.
+    --min_timestep and --max_timestep bound it, in thousandths of the table, before a shift of the base's own.
+    quantile: fixes it.
     """
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
@@ -165,16 +163,14 @@ def draw_level(generator, args: argparse.Namespace, quantile: float | None = Non
         level = quantile
     elif args.timestep_sampling == "weighting_scheme":
         settings = (args.logit_mean, args.logit_std, args.mode_scale)
-        level = compute_density_for_timestep_sampling(
-            args.weighting_scheme, 1, *settings, generator=generator
-        ).item()
+        scheme = args.weighting_scheme
+        level = compute_density_for_timestep_sampling(scheme, 1, *settings, generator=generator).item()
     elif args.timestep_sampling == "uniform":
         level = torch.rand((), generator=generator).item()
     else:
         level = torch.randn((), generator=generator).sigmoid().item()
-    if (
-        args.timestep_sampling == "shift" and quantile is None
-    ):  # s' = S s / (1 + (S - 1) s) of the sigma s = 1 - level
+    if args.timestep_sampling == "shift" and quantile is None:
+        # s' = S s / (1 + (S - 1) s) of the sigma s = 1 - level
         level /= level + args.timestep_shift * (1 - level)
     low, high = 1 - args.max_timestep / 1000, 1 - args.min_timestep / 1000
     return low + level * (high - low)
@@ -209,16 +205,14 @@ def compute_loss(
 
 
 def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: argparse.Namespace) -> dict:
-    """Prompts -> one encoder's {"hidden": (B, L, D)} and, of a CLIP, {"pooled": (B, P)}, as the pipeline
-    encodes them.
+    """Prompts -> one encoder's {"hidden": (B, L, D)}, as the pipeline encodes them.
 
-    A CLIP gives the layer before its last (L: 77) and its projection, T5 its last layer (L:
-    --max_sequence_length). Differentiable in the text encoder.
+    A CLIP gives the layer before its last (L: 77) and its projection, "pooled" (B, P), T5 its last layer
+    (L: --max_sequence_length). Differentiable in the text encoder.
     """
     length = args.max_sequence_length if key == "t5" else tokenizer.model_max_length
-    ids = tokenizer(
-        prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    ).input_ids.to(text_encoder.device)
+    padded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    ids = padded.input_ids.to(text_encoder.device)
     if key == "t5":
         return {"hidden": text_encoder(ids)[0]}
     output = text_encoder(ids, output_hidden_states=True)
@@ -226,19 +220,21 @@ def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: 
 
 
 def join_embeds(encoded: dict[str, dict], args: argparse.Namespace, config: dict) -> dict:
-    """Each encoder's output, by key -> {"prompt_embeds": (B, 77 + T, D), "pooled_prompt_embeds": (B, P_l +
-    P_g)}.
+    """Each encoder's output -> {"prompt_embeds": (B, 77 + T, D), "pooled_prompt_embeds": (B, P_l + P_g)}.
 
     Both CLIPs stand side by side, padded to T5's width D; T5's T tokens follow, or zeros without T5.
     """
     clips = [encoded["clip_l"], encoded["clip_g"]]
-    clip = torch.cat([c["hidden"] for c in clips], dim=-1)
+    hidden = torch.cat([clip["hidden"] for clip in clips], dim=-1)
     width = config["joint_attention_dim"]
-    without = clip.new_zeros(len(clip), args.max_sequence_length, width)
-    t5 = encoded["t5"]["hidden"].to(clip.dtype) if "t5" in encoded else without
+    if "t5" in encoded:
+        t5 = encoded["t5"]["hidden"].to(hidden.dtype)
+    else:
+        t5 = hidden.new_zeros(len(hidden), args.max_sequence_length, width)
+    padded = torch.nn.functional.pad(hidden, (0, width - hidden.shape[-1]))
     return {
-        "prompt_embeds": torch.cat([torch.nn.functional.pad(clip, (0, width - clip.shape[-1])), t5], dim=1),
-        "pooled_prompt_embeds": torch.cat([c["pooled"] for c in clips], dim=-1),
+        "prompt_embeds": torch.cat([padded, t5], dim=1),
+        "pooled_prompt_embeds": torch.cat([clip["pooled"] for clip in clips], dim=-1),
     }
 
 
@@ -267,7 +263,7 @@ def idle_layers(part: str, config, args: argparse.Namespace) -> tuple[str, ...]:
     """
     if part != FAMILY.denoiser:
         return ()
-    # its text tokens go nowhere: only their keys and values count
+    # the last block's text tokens go nowhere: only their keys and values count
     last = f"transformer_blocks.{config.num_layers - 1}.attn"
     return (f"{last}.add_q_proj",)
 
@@ -336,7 +332,7 @@ def load_text(run: Run) -> None:
     """New tokens, the text encoders' LoRA, and the embeddings that can't change."""
     args, examples = run.args, run.data.examples
     run.abstractions = text.abstraction_tokens(args, next(iter(run.prompts.tokenizers.values())))
-    sample_prompts = training.default_prompts(args, examples)
+    sample_prompts = validation.sample_prompts(args, examples)
     run.sample_prompts = [text.insert_tokens(prompt, run.abstractions) for prompt in sample_prompts]
     if args.num_validation_images or args.validation_split:
         run.control_prompts = validation.control_prompts(args, examples, run.abstractions)
@@ -358,11 +354,12 @@ def add_tokens(run: Run) -> None:
     prompts.trained |= set(keys)
     prompts.known.clear()  # a new token may stand for a word that a prompt already had
     for key in keys:
-        tokenizer, initial = prompts.tokenizers[key], run.start.get("embeddings", {}).get(key)
+        tokenizer = prompts.tokenizers[key]
+        initial = run.initial_lora.get("embeddings", {}).get(key)
         if args.initializer_concept:
             text.report_split(key, tokenizer, args.initializer_concept, len(tokens) // len(run.abstractions))
         encoder = prompts.text_encoder(key)
-        run.rows[key] = text.TokenRows(
+        run.token_rows[key] = text.TokenRows(
             tokenizer, encoder, tokens, args.initializer_concept, args.seed, initial
         )
         prompts.altered.add(key)
@@ -378,7 +375,7 @@ def add_text_lora(run: Run) -> None:
         names = [name for name, module in encoder.named_modules() if isinstance(module, torch.nn.Linear)]
         names = [name for name in names if name.endswith(TEXT_LORA_TARGETS)]
         targets = [name for name in names if not name.removeprefix("text_model.").startswith(idle)]
-        lora.add_lora(encoder, targets, args, run.start.get(part))
+        lora.add_lora(encoder, targets, args, run.initial_lora.get(part))
         prompts.altered.add(key)
         run.lora_modules[part] = encoder
         encoder.train()
@@ -480,14 +477,15 @@ def execute(args: argparse.Namespace) -> None:
     training.start_trackers(run)
     training.report_plan(run)
     with disable_input_dtype_casting(run.denoiser, active=run.accelerator.mixed_precision != "no"):
-        if run.compares and first_step == 0:  # the base's own pictures; memory that doesn't suffice shows now
-            training.on_main_process(run, validation.draw_samples, run, 0, draws=True)
+        if run.draws_comparison and first_step == 0:
+            # before the training, so that too little memory shows at once
+            training.on_main_process(run, validation.draw_samples, run, 0, uses_denoiser=True)
         if args.dry_run:
-            training.rehearse(run, train)
+            training.perform_dry_run(run, train)
         else:
             train(run, first_step)
-    if run.control_prompts and run.compares:
-        training.on_main_process(run, validation.draw_control, run, run.max_steps, draws=True)
+    if run.control_prompts and run.draws_comparison:
+        training.on_main_process(run, validation.draw_control_images, run, run.max_steps, uses_denoiser=True)
     report.finish(run)
 
 
@@ -500,14 +498,14 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
     with progress("looking at the machine"):
         run = training.Run(args, training.start_accelerator(args), stop)
     checkpoint = training.find_checkpoint(args)
-    training.settle_seed(args, checkpoint)
+    training.choose_seed(args, checkpoint)
     run.components = training.open_base(run, check_base, draw_noise)
-    run.start = lora.read_initial_lora(args, run.components.folder) if args.init_lora else {}
+    run.initial_lora = lora.read_initial_lora(args, run.components.folder) if args.init_lora else {}
     load_data(run)
     load_text(run)
     add_trained_parts(run)
     if not checkpoint and run.accelerator.is_main_process:
-        training.clear_output(Path(args.output_dir))
+        training.clear_output_folder(Path(args.output_dir))
     training.on_main_process(run, report.write_run_files, run)
     return run, checkpoint
 
@@ -553,9 +551,10 @@ def add_trained_parts(run: Run) -> None:
         last_step = max(1, round(share * run.max_steps))
         run.parts.append(optim.TrainedPart(name, parameters, learning_rate, decay, last_step))
 
-    if run.rows:
+    if run.token_rows:
         share = 1.0 if args.train_transformer_frac == 0 else args.train_text_encoder_ti_frac
-        add_part("embeddings", {key: row.weight for key, row in run.rows.items()}, text_lr, text_decay, share)
+        weights = {key: rows.weight for key, rows in run.token_rows.items()}
+        add_part("embeddings", weights, text_lr, text_decay, share)
     if run.lora_modules:
         parameters = {
             f"{part}.{name}": parameter
@@ -565,7 +564,7 @@ def add_trained_parts(run: Run) -> None:
         add_part("text_encoder", parameters, text_lr, text_decay, args.train_text_encoder_frac)
     if args.train_transformer_frac > 0:
         idle = idle_layers(FAMILY.denoiser, run.denoiser.config, args)
-        initial = run.start.get(FAMILY.denoiser)
+        initial = run.initial_lora.get(FAMILY.denoiser)
         lora.add_denoiser_lora(run.denoiser, args, LORA_TARGETS, idle, initial)
         run.lora_modules = {FAMILY.denoiser: run.denoiser} | run.lora_modules
         parameters = lora.lora_parameters(run.denoiser)
@@ -597,9 +596,8 @@ def train(run: Run, first_step: int) -> None:
         progress("training", run.max_steps, initial=first_step, leave=True, delay=0) as bar,
         data.batches_ahead(run.data, run.plan, numbers, run.accelerator, workers) as batches,
     ):
-        if (
-            training.is_due(run, first_step) and first_step < run.max_steps
-        ):  # killed between checkpoint and pictures
+        is_due = training.validation_is_due(run, first_step)
+        if is_due and first_step < run.max_steps:  # killed between checkpoint and pictures
             validate(run, first_step, metrics)
         for step in range(first_step, run.max_steps):
             active = active_parts(run, step)
@@ -626,11 +624,10 @@ def train(run: Run, first_step: int) -> None:
                 validate(run, done, metrics)
     run.stop.in_loop = False
     metrics.close()
-    training.check_results(run)
-    training.on_main_process(
-        run, training.save_weights, run
-    )  # first: whatever befalls the pictures, the LoRA is there
-    if training.is_due(run, run.max_steps):
+    training.check_weights_changed(run)
+    # before the last pictures: whatever befalls them, the LoRA is there
+    training.on_main_process(run, training.save_weights, run)
+    if training.validation_is_due(run, run.max_steps):
         validate(run, run.max_steps, metrics)
 
 
@@ -659,22 +656,24 @@ def backward(run: Run, batch: dict, step: int, micro_step: int) -> torch.Tensor:
         return loss
 
     inputs = batch | embeds
-    return run.graphs.run(forward_and_backward, inputs) if run.graphs else forward_and_backward(inputs)
+    if run.cuda_graphs:
+        return run.cuda_graphs.run(forward_and_backward, inputs)
+    return forward_and_backward(inputs)
 
 
 def validate(run: Run, step: int, metrics: MetricsLogger) -> None:
     """Held-out loss and validation images, on the main process."""
     run.accelerator.wait_for_everyone()
-    draws = run.compares if step == run.max_steps else run.args.validation_prompt
+    draws = run.draws_comparison if step == run.max_steps else run.args.validation_prompt
     if draws and run.sample_prompts:
-        training.on_main_process(run, validation.log_samples, run, step, draws=True)
+        training.on_main_process(run, validation.draw_and_log_samples, run, step, uses_denoiser=True)
     if run.probe:  # its row comes last: it says that the pictures are there
         values = run.probe.measure()
         metrics.write({"step": step} | values)
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items())
         print_status(f"step {step}: {shown}")
     training.on_main_process(run, report.write_report, run)
-    metrics.pause()
+    metrics.restart_timer()
 
 
 if __name__ == "__main__":

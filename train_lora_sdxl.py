@@ -5,7 +5,7 @@
 #   "torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "peft==0.21.2",
 #   "accelerate==1.15.0", "datasets==5.2.0", "bitsandbytes==0.50.2", "prodigyopt==1.1.2",
 #   "schedulefree==1.4.1", "safetensors==0.8.0", "pillow==13.0.0", "pyyaml==6.0.3",
-#   "tensorboard==2.21.0", "wandb==0.31.0", "lazy-loader==0.5",
+#   "tensorboard==2.21.0", "wandb==0.31.0", "lazy-loader==0.6",
 # ]
 # ///
 """Trains a LoRA for Stable Diffusion XL on your own pictures.
@@ -95,37 +95,20 @@ FAMILY_RULES = ()
 
 def add_family_args(add) -> None:
     """Flags that only this family has."""
-    add(
-        "--clip_skip",
-        type=cli.count,
-        help="use the text encoders' outputs so many layers before the usual (default: 0)",
-    )
-    add(
-        "--max_token_length",
-        type=int,
-        choices=[75, 150, 225],
-        default=75,
-        help="tokens read of a caption (75)",
-    )
+    # fmt: off
+    add("--clip_skip", type=cli.count,
+        help="use the text encoders' outputs so many layers before the usual (default: 0)")
+    add("--max_token_length", type=int, choices=[75, 150, 225], default=75,
+        help="tokens read of a caption (75)")
     add("--snr_gamma", type=cli.amount, help="min-SNR weighting, 5 is usual (default: off)")
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="(default: the scheduler's)")
-    add(
-        "--rescale_betas_zero_snr",
-        action="store_true",
-        help="noise that ends without signal (default: the base's)",
-    )
-    add(
-        "--noise_offset",
-        type=cli.amount,
-        default=0.0,
-        help="noise added per channel and image, 0.05 is usual (0: off)",
-    )
-    add(
-        "--input_perturbation",
-        type=cli.amount,
-        default=0.0,
-        help="extra noise on the input, 0.1 is usual (0: off)",
-    )
+    add("--rescale_betas_zero_snr", action="store_true",
+        help="noise that ends without signal (default: the base's)")
+    add("--noise_offset", type=cli.amount, default=0.0,
+        help="noise added per channel and image, 0.05 is usual (0: off)")
+    add("--input_perturbation", type=cli.amount, default=0.0,
+        help="extra noise on the input, 0.1 is usual (0: off)")
+    # fmt: on
 
 
 # ---- noise, timesteps, loss --------------------------------------------------------------------------------
@@ -134,13 +117,15 @@ def add_family_args(add) -> None:
 def draw_noise(
     generator, shape: tuple, scheduler, args: argparse.Namespace, quantile: float | None = None
 ) -> dict:
-    """What the loss needs at random for one sample: noise (C, H, W) and a timestep; `quantile` fixes the
-    timestep.
+    """What the loss needs at random for one sample: noise (C, H, W) and a timestep.
+
+    quantile: of the timesteps, fixes the timestep.
     """
     draws = {"noise": torch.randn(shape, generator=generator)}
     low, high = args.min_timestep, min(args.max_timestep, scheduler.config.num_train_timesteps)
-    drawn = torch.randint(low, high, (), generator=generator)
-    draws["timesteps"] = drawn if quantile is None else torch.tensor(low + int(quantile * (high - low)))
+    draws["timesteps"] = torch.randint(low, high, (), generator=generator)
+    if quantile is not None:
+        draws["timesteps"] = torch.tensor(low + int(quantile * (high - low)))
     if args.noise_offset:  # https://www.crosslabs.org/blog/diffusion-with-offset-noise
         draws["noise"] = draws["noise"] + args.noise_offset * torch.randn(shape[0], 1, 1, generator=generator)
     if args.input_perturbation:  # https://arxiv.org/abs/2301.11706
@@ -154,30 +139,34 @@ def compute_loss(
     """Loss of each sample, (B,), float32. latents (B, C, H, W); batch: noise (B, C, H, W), timesteps (B,)."""
     noise, timesteps = batch["noise"], batch["timesteps"]
     # x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps, https://arxiv.org/abs/2006.11239 eq. 4
-    used = noise + args.input_perturbation * batch["perturbation"] if args.input_perturbation else noise
-    noisy_latents = scheduler.add_noise(latents, used, timesteps)
-    # size and crop conditioning in SDXL's order, (height, width) each: https://arxiv.org/abs/2307.01952
-    # section 2.2
-    time_ids = torch.cat(
-        [batch["original_size"], batch["crop_top_left"], batch["target_size"]], dim=1
-    )  # (B, 6)
-    added = {"text_embeds": embeds["pooled_prompt_embeds"], "time_ids": time_ids.to(denoiser.dtype)}
-    noisy_latents = noisy_latents.to(denoiser.dtype)
-    model_pred = denoiser(
-        noisy_latents, timesteps, embeds["prompt_embeds"], added_cond_kwargs=added
-    ).sample.float()
+    input_noise = noise
+    if args.input_perturbation:
+        input_noise = noise + args.input_perturbation * batch["perturbation"]
+    noisy_latents = scheduler.add_noise(latents, input_noise, timesteps)
+    # size and crop conditioning, (height, width) each, (B, 6): https://arxiv.org/abs/2307.01952 section 2.2
+    time_ids = torch.cat([batch["original_size"], batch["crop_top_left"], batch["target_size"]], dim=1)
+    output = denoiser(
+        noisy_latents.to(denoiser.dtype),
+        timesteps,
+        embeds["prompt_embeds"],
+        added_cond_kwargs={
+            "text_embeds": embeds["pooled_prompt_embeds"],
+            "time_ids": time_ids.to(denoiser.dtype),
+        },
+    )
+    model_pred = output.sample.float()
     # v = sqrt(a_t) eps - sqrt(1 - a_t) x_0, https://arxiv.org/abs/2202.00512
-    velocity = scheduler.config.prediction_type == "v_prediction"
-    target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+    is_velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
     loss = elementwise_loss(model_pred, target, batch, args).mean(dim=(1, 2, 3))
     if args.snr_gamma:  # min-SNR, https://arxiv.org/abs/2303.09556
         from diffusers.training_utils import compute_snr
 
         snr = compute_snr(scheduler, timesteps)
-        # at an SNR of 0, as zero-terminal-SNR schedules have it, min(snr, gamma) / snr is 1
-        weight = (
-            snr.clamp(max=args.snr_gamma) / (snr + 1) if velocity else (args.snr_gamma / snr).clamp(max=1)
-        )
+        if is_velocity:
+            weight = snr.clamp(max=args.snr_gamma) / (snr + 1)
+        else:  # at an SNR of 0, as zero-terminal-SNR schedules have it, min(snr, gamma) / snr is 1
+            weight = (args.snr_gamma / snr).clamp(max=1)
         loss = loss * weight
     return loss
 
@@ -186,18 +175,18 @@ def compute_loss(
 
 
 def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: argparse.Namespace) -> dict:
-    """Prompts -> one encoder's {"hidden": (B, L, D)}, L = --max_token_length + 2, and, of the second,
-    {"pooled": (B, P)}, as the pipeline encodes them.
+    """Prompts -> one encoder's {"hidden": (B, L, D)}, as the pipeline encodes them.
 
-    The hidden states are those of the layer before the last, or --clip_skip before it; the pooled ones are
-    the second encoder's projection. Differentiable in the text encoder.
+    L is --max_token_length + 2. The hidden states are those of the layer before the last, or --clip_skip before.
+    The second encoder adds its projection, "pooled" (B, P). Differentiable in the text encoder.
     """
     chunks = args.max_token_length // 75
-    output = text_encoder(
-        text.chunk_ids(tokenizer, prompts, chunks).to(text_encoder.device), output_hidden_states=True
-    )
-    hidden = {"hidden": text.join_chunks(output.hidden_states[-2 - (args.clip_skip or 0)], chunks)}
-    return hidden | ({"pooled": output.text_embeds[::chunks]} if key == "clip_g" else {})
+    ids = text.chunk_ids(tokenizer, prompts, chunks).to(text_encoder.device)
+    output = text_encoder(ids, output_hidden_states=True)
+    encoded = {"hidden": text.join_chunks(output.hidden_states[-2 - (args.clip_skip or 0)], chunks)}
+    if key == "clip_g":
+        encoded["pooled"] = output.text_embeds[::chunks]
+    return encoded
 
 
 def join_embeds(encoded: dict[str, dict], args: argparse.Namespace, config: dict) -> dict:
@@ -324,7 +313,7 @@ def load_text(run: Run) -> None:
     """New tokens, the text encoders' LoRA, and the embeddings that can't change."""
     args, examples = run.args, run.data.examples
     run.abstractions = text.abstraction_tokens(args, next(iter(run.prompts.tokenizers.values())))
-    sample_prompts = training.default_prompts(args, examples)
+    sample_prompts = validation.sample_prompts(args, examples)
     run.sample_prompts = [text.insert_tokens(prompt, run.abstractions) for prompt in sample_prompts]
     if args.num_validation_images or args.validation_split:
         run.control_prompts = validation.control_prompts(args, examples, run.abstractions)
@@ -346,11 +335,12 @@ def add_tokens(run: Run) -> None:
     prompts.trained |= set(keys)
     prompts.known.clear()  # a new token may stand for a word that a prompt already had
     for key in keys:
-        tokenizer, initial = prompts.tokenizers[key], run.start.get("embeddings", {}).get(key)
+        tokenizer = prompts.tokenizers[key]
+        initial = run.initial_lora.get("embeddings", {}).get(key)
         if args.initializer_concept:
             text.report_split(key, tokenizer, args.initializer_concept, len(tokens) // len(run.abstractions))
         encoder = prompts.text_encoder(key)
-        run.rows[key] = text.TokenRows(
+        run.token_rows[key] = text.TokenRows(
             tokenizer, encoder, tokens, args.initializer_concept, args.seed, initial
         )
         prompts.altered.add(key)
@@ -366,7 +356,7 @@ def add_text_lora(run: Run) -> None:
         names = [name for name, module in encoder.named_modules() if isinstance(module, torch.nn.Linear)]
         names = [name for name in names if name.endswith(TEXT_LORA_TARGETS)]
         targets = [name for name in names if not name.removeprefix("text_model.").startswith(idle)]
-        lora.add_lora(encoder, targets, args, run.start.get(part))
+        lora.add_lora(encoder, targets, args, run.initial_lora.get(part))
         prompts.altered.add(key)
         run.lora_modules[part] = encoder
         encoder.train()
@@ -468,14 +458,15 @@ def execute(args: argparse.Namespace) -> None:
     training.start_trackers(run)
     training.report_plan(run)
     with disable_input_dtype_casting(run.denoiser, active=run.accelerator.mixed_precision != "no"):
-        if run.compares and first_step == 0:  # the base's own pictures; memory that doesn't suffice shows now
-            training.on_main_process(run, validation.draw_samples, run, 0, draws=True)
+        if run.draws_comparison and first_step == 0:
+            # before the training, so that too little memory shows at once
+            training.on_main_process(run, validation.draw_samples, run, 0, uses_denoiser=True)
         if args.dry_run:
-            training.rehearse(run, train)
+            training.perform_dry_run(run, train)
         else:
             train(run, first_step)
-    if run.control_prompts and run.compares:
-        training.on_main_process(run, validation.draw_control, run, run.max_steps, draws=True)
+    if run.control_prompts and run.draws_comparison:
+        training.on_main_process(run, validation.draw_control_images, run, run.max_steps, uses_denoiser=True)
     report.finish(run)
 
 
@@ -488,14 +479,14 @@ def prepare_run(args: argparse.Namespace) -> tuple[Run, tuple[Path, dict] | None
     with progress("looking at the machine"):
         run = training.Run(args, training.start_accelerator(args), stop)
     checkpoint = training.find_checkpoint(args)
-    training.settle_seed(args, checkpoint)
+    training.choose_seed(args, checkpoint)
     run.components = training.open_base(run, check_base, draw_noise)
-    run.start = lora.read_initial_lora(args, run.components.folder) if args.init_lora else {}
+    run.initial_lora = lora.read_initial_lora(args, run.components.folder) if args.init_lora else {}
     load_data(run)
     load_text(run)
     add_trained_parts(run)
     if not checkpoint and run.accelerator.is_main_process:
-        training.clear_output(Path(args.output_dir))
+        training.clear_output_folder(Path(args.output_dir))
     training.on_main_process(run, report.write_run_files, run)
     return run, checkpoint
 
@@ -541,9 +532,10 @@ def add_trained_parts(run: Run) -> None:
         last_step = max(1, round(share * run.max_steps))
         run.parts.append(optim.TrainedPart(name, parameters, learning_rate, decay, last_step))
 
-    if run.rows:
+    if run.token_rows:
         share = 1.0 if args.train_transformer_frac == 0 else args.train_text_encoder_ti_frac
-        add_part("embeddings", {key: row.weight for key, row in run.rows.items()}, text_lr, text_decay, share)
+        weights = {key: rows.weight for key, rows in run.token_rows.items()}
+        add_part("embeddings", weights, text_lr, text_decay, share)
     if run.lora_modules:
         parameters = {
             f"{part}.{name}": parameter
@@ -553,7 +545,7 @@ def add_trained_parts(run: Run) -> None:
         add_part("text_encoder", parameters, text_lr, text_decay, args.train_text_encoder_frac)
     if args.train_transformer_frac > 0:
         idle = idle_layers(FAMILY.denoiser, run.denoiser.config, args)
-        initial = run.start.get(FAMILY.denoiser)
+        initial = run.initial_lora.get(FAMILY.denoiser)
         lora.add_denoiser_lora(run.denoiser, args, LORA_TARGETS, idle, initial)
         run.lora_modules = {FAMILY.denoiser: run.denoiser} | run.lora_modules
         parameters = lora.lora_parameters(run.denoiser)
@@ -585,9 +577,8 @@ def train(run: Run, first_step: int) -> None:
         progress("training", run.max_steps, initial=first_step, leave=True, delay=0) as bar,
         data.batches_ahead(run.data, run.plan, numbers, run.accelerator, workers) as batches,
     ):
-        if (
-            training.is_due(run, first_step) and first_step < run.max_steps
-        ):  # killed between checkpoint and pictures
+        is_due = training.validation_is_due(run, first_step)
+        if is_due and first_step < run.max_steps:  # killed between checkpoint and pictures
             validate(run, first_step, metrics)
         for step in range(first_step, run.max_steps):
             active = active_parts(run, step)
@@ -614,11 +605,10 @@ def train(run: Run, first_step: int) -> None:
                 validate(run, done, metrics)
     run.stop.in_loop = False
     metrics.close()
-    training.check_results(run)
-    training.on_main_process(
-        run, training.save_weights, run
-    )  # first: whatever befalls the pictures, the LoRA is there
-    if training.is_due(run, run.max_steps):
+    training.check_weights_changed(run)
+    # before the last pictures: whatever befalls them, the LoRA is there
+    training.on_main_process(run, training.save_weights, run)
+    if training.validation_is_due(run, run.max_steps):
         validate(run, run.max_steps, metrics)
 
 
@@ -647,22 +637,24 @@ def backward(run: Run, batch: dict, step: int, micro_step: int) -> torch.Tensor:
         return loss
 
     inputs = batch | embeds
-    return run.graphs.run(forward_and_backward, inputs) if run.graphs else forward_and_backward(inputs)
+    if run.cuda_graphs:
+        return run.cuda_graphs.run(forward_and_backward, inputs)
+    return forward_and_backward(inputs)
 
 
 def validate(run: Run, step: int, metrics: MetricsLogger) -> None:
     """Held-out loss and validation images, on the main process."""
     run.accelerator.wait_for_everyone()
-    draws = run.compares if step == run.max_steps else run.args.validation_prompt
+    draws = run.draws_comparison if step == run.max_steps else run.args.validation_prompt
     if draws and run.sample_prompts:
-        training.on_main_process(run, validation.log_samples, run, step, draws=True)
+        training.on_main_process(run, validation.draw_and_log_samples, run, step, uses_denoiser=True)
     if run.probe:  # its row comes last: it says that the pictures are there
         values = run.probe.measure()
         metrics.write({"step": step} | values)
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items())
         print_status(f"step {step}: {shown}")
     training.on_main_process(run, report.write_report, run)
-    metrics.pause()
+    metrics.restart_timer()
 
 
 if __name__ == "__main__":

@@ -103,8 +103,8 @@ def quantize_fp8(x):
     Scales are powers of two, the least that leave e4m3's largest, 448, unreached: bfloat16 is divided as it
     is, exactly. float16 doesn't reach down to the scales of small rows.
     """
-    largest = torch.linalg.vector_norm(x, math.inf, dim=1, keepdim=True, dtype=torch.float32)
-    scale = largest.clamp_min_(1e-12).div_(224)
+    scale = torch.linalg.vector_norm(x, math.inf, dim=1, keepdim=True, dtype=torch.float32)
+    scale = scale.clamp_min_(1e-12).div_(224)
     scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent alone
     divisor = scale if x.dtype == torch.float16 else scale.to(x.dtype)
     return (x / divisor).to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), scale
