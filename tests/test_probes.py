@@ -55,13 +55,13 @@ def test_the_advised_step_is_the_judges(name, tmp_path):
 @pytest.mark.families(*KINDS)
 def test_probes_cost_little_and_nothing_without_pictures(family, tmp_path, script, monkeypatch):
     """Each probe is 8 + 4 passes without gradients; with neither pictures nor held-out images there is none."""
-    passes, original = [], script.Probe.look
+    passes, original = [], script.Probe.evaluate
 
     def counted(self, *arguments):
         passes.append(1)
         return original(self, *arguments)
 
-    monkeypatch.setattr(script.Probe, "look", counted)
+    monkeypatch.setattr(script.Probe, "evaluate", counted)
     flags = ("-d", SAMPLE, "--max_train_steps", 2, "--validation_steps", 1, "--validation_inference_steps", 1)
     assert run_here(family, tmp_path / "x", *flags, "--num_validation_images", 1, "--skip_final_inference") == 0
     assert len(passes) == 3 * 12  # the base, and two validations

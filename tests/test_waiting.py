@@ -25,7 +25,7 @@ SLOW = {
     "encode_image": "latents",
     "encode_prompts": "captions for clip_l",
     "add_lora": "adding the LoRA",
-    "Probe.look": "probes of the base",
+    "Probe.evaluate": "probes of the base",
     "sampled_latents": "control pictures",
     "init_trackers": "starting the trackers",
     "decoded": "control pictures",

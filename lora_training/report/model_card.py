@@ -80,7 +80,7 @@ def usage_lines(run: Run) -> list[str]:
     """Python lines that load the base, the LoRA and the new tokens with diffusers."""
     args, name, pipeline = run.args, output_name(run), run.args.family.pipeline_class
     lines = ["import torch", f"from diffusers import {pipeline}"]
-    lines += ["from safetensors.torch import load_file"] if run.rows else []
+    lines += ["from safetensors.torch import load_file"] if run.token_rows else []
     lines.append(f"pipeline = {pipeline}.from_pretrained({args.pretrained_model_name_or_path!r})")
     if run.lora_modules and args.lora_type == "lora":
         file = "pytorch_lora_weights.safetensors"
@@ -91,7 +91,7 @@ def usage_lines(run: Run) -> list[str]:
             f"python infer_lora.py {name}; or scripts/lora/merge_lora.py",
         )
         lines.append(f"# no pipeline loads a {kind}: {instead}")
-    for key, row in run.rows.items():
+    for key, row in run.token_rows.items():
         embeddings = f"load_file('{name}/{name}_emb.safetensors')[{key!r}]"
         lines += embedding_lines(run.family, key, row.tokens, embeddings)
     return lines

@@ -17,7 +17,7 @@ from lora_training.files import staging_folder
 from lora_training.report.model_card import model_card
 from lora_training.training.weights import save_merged
 from lora_training.validation.comparison import comparison_image
-from lora_training.validation.verdicts import verdict
+from lora_training.validation.verdicts import make_verdict
 
 if TYPE_CHECKING:
     import argparse
@@ -32,7 +32,7 @@ def save_results(run: Run) -> None:
     merged base.
     """
     output = Path(run.args.output_dir)
-    advice = verdict(run) if run.probe else None
+    advice = make_verdict(run) if run.probe else None
     with staging_folder(output, "results") as part:
         if run.args.keep_best and advice and advice["step"] != run.max_steps:
             copy_advised_weights(run, advice["step"], part)

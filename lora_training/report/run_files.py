@@ -19,8 +19,8 @@ from PIL import Image, PngImagePlugin
 from lora_training.data.buckets import share_cropped
 from lora_training.data.captions import prepend_trigger
 from lora_training.files import atomic_write
-from lora_training.training.output_folder import kept_settings
-from lora_training.validation.probes import probed_images
+from lora_training.training.output_folder import recorded_settings
+from lora_training.validation.probes import choose_probed_images
 
 if TYPE_CHECKING:
     import argparse
@@ -45,7 +45,7 @@ def write_run_files(run: Run) -> None:
 
 def config_text(args: argparse.Namespace) -> str:
     """Every setting as YAML that --config takes; command, versions and defaults are comments at its head."""
-    settings = kept_settings(args) | {"seed": args.seed}
+    settings = recorded_settings(args) | {"seed": args.seed}
     versions = {name: version(name) for name in LIBRARIES}
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).replace("\n", " ")
     head = [
@@ -86,7 +86,7 @@ def write_training_pictures(run: Run, folder: Path) -> None:
     """Writes thumbnails of the pictures that the probes look at, with their captions in the PNG text."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for number, index in enumerate(probed_images(run)):
+    for number, index in enumerate(choose_probed_images(run)):
         example = run.data.examples[index]
         text = PngImagePlugin.PngInfo()
         text.add_itxt("prompt", prepend_trigger(example.captions[0], example.set_args.trigger_word))

@@ -1,25 +1,40 @@
-"""The base of a run."""
+"""The base of a run: opened and checked, and its denoiser made ready for training."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from lora_training.base_model.components import Components
 from lora_training.base_model.reading import reading_base
+from lora_training.base_model.sharding import shard_base
 from lora_training.base_model.sources import resolve_base
 from lora_training.base_model.vae import latent_shape
+from lora_training.console import print_status
 from lora_training.errors import UserError
+from lora_training.memory.activations import save_activation_memory
+from lora_training.memory.checkpointing import compile_blocks, enable_checkpointing
+from lora_training.memory.cuda_graphs import CudaGraphs
+from lora_training.memory.lora_products import fuse_lora
 from lora_training.tensors import torch_dtype
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from lora_training.training.run import Run
 
+SMALL_BASE = 100 << 20  # bytes of a denoiser whose matrices are too small for several threads
 
-def open_base(run: Run, check_base, draw_noise) -> Components:
-    """The base's parts, none of them loaded yet. check_base, draw_noise: the recipe's, tried on it."""
+
+def open_base(run: Run, check_base: Callable, draw_noise: Callable) -> Components:
+    """The base's components, none of them loaded yet.
+
+    check_base, draw_noise: the recipe's functions, tried on the base's configurations. Errors: UserError for
+    a base that can't be trained with these settings.
+    """
     args, accelerator = run.args, run.accelerator
     dtype = torch_dtype(accelerator.mixed_precision)
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1
@@ -31,11 +46,48 @@ def open_base(run: Run, check_base, draw_noise) -> Components:
         check_base(components)
         shape = latent_shape((64, 64), components.config("vae"))
         draw_noise(torch.Generator(), shape, components.training_scheduler(), args)
-    size = sum(
-        file.stat().st_size for file in components.folder_of(args.family.denoiser).glob("*.safetensors")
-    )
-    if accelerator.device.type == "cpu" and size < 100 << 20 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(
-            1
-        )  # for small matrices threads wait for each other, and for ever beside other work
+    limit_threads(components, accelerator)
     return components
+
+
+def limit_threads(components: Components, accelerator: Accelerator) -> None:
+    """One CPU thread for a small base, unless OMP_NUM_THREADS says otherwise.
+
+    Several threads wait for each other at small matrices, for ever if other work takes the cores.
+    """
+    if accelerator.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return
+    files = components.folder_of(components.family.denoiser).glob("*.safetensors")
+    if sum(file.stat().st_size for file in files) < SMALL_BASE:
+        torch.set_num_threads(1)
+
+
+def prepare_denoiser(run: Run) -> None:
+    """Gradient checkpointing, FSDP2 and torch.compile, as the flags and the launcher say.
+
+    To be called before the parts get their buffers.
+    """
+    args, family = run.args, run.family
+    if args.gradient_checkpointing:
+        whole = args.compile or args.use_dora
+        enable_checkpointing(run.denoiser, family.last_products, args.lora_dropout > 0, whole=whole)
+    if run.components.sharded:
+        shard_base(run.denoiser, family.block_lists, run.accelerator.device)
+        print_status(f"FSDP2: the {family.denoiser} is split over {run.accelerator.num_processes} processes")
+    if args.compile:
+        compile_blocks(run.denoiser)
+
+
+def fuse_layers(run: Run) -> None:
+    """Computes products of LoRA layers together, and replaces layers by ones that keep less for backward.
+
+    To be called after the parts have their buffers.
+    """
+    args = run.args
+    for module in run.lora_modules.values():
+        # the compiler fuses too, and would compile each group of layers anew
+        if not args.compile or module is not run.denoiser:
+            fuse_lora(module)
+    if not args.compile:
+        save_activation_memory(run.denoiser)
+    run.cuda_graphs = CudaGraphs(run.parts) if args.cuda_graphs else None

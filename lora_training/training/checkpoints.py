@@ -20,7 +20,11 @@ from lora_training.training.weights import write_weights
 if TYPE_CHECKING:
     import argparse
 
+    from lora_training.data.folders import Example
     from lora_training.training.run import Run
+
+STATE_FILE = "training_state.pt"
+CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # those that don't depend on the last step
 
 
 def save_checkpoint(run: Run, step: int) -> None:
@@ -29,13 +33,13 @@ def save_checkpoint(run: Run, step: int) -> None:
     The folder appears under its name only when it is whole; older ones go only after that.
     """
     output = Path(run.args.output_dir)
-    with staging_folder(output, f"checkpoint-{step}", whole=True) as part:
+    with staging_folder(output, f"checkpoint-{step}", whole=True) as folder:
         with averaged_weights(run.parts):
-            write_weights(run, part, torch.float32)
-        torch.save(training_state(run, step), part / "training_state.pt")
-        hashes = {f.name: sha256_of(f) for f in sorted(part.iterdir())}
+            write_weights(run, folder, torch.float32)
+        torch.save(training_state(run, step), folder / STATE_FILE)
+        hashes = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
         manifest = {"step": step, "seed": run.args.seed, "settings": resume_settings(run), "files": hashes}
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     if run.args.checkpoints_total_limit:
         for stale in list_checkpoints(output)[run.args.checkpoints_total_limit :]:
             shutil.rmtree(stale, ignore_errors=True)  # another program may have a file of it open
@@ -48,7 +52,7 @@ def training_state(run: Run, step: int) -> dict:
     parts = {}
     for part in run.parts:
         stateful = {"optimizer": part.optimizer, "schedule": part.schedule, "ema": part.ema}
-        states = {name: thing.state_dict() if thing else None for name, thing in stateful.items()}
+        states = {name: owner.state_dict() if owner else None for name, owner in stateful.items()}
         parts[part.name] = {"weights": part.weights.detach().cpu(), "initial": part.initial, **states}
     return {"step": step, "guard": run.guard.state_dict(), "parts": parts}
 
@@ -56,81 +60,108 @@ def training_state(run: Run, step: int) -> dict:
 def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
     """Restores a checkpoint; returns the number of steps done.
 
-    Errors: UserError if it is another's, or can't be read.
-
-    Settings that have changed are named. Those that its tensors don't fit end the run; the others need
-    --resume_anyway.
+    Errors: UserError if it is another training's, or can't be read.
     """
-    before, now = manifest["settings"], json.loads(json.dumps(resume_settings(run)))
-    changed = {n: f"{n} {before[n]}, now {now[n]}" for n in now if n in before and before[n] != now[n]}
-    if hindered := [what for name, what in changed.items() if name in RESUME_FLAGS]:
-        ways = "another --output_dir, or --overwrite, begins anew"
-        raise UserError(f"{folder.name} was trained with other settings: {', '.join(hindered)}; {ways}")
-    if changed and not run.args.resume_anyway:
-        ways = "set them as they were, or let --resume_anyway go on as they are now"
-        raise UserError(
-            f"{folder.name} was trained with other settings ({', '.join(changed.values())}): {ways}"
-        )
-    if changed:
-        print_status(f"note: changed since {folder.name}: {', '.join(changed.values())}")
+    compare_settings(folder.name, manifest["settings"], resume_settings(run), run.args.resume_anyway)
     try:
-        state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         run.guard.load_state_dict(state["guard"])
         for part in run.parts:
             part.load_state_dict(state["parts"][part.name], run.args.ema_decay)
         step = int(state["step"])
     except Exception as error:  # unpickling fails in many ways
-        raise UserError(f"{folder.name}: training_state.pt can't be read: {one_line(error)}") from None
+        raise UserError(f"{folder.name}: {STATE_FILE} can't be read: {one_line(error)}") from None
     print_status(f"going on from {folder.name}")
     return step
 
 
-def resume_settings(run: Run) -> dict:
-    """What a checkpoint must agree with to be gone on from: all flags but those of FREE_FLAGS, and what
-    follows from data, base and launcher.
+def compare_settings(name: str, saved: dict, current: dict, resume_anyway: bool) -> None:
+    """Names the settings that have changed since checkpoint `name` was written.
+
+    Errors: UserError for settings that its tensors don't fit (RESUME_FLAGS), and for any other without
+    --resume_anyway.
     """
-    args, base = run.args, run.components
-    layers = "|".join(n for p in run.parts for n in p.parameters)
-    examples = (run.data.examples, run.data.class_examples)
-    data = ["|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in kind) for kind in examples]
-    data[0] += "".join(
-        f"{own.repeats}{own.trigger_word}{own.caption_dropout}{own.weight}" for own in args.sets
-    )
-    decays = args.lr_scheduler not in ("constant", "constant_with_warmup")
-    schedule = sorted((k, str(v)) for k, v in run.scheduler.config.items() if not k.startswith("_"))
-    identity = [base.identity(args.family.denoiser), base.identity("vae"), str(schedule)]
-    short = {"targets": layers, "data": data[0], "class_images": data[1], "base": "|".join(identity)}
+    current = json.loads(json.dumps(current))  # tuples become lists, as in the manifest
+    changes = {
+        flag: f"{flag} {saved[flag]}, now {value}"
+        for flag, value in current.items()
+        if flag in saved and saved[flag] != value
+    }
+    if not changes:
+        return
+    blocking = [change for flag, change in changes.items() if flag in RESUME_FLAGS]
+    if blocking:
+        ways = "another --output_dir, or --overwrite, begins anew"
+        raise UserError(f"{name} was trained with other settings: {', '.join(blocking)}; {ways}")
+    listed = ", ".join(changes.values())
+    if not resume_anyway:
+        ways = "set them as they were, or let --resume_anyway go on as they are now"
+        raise UserError(f"{name} was trained with other settings ({listed}): {ways}")
+    print_status(f"note: changed since {name}: {listed}")
+
+
+def resume_settings(run: Run) -> dict:
+    """What a checkpoint must agree with to be resumed: all flags but those of FREE_FLAGS, and what follows
+    from data, base and launcher.
+    """
+    args = run.args
+    flags = [name for name in args.settings if name in vars(args) and name not in FREE_FLAGS]
+    depends_on_length = args.lr_scheduler not in CONSTANT_SCHEDULES
     return {
-        **{
-            name: vars(args)[name]
-            for name in args.settings
-            if name in vars(args) and name not in FREE_FLAGS
-        },
-        **{name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in short.items()},
+        **{name: vars(args)[name] for name in flags},
+        **{name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in identities(run).items()},
         "mixed_precision": run.accelerator.mixed_precision,
-        "tokens": [t for tokens in run.abstractions.values() for t in tokens],
+        "tokens": [token for tokens in run.abstractions.values() for token in tokens],
         "layout": "flat",  # of the weights in training_state.pt
         "global_batch_size": run.plan.size,
-        "last_steps": [p.last_step for p in run.parts if decays or p.last_step < run.max_steps],
+        "last_steps": [
+            part.last_step for part in run.parts if depends_on_length or part.last_step < run.max_steps
+        ],
     }
 
 
+def identities(run: Run) -> dict[str, str]:
+    """Texts that identify what is trained, on which data, from which base; a manifest has their hashes."""
+    base = run.components
+    sets = [f"{s.repeats}{s.trigger_word}{s.caption_dropout}{s.weight}" for s in run.args.sets]
+    settings = run.scheduler.config.items()
+    noise = sorted((name, str(value)) for name, value in settings if not name.startswith("_"))
+    return {
+        "targets": "|".join(name for part in run.parts for name in part.parameters),
+        "data": identify_examples(run.data.examples) + "".join(sets),
+        "class_images": identify_examples(run.data.class_examples),
+        "base": "|".join([base.identity(run.family.denoiser), base.identity("vae"), str(noise)]),
+    }
+
+
+def identify_examples(examples: list[Example]) -> str:
+    """A text that changes with the images, their buckets or their captions."""
+    return "|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in examples)
+
+
 def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict] | None:
-    """The checkpoint to go on from and its manifest; a damaged one is named and the one before it taken."""
-    wanted, output = args.resume_from_checkpoint, Path(args.output_dir)
-    if wanted is None:
+    """The checkpoint to go on from and its manifest; None if the training begins at step 0.
+
+    A damaged one is named and the one before it taken. Errors: UserError if there is no whole one.
+    """
+    name, output = args.resume_from_checkpoint, Path(args.output_dir)
+    if name is None:
         return None
-    named = [folder for folder in (Path(wanted), output / wanted) if folder.is_dir()][:1]
-    for folder in list_checkpoints(output) if wanted == "latest" else named:
+    if name == "latest":
+        folders = list_checkpoints(output)
+    else:
+        folders = [folder for folder in (Path(name), output / name) if folder.is_dir()][:1]
+    problem = "no such folder"
+    for folder in folders:
         try:
             with progress(f"reading {folder.name}"):
                 return folder, check_checkpoint(folder)
         except ValueError as error:
             problem = f"{folder.name} is passed over: {error}"
             print_status(f"warning: {problem}")
-    if wanted != "latest":
-        raise UserError(f"--resume_from_checkpoint {wanted}: {problem if named else 'no such folder'}")
-    if list_checkpoints(output):
+    if name != "latest":
+        raise UserError(f"--resume_from_checkpoint {name}: {problem}")
+    if folders:
         raise UserError(f"--resume_from_checkpoint latest: every checkpoint in {output} is damaged")
     print_status(f"no checkpoint in {output}: starting from step 0")
     return None
@@ -143,7 +174,7 @@ def check_checkpoint(folder: Path) -> dict:
         for name, digest in manifest["files"].items():
             if sha256_of(folder / name) != digest:
                 raise ValueError(f"{name} is damaged")
-        if not isinstance(manifest["settings"], dict) or "training_state.pt" not in manifest["files"]:
+        if not isinstance(manifest["settings"], dict) or STATE_FILE not in manifest["files"]:
             raise ValueError("its manifest is no checkpoint's")
         return manifest | {"step": int(manifest["step"]), "seed": int(manifest["seed"])}
     except (OSError, KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:

@@ -1,38 +1,49 @@
-"""--dry_run."""
+"""--dry_run: what a training would take, from two steps at the largest bucket."""
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lora_training.console import print_status
+from lora_training.files import read_metrics
 from lora_training.training.machine import peak_memory
 
 if TYPE_CHECKING:
     from lora_training.training.run import Run
 
 
-def rehearse(run: Run, train) -> None:
-    """--dry_run: two steps at the largest bucket (the second is timed), a checkpoint; prints time and memory.
+def perform_dry_run(run: Run, train: Callable[[Run, int], None]) -> None:
+    """Trains two steps at the largest bucket, with checkpoint and pictures; prints time and memory.
 
     train: the recipe's loop.
     """
-    args, planned = run.args, run.max_steps
+    planned_steps = run.max_steps
+    use_largest_bucket(run)
+    run.max_steps = min(2, planned_steps)
+    run.validation_steps = {run.max_steps}
+    run.args.checkpointing_steps = run.max_steps
+    run.args.logging_steps = 1
+    train(run, 0)
+    report_dry_run(run, planned_steps)
+
+
+def use_largest_bucket(run: Run) -> None:
+    """Makes every batch of the first epoch, and validation images, one of the bucket with most pixels."""
     batches, buckets = run.plan.epoch(0), run.data.buckets
     largest = max(batches, key=lambda batch: math.prod(buckets[batch[0].bucket]))
     batches[:] = [largest] * len(batches)
-    run.plan_size = buckets[largest[0].bucket]
-    run.max_steps = args.checkpointing_steps = min(2, planned)
-    args.logging_steps, run.validation_steps = 1, {run.max_steps}
-    train(run, 0)
-    rows = [
-        json.loads(line) for line in (Path(args.output_dir) / "metrics.jsonl").read_text("utf-8").splitlines()
-    ]
+    run.validation_size = buckets[largest[0].bucket]
+
+
+def report_dry_run(run: Run, planned_steps: int) -> None:
+    """Prints the last step's time, the peak memory, and how long the planned training would take."""
+    rows = read_metrics(run.args.output_dir)
     seconds = [row["seconds_per_step"] for row in rows if "seconds_per_step" in row][-1]
-    memory, size = peak_memory(run.accelerator.device) / 2**30, "{} x {}".format(*run.plan_size)
-    print_status(f"dry run: largest bucket {size}, {seconds:.3f} s per step, peak memory {memory:.2f} GiB,")
-    print_status(
-        f"dry run: {planned} steps would take about {seconds * planned / 60:.1f} minutes; nothing was kept"
-    )
+    gib = peak_memory(run.accelerator.device) / 2**30
+    width, height = run.validation_size
+    step = f"largest bucket {width} x {height}, {seconds:.3f} s per step"
+    print_status(f"dry run: {step}, peak memory {gib:.2f} GiB,")
+    minutes = seconds * planned_steps / 60
+    print_status(f"dry run: {planned_steps} steps would take about {minutes:.1f} minutes; nothing was kept")

@@ -17,49 +17,54 @@ if TYPE_CHECKING:
 
 
 class GradientCheck:
-    """Sees in the first steps which parameters get a gradient; errors if a part, warns if a layer, gets none.
+    """Notes in the first steps which parameters get a gradient: none in a part is an error, in a layer a
+    warning.
 
-    It looks for an epoch (2 to 50 steps): a LoRA's second matrix has none in the first step, and a token's
-    captions may come late.
+    It watches an epoch, at least 2 and at most 50 steps: a LoRA's second matrix has no gradient in the first
+    step, and the captions of a new token may come late.
     """
 
     def __init__(self, run: Run, first_step: int, active: list[TrainedPart]) -> None:
         self.run = run
-        epoch = math.ceil(run.plan.per_epoch / run.args.gradient_accumulation_steps)
-        self.last = min(first_step + min(max(2, epoch), 50), run.max_steps) - 1
-        parts = active if self.last > first_step else []
-        self.seen = {p.name: torch.zeros_like(p.gradients, dtype=torch.bool) for p in parts}
+        steps_per_epoch = math.ceil(run.plan.per_epoch / run.args.gradient_accumulation_steps)
+        watched_steps = min(max(2, steps_per_epoch), 50)
+        self.last_step = min(first_step + watched_steps, run.max_steps) - 1
+        self.has_gradient: dict[str, torch.Tensor] = {}  # by part: (N,) bool
+        if self.last_step > first_step:
+            for part in active:
+                self.has_gradient[part.name] = torch.zeros_like(part.gradients, dtype=torch.bool)
 
     def observe(self, step: int, active: list[TrainedPart]) -> None:
-        """Notes the gradients of a step, and judges after the last of the first steps."""
-        if not self.seen:
+        """Notes the gradients of a step; after the last of the first steps, checks each part."""
+        if not self.has_gradient:
             return
         for part in active:
-            self.seen[part.name] |= part.gradients != 0
-        if step == self.last:
+            self.has_gradient[part.name] |= part.gradients != 0
+        if step == self.last_step:
             for part in active:
                 if not self.run.guard.bad_total:  # a loss that isn't finite has a message of its own
-                    self.judge(part)
-            self.seen.clear()
+                    self.check_part(part)
+            self.has_gradient.clear()
 
-    def judge(self, part: TrainedPart) -> None:
-        """The verdict on one part."""
-        if not self.seen[part.name].any():
+    def check_part(self, part: TrainedPart) -> None:
+        """Warns of layers that got no gradient. Errors: UserError if the whole part got none."""
+        has_gradient = self.has_gradient[part.name]
+        if not has_gradient.any():
             tokens = "do the captions contain --token_abstraction?"
             advice = tokens if part.name == "embeddings" else "is the loss constant?"
             raise UserError(f"no gradient reaches the {part.name}, so nothing would be learned: {advice}")
         layers: dict[str, bool] = {}
-        for name, seen in part.views(self.seen[part.name]).items():
+        for name, stretch in part.views(has_gradient).items():
             layer = ADAPTER.split(name)[0]
-            layers[layer] = bool(seen.any()) | layers.get(layer, False)
-        if idle := [layer for layer, works in layers.items() if not works]:
-            print_status(
-                f"warning: {len(idle)} of {len(layers)} layers of the {part.name} get no gradient, such as {idle[0]}"
-            )
+            layers[layer] = bool(stretch.any()) or layers.get(layer, False)
+        idle = [layer for layer, learns in layers.items() if not learns]
+        if idle:
+            count = f"{len(idle)} of {len(layers)} layers"
+            print_status(f"warning: {count} of the {part.name} get no gradient, such as {idle[0]}")
 
 
-def check_results(run: Run) -> None:
-    """Errors if what was trained is no different from where it began."""
+def check_weights_changed(run: Run) -> None:
+    """Errors: UserError if the weights of a part are those of the start."""
     for part in run.parts:
         if torch.equal(part.weights.detach().cpu(), part.initial):
             raise UserError(f"the {part.name} did not change in {run.max_steps} steps: nothing was learned")

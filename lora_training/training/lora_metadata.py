@@ -13,49 +13,99 @@ from lora_training.lora.metadata import base_versions
 if TYPE_CHECKING:
     from lora_training.training.run import Run
 
-KOHYA_SETTINGS = """ learning_rate unet_lr=learning_rate text_encoder_lr lr_scheduler lr_warmup_steps optimizer max_grad_norm
-    seed mixed_precision gradient_checkpointing gradient_accumulation_steps batch_size_per_device=train_batch_size clip_skip
-    noise_offset min_snr_gamma=snr_gamma loss_type prior_loss_weight network_dropout=lora_dropout cache_latents
-    caption_dropout_rate=caption_dropout flip_aug=random_flip """  # kohya's names (without ss_), and ours where they differ
+KOHYA_SETTINGS = {  # kohya's name (without ss_): the flag that it stands for
+    "learning_rate": "learning_rate",
+    "unet_lr": "learning_rate",
+    "text_encoder_lr": "text_encoder_lr",
+    "lr_scheduler": "lr_scheduler",
+    "lr_warmup_steps": "lr_warmup_steps",
+    "optimizer": "optimizer",
+    "max_grad_norm": "max_grad_norm",
+    "seed": "seed",
+    "mixed_precision": "mixed_precision",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "batch_size_per_device": "train_batch_size",
+    "clip_skip": "clip_skip",
+    "noise_offset": "noise_offset",
+    "min_snr_gamma": "snr_gamma",
+    "loss_type": "loss_type",
+    "prior_loss_weight": "prior_loss_weight",
+    "network_dropout": "lora_dropout",
+    "cache_latents": "cache_latents",
+    "caption_dropout_rate": "caption_dropout",
+    "flip_aug": "random_flip",
+}
+MAX_TAGS = 500  # of ss_tag_frequency
 
 
 def lora_metadata(run: Run, alpha: float, rank: int) -> dict[str, str]:
-    """What both files of a LoRA say of it: kohya's ss_ fields and SAI modelspec 1.0.0, which other tools show
-    and sort by.
+    """What both files of a LoRA say of it: kohya's ss_ fields and SAI modelspec 1.0.0.
+
+    Other tools show LoRAs and sort them by these. alpha, rank: those of the file.
     """
-    args, name = run.args, Path(run.args.output_dir).resolve().name
-    base, size = Path(args.pretrained_model_name_or_path).name, (args.resolution * 2)[:2]
-    folder = Path(
-        args.dataset_config or args.dataset_name or args.train_data_dir or args.instance_data_dir
-    ).name
-    trained = [e for e in run.data.examples if not e.held_out]
-    tags = Counter(
-        tag.strip() for e in trained for caption in e.captions for tag in caption.split(",") if tag.strip()
-    )
-    settings = (word.partition("=") for word in KOHYA_SETTINGS.split())
-    values = {f"ss_{kohya}": getattr(args, own or kohya, None) for kohya, _, own in settings} | {
-        "ss_network_module": "networks.lora" if args.lora_type == "lora" else "lycoris.kohya",
-        "ss_network_args": None if args.lora_type == "lora" else json.dumps({"algo": args.lora_type}),
+    config = run.components.config(run.family.denoiser)
+    values = kohya_fields(run, alpha, rank) | dataset_fields(run) | modelspec_fields(run)
+    values |= base_versions(run.family, config, run.components.config("scheduler"))
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def kohya_fields(run: Run, alpha: float, rank: int) -> dict[str, object]:
+    """The settings, under the names that kohya's scripts have for them."""
+    args = run.args
+    base = Path(args.pretrained_model_name_or_path).name
+    is_lora = args.lora_type == "lora"
+    values = {f"ss_{name}": vars(args).get(flag) for name, flag in KOHYA_SETTINGS.items()}
+    return values | {
+        "ss_network_module": "networks.lora" if is_lora else "lycoris.kohya",
+        "ss_network_args": None if is_lora else json.dumps({"algo": args.lora_type}),
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
-        "ss_output_name": name,
+        "ss_output_name": output_name(run),
         "ss_base_model": base,
         "ss_sd_model_name": base,
-        "ss_resolution": size,
+        "ss_resolution": image_size(run),
         "ss_max_train_steps": run.max_steps,
-        "ss_num_train_images": len(trained),
-        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": args.repeats, "img_count": len(trained)}}),
-        "ss_tag_frequency": json.dumps({folder: dict(tags.most_common(500))}, ensure_ascii=False),
+    }
+
+
+def dataset_fields(run: Run) -> dict[str, object]:
+    """The number of images, where they lay, and how often each tag stands in their captions."""
+    args = run.args
+    source = args.dataset_config or args.dataset_name or args.train_data_dir or args.instance_data_dir
+    folder = Path(source).name
+    examples = [example for example in run.data.examples if not example.held_out]
+    captions = [caption for example in examples for caption in example.captions]
+    tags = [tag.strip() for caption in captions for tag in caption.split(",")]
+    frequency = dict(Counter(tag for tag in tags if tag).most_common(MAX_TAGS))
+    return {
+        "ss_num_train_images": len(examples),
+        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": args.repeats, "img_count": len(examples)}}),
+        "ss_tag_frequency": json.dumps({folder: frequency}, ensure_ascii=False),
+    }
+
+
+def modelspec_fields(run: Run) -> dict[str, object]:
+    """What https://github.com/Stability-AI/ModelSpec asks for, but for what follows from the base."""
+    args, name = run.args, output_name(run)
+    values = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": args.run_name or name,
-        "modelspec.resolution": "{}x{}".format(*size),
+        "modelspec.resolution": "{}x{}".format(*image_size(run)),
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.trigger_phrase": args.trigger_word or None,
     }
     if run.abstractions:
-        words = ", ".join(f"{''.join(tokens)} for {word}" for word, tokens in run.abstractions.items())
-        values["modelspec.usage_hint"] = f"new tokens, of {name}_emb.safetensors: {words}"
-    values |= base_versions(
-        run.family, run.components.config(args.family.denoiser), run.components.config("scheduler")
-    )
-    return {key: str(value) for key, value in values.items() if value is not None}
+        tokens = [f"{''.join(tokens)} for {word}" for word, tokens in run.abstractions.items()]
+        values["modelspec.usage_hint"] = f"new tokens, of {name}_emb.safetensors: {', '.join(tokens)}"
+    return values
+
+
+def output_name(run: Run) -> str:
+    """The name of the output folder, which its files have, too."""
+    return Path(run.args.output_dir).resolve().name
+
+
+def image_size(run: Run) -> list[int]:
+    """[width, height] of --resolution, which may be one number for both."""
+    return (run.args.resolution * 2)[:2]

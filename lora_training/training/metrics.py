@@ -1,4 +1,4 @@
-"""Losses and rates, written a step late so that the GPU is never waited for."""
+"""Losses and learning rates, written a step late so that the GPU is never waited for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -19,98 +19,147 @@ if TYPE_CHECKING:
     from lora_training.optim.parts import TrainedPart
     from lora_training.training.run import Run
 
+MAX_BAD_STEPS = 10  # steps in a row with a loss that isn't finite, after which a run ends
+# settings that are no setting of the training, or secret
+INTERNAL_SETTINGS = ("hub_token", "settings", "defaults", "sets", "command_line_flags", "family", "script")
+
+
+class PendingRow(NamedTuple):
+    """A row of metrics.jsonl whose numbers are on their way from the GPU."""
+
+    row: dict  # step and epoch
+    rates: dict  # learning rates by part, and seconds per step
+    # on the CPU: loss, gradient norm, non-finite steps in a row and in all, Prodigy's estimates
+    numbers: torch.Tensor
+    event: torch.Event | None  # recorded after the copy; None where there is no GPU
+    bar: progress
+
+    def has_arrived(self) -> bool:
+        """Whether the numbers can be read without waiting."""
+        return self.event is None or self.event.query()
+
 
 class MetricsLogger:
-    """Collects losses on the device, and writes metrics.jsonl and trackers: a step late, so that the GPU is
-    never waited for.
+    """Collects losses on the device, and writes metrics.jsonl and trackers.
+
+    A row is written a step late, so that the GPU is never waited for.
     """
 
     def __init__(self, run: Run, first_step: int) -> None:
-        self.run, self.loss, self.since, self.began = run, None, first_step, time.perf_counter()
-        self.pending: list[tuple] = []  # rows whose numbers are on their way
-        self.seconds, self.unwritten = [], []  # of each log's steps; lines for metrics.jsonl
+        self.run = run
+        self.loss_sum: torch.Tensor | None = None  # since the last log
+        self.last_logged_step = first_step
+        self.timer_start = time.perf_counter()
+        self.step_seconds: list[float] = []  # mean seconds per step, for each log
+        self.pending: list[PendingRow] = []
+        self.unwritten_lines: list[str] = []
         self.file = Path(run.args.output_dir) / "metrics.jsonl"
         if run.accelerator.is_main_process:
-            kept = [
-                row for row in read_metrics(run.args.output_dir) if first_step and row["step"] <= first_step
-            ]
-            with atomic_write(self.file) as part:
-                part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            self.drop_rows_after(first_step)
 
-    def add(self, loss) -> None:
+    def drop_rows_after(self, step: int) -> None:
+        """Rewrites metrics.jsonl with its rows up to a step; with none at step 0."""
+        rows = read_metrics(self.run.args.output_dir) if step else []
+        lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
+        with atomic_write(self.file) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
+
+    def add(self, loss: torch.Tensor) -> None:
         """Takes one batch's share of the loss, without waiting for it."""
-        self.loss = loss if self.loss is None else self.loss + loss
+        self.loss_sum = loss if self.loss_sum is None else self.loss_sum + loss
 
-    def log(self, step: int, norm, active: list[TrainedPart], bar) -> None:
-        """Writes the row of the log before, and sends the mean loss since then on its way to the host."""
-        run, steps = self.run, step - self.since
-        found = [
-            d for p in active if (d := p.optimizer_settings().get("d")) is not None
-        ]  # Prodigy's estimates, on the device
-        numbers = torch.stack([self.loss / steps, norm, run.guard.bad_run, run.guard.bad_total, *found])
-        if run.accelerator.num_processes > 1:
-            numbers[0] = run.accelerator.reduce(numbers[0], reduction="sum")
-        arriving = numbers.to("cpu", non_blocking=numbers.is_cuda)
+    def log(self, step: int, grad_norm: torch.Tensor, active: list[TrainedPart], bar: progress) -> None:
+        """Writes the row of the log before, and sends the mean loss since then on its way to the CPU."""
+        run, steps = self.run, step - self.last_logged_step
+        numbers = self.stack_numbers(steps, grad_norm, active)
+        on_cpu = numbers.to("cpu", non_blocking=numbers.is_cuda)
         event = torch.Event(numbers.device) if numbers.is_cuda else None
         if event:
             event.record()
-        row = {"step": step, "epoch": step * run.args.gradient_accumulation_steps / run.plan.per_epoch}
         self.write_arrived()
-        self.seconds.append((time.perf_counter() - self.began) / steps)
-        rates = {f"lr_{p.name}": p.current_lr for p in active}
-        self.pending.append((row, rates | {"seconds_per_step": self.seconds[-1]}, arriving, event, bar))
-        if event is None:  # not on a GPU: nothing to wait for
+        seconds = (time.perf_counter() - self.timer_start) / steps
+        self.step_seconds.append(seconds)
+        row = {"step": step, "epoch": step * run.args.gradient_accumulation_steps / run.plan.per_epoch}
+        rates = {f"lr_{part.name}": part.current_lr for part in active}
+        rates["seconds_per_step"] = seconds
+        self.pending.append(PendingRow(row, rates, on_cpu, event, bar))
+        if event is None:
             self.write_arrived()
-        self.loss, self.since, self.began = None, step, time.perf_counter()
+        self.loss_sum, self.last_logged_step = None, step
+        self.timer_start = time.perf_counter()
+
+    def stack_numbers(self, steps: int, grad_norm: torch.Tensor, active: list[TrainedPart]) -> torch.Tensor:
+        """The numbers of a PendingRow, on the device; the loss is the mean of `steps` steps."""
+        run, guard = self.run, self.run.guard
+        numbers = [self.loss_sum / steps, grad_norm, guard.bad_run, guard.bad_total]
+        settings = [part.optimizer_settings() for part in active]
+        numbers += [values["d"] for values in settings if values.get("d") is not None]
+        stacked = torch.stack(numbers)
+        if run.accelerator.num_processes > 1:
+            stacked[0] = run.accelerator.reduce(stacked[0], reduction="sum")
+        return stacked
 
     def write_pending(self) -> None:
         """Waits for all rows that are on their way, and writes them."""
-        if any(event for *_, event, _ in self.pending):
+        if any(pending.event for pending in self.pending):
             torch.cuda.synchronize()
         self.write_arrived()
 
     def write_arrived(self) -> None:
-        """Writes the rows whose numbers have arrived. Errors: UserError after ten losses that aren't finite."""
-        while self.pending and (self.pending[0][3] is None or self.pending[0][3].query()):
-            self.write_row(*self.pending.pop(0))
+        """Writes the rows whose numbers have arrived.
 
-    def write_row(self, row: dict, rates: dict, arrived, event, bar) -> None:
-        """Writes the row of one log."""
-        loss, norm, bad_run, bad_total, *found = arrived.tolist()
-        for name, d in zip(rates, found, strict=False):  # the rates come first
-            rates[name] *= d
+        Errors: UserError after MAX_BAD_STEPS losses that aren't finite.
+        """
+        while self.pending and self.pending[0].has_arrived():
+            self.write_row(self.pending.pop(0))
+
+    def write_row(self, pending: PendingRow) -> None:
+        """Writes the row of one log, and warns of a loss that isn't finite. Errors: as `write_arrived`."""
+        loss, grad_norm, bad_run, bad_total, *estimates = pending.numbers.tolist()
+        row, rates = pending.row, pending.rates
+        # learning rates come first in `rates`; Prodigy multiplies them by its estimates
+        for name, estimate in zip(rates, estimates, strict=False):
+            rates[name] *= estimate
         skipped = {"skipped_steps": int(bad_total)} if bad_total else {}
-        self.write(row | {"loss": loss, "grad_norm": norm} | rates | skipped)
-        bar.set_postfix({"loss": f"{loss:.4f}"}, refresh=False)
+        self.write(row | {"loss": loss, "grad_norm": grad_norm} | rates | skipped)
+        pending.bar.set_postfix({"loss": f"{loss:.4f}"}, refresh=False)
         if bad_run:
             print_status(f"warning: step {row['step']}: the loss is {loss}; the step is left out")
-        if bad_run >= 10:
+        if bad_run >= MAX_BAD_STEPS:
             advice = "try --mixed_precision bf16 or a lower --learning_rate"
-            kept = last_checkpoint_note(Path(self.run.args.output_dir))
-            raise UserError(f"the loss has not been finite for {int(bad_run)} steps: {advice}{kept}")
+            checkpoint = last_checkpoint_note(Path(self.run.args.output_dir))
+            raise UserError(f"the loss has not been finite for {int(bad_run)} steps: {advice}{checkpoint}")
 
     def write(self, row: dict) -> None:
         """Appends a row to metrics.jsonl and sends it to the trackers.
 
-        Windows' spreadsheets lock the file: then later.
+        Numbers that aren't finite become text in the file. Where Windows has it locked for a spreadsheet, the
+        row is written with a later one.
         """
-        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
+        finite = {name: str(value) if is_infinite(value) else value for name, value in row.items()}
         if self.run.accelerator.is_main_process:
-            self.unwritten.append(json.dumps(finite) + "\n")
+            self.unwritten_lines.append(json.dumps(finite) + "\n")
             with contextlib.suppress(PermissionError), self.file.open("a", encoding="utf-8") as stream:
-                stream.writelines(self.unwritten)
-                self.unwritten.clear()
-        self.run.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+                stream.writelines(self.unwritten_lines)
+                self.unwritten_lines.clear()
+        values = {name: value for name, value in row.items() if name != "step"}
+        self.run.accelerator.log(values, step=row["step"])
 
-    def pause(self) -> None:
+    def restart_timer(self) -> None:
         """Leaves the time since the last log out of the step times."""
-        self.began = time.perf_counter()
+        self.timer_start = time.perf_counter()
 
     def close(self) -> None:
         """Writes what is pending, and prints the median step time."""
         self.write_pending()
-        if self.seconds:
-            print_status(f"median {sorted(self.seconds)[len(self.seconds) // 2]:.3f} s per step")
+        if self.step_seconds:
+            median = sorted(self.step_seconds)[len(self.step_seconds) // 2]
+            print_status(f"median {median:.3f} s per step")
+
+
+def is_infinite(value: object) -> bool:
+    """Whether a value is a number that JSON can't spell: infinite or NaN."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def start_trackers(run: Run) -> None:
@@ -118,9 +167,12 @@ def start_trackers(run: Run) -> None:
     args = run.args
     if not run.accelerator.log_with:
         return
-    inner = ("hub_token", "settings", "defaults", "sets", "command_line_flags", "family", "script")
-    public = {k: v for k, v in vars(args).items() if k not in inner}
-    config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public.items()}
-    own = {"wandb": {"name": args.run_name or Path(args.output_dir).resolve().name, "dir": args.output_dir}}
+    settings = {name: value for name, value in vars(args).items() if name not in INTERNAL_SETTINGS}
+    config = {
+        name: value if isinstance(value, int | float | str) else str(value)
+        for name, value in settings.items()
+    }
+    run_name = args.run_name or Path(args.output_dir).resolve().name
+    options = {"wandb": {"name": run_name, "dir": args.output_dir}}
     with progress("starting the trackers"):
-        run.accelerator.init_trackers(f"lora-{args.family.name}", config=config, init_kwargs=own)
+        run.accelerator.init_trackers(f"lora-{args.family.name}", config=config, init_kwargs=options)

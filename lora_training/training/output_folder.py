@@ -1,4 +1,4 @@
-"""The output folder: locked, checked for earlier results, cleared."""
+"""The output folder: made, locked, checked for earlier results, cleared."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from lora_training.console import QUIET, print_status
 from lora_training.errors import UserError
@@ -19,11 +20,20 @@ from lora_training.training.summary import RESULTS, print_summary
 if TYPE_CHECKING:
     import argparse
 
+FINISHED = "# finished: step "  # the last line of config.yaml, before the number
+# of a command rather than of a training, or secret
+UNRECORDED_SETTINGS = (
+    "hub_token",
+    "config",
+    "dry_run",
+    "resume_from_checkpoint",
+    "resume_anyway",
+    "local_rank",
+    "overwrite",
+)
 
-FINISHED = "# finished: step "
 
-
-def open_output_folder(args: argparse.Namespace):
+def open_output_folder(args: argparse.Namespace) -> contextlib.ExitStack:
     """For `with`: the output folder, locked; with --dry_run a temporary one.
 
     Signals are the system's again afterwards.
@@ -35,42 +45,26 @@ def open_output_folder(args: argparse.Namespace):
 
 
 @contextlib.contextmanager
-def temporary_output(args: argparse.Namespace):
-    """--dry_run: while inside, everything is written to a folder that goes afterwards, and nothing is
-    uploaded.
-    """
+def temporary_output(args: argparse.Namespace) -> Iterator[None]:
+    """--dry_run: while inside, all is written to a folder that is removed afterwards; nothing is uploaded."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        args.output_dir, args.cache_folder, args.push_to_hub, args.report_to = folder, None, False, "none"
+        args.output_dir, args.cache_folder = folder, None
+        args.push_to_hub, args.report_to = False, "none"
         if args.with_prior_preservation:
-            args.class_data_dir, args.num_class_images = tempfile.mkdtemp(dir=folder), 2
+            args.class_data_dir = tempfile.mkdtemp(dir=folder)
+            args.num_class_images = 2
         yield
 
 
 @contextlib.contextmanager
-def locked_output(args: argparse.Namespace):
-    """Makes the folders of a run and holds the output folder's lock, which says who writes there.
+def locked_output(args: argparse.Namespace) -> Iterator[None]:
+    """Makes the folders of a run and holds the output folder's lock, which names the process.
 
-    The system lets go of a lock when its process ends, however it ends: a dead run's is taken over. Errors:
+    The system releases a lock when its process ends, however it ends, so a dead run's can be taken. Errors:
     UserError if a folder can't be used, or another run writes to it.
     """
-    folders = {"output_dir": args.output_dir, "cache_folder": args.cache_folder}
-    logs = {"tensorboard", "all"} & set(args.report_to.split(","))
-    folders["logging_dir"] = Path(args.output_dir, args.logging_dir) if logs else None
-    folders["class_data_dir"] = args.class_data_dir if args.with_prior_preservation else None
-    for flag, folder in folders.items():
-        try:
-            if folder is not None:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-            if folder is not None and flag in (
-                "output_dir",
-                "logging_dir",
-            ):  # of the others much may be there already
-                with tempfile.TemporaryDirectory(dir=folder) as trial:
-                    Path(trial, "x" * 90).touch()  # Windows may end paths at 260 characters
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            raise UserError(f"--{flag} {folder} can't be written to: {why}") from None
-    if QUIET:
+    make_folders(args)
+    if QUIET:  # the first process has the lock
         yield
         return
     import platform
@@ -79,9 +73,8 @@ def locked_output(args: argparse.Namespace):
     with file.open("a+", encoding="utf-8", errors="replace") as lock:
         if not acquire_lock(lock):
             lock.seek(0)
-            raise UserError(
-                f"--output_dir {args.output_dir}: another run writes there ({lock.read().strip()})"
-            )
+            owner = lock.read().strip()
+            raise UserError(f"--output_dir {args.output_dir}: another run writes there ({owner})")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         lock.flush()
@@ -92,9 +85,31 @@ def locked_output(args: argparse.Namespace):
                 file.unlink(missing_ok=True)
 
 
-def acquire_lock(file) -> bool:
-    """Takes the system's lock of an open file, if no living process has it; a file system without locks gives
-    it.
+def make_folders(args: argparse.Namespace) -> None:
+    """Makes the folders that a run writes to. Errors: UserError that names the flag."""
+    uses_tensorboard = {"tensorboard", "all"} & set(args.report_to.split(","))
+    folders = {"output_dir": args.output_dir, "cache_folder": args.cache_folder}
+    if uses_tensorboard:
+        folders["logging_dir"] = Path(args.output_dir, args.logging_dir)
+    if args.with_prior_preservation:
+        folders["class_data_dir"] = args.class_data_dir
+    for flag, folder in folders.items():
+        if folder is None:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            if flag in ("output_dir", "logging_dir"):  # the others may hold what only has to be read
+                with tempfile.TemporaryDirectory(dir=folder) as trial:
+                    Path(trial, "x" * 90).touch()  # Windows may end paths at 260 characters
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"--{flag} {folder} can't be written to: {reason}") from None
+
+
+def acquire_lock(file: IO[str]) -> bool:
+    """Takes the system's lock of an open file; returns whether no other living process has it.
+
+    On a file system without locks it's always taken, with a note.
     """
     try:
         try:
@@ -109,86 +124,100 @@ def acquire_lock(file) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     except OSError:
-        print_status(
-            "note: this file system has no locks: see that no second run writes to the output folder"
-        )
+        problem = "this file system has no locks"
+        print_status(f"note: {problem}: see that no second run writes to the output folder")
     return True
 
 
 def is_finished(args: argparse.Namespace) -> bool:
-    """Whether the folder holds this very run, finished, which is said.
+    """Whether the folder holds this very run, finished; if so, prints its summary.
 
-    Errors: UserError if it holds something that would be lost: without --overwrite, results are gone on from,
-    and never written over.
+    Errors: UserError if it holds something that would be lost: without --overwrite, earlier results can be
+    gone on from, and are never written over.
     """
-    if args.dry_run:
+    if args.dry_run or args.overwrite:
         return False
-    output, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    files = [output / name.format(name=output.resolve().name) for name in RESULTS.values()]
-    found, there = [f for f in files if f.suffix == ".safetensors" and f.is_file()], list_checkpoints(output)
-    if args.overwrite or not (found or there):
+    output = Path(args.output_dir)
+    weights = [file for file in result_files(output) if file.suffix == ".safetensors" and file.is_file()]
+    checkpoints = list_checkpoints(output)
+    if not weights and not checkpoints:
         return False
     ways = "another --output_dir, or --overwrite"
-    before, step = earlier_settings(output)
-    now = kept_settings(args) | (
-        {"seed": before.get("seed")} if args.seed is None else {}
-    )  # one that was drawn
-    names = [
-        n for n in before | now if before.get(n, args.defaults.get(n)) != now.get(n)
-    ]  # one may be a newer flag
-    changed = [f"{name} {before.get(name)}, now {now.get(name)}" for name in names]
-    if found and step and not changed and wanted in (None, "latest"):
-        print_status(f"this run is finished, at step {step}; {ways}, trains anew")
+    recorded, last_step = read_recorded_settings(output)
+    changes = changed_settings(recorded, args)
+    if weights and last_step and not changes and args.resume_from_checkpoint in (None, "latest"):
+        print_status(f"this run is finished, at step {last_step}; {ways}, trains anew")
         print_summary(args)
         return True
-    if not wanted and found and (changed or not before):
-        raise UserError(
-            f"{output} holds another run's results ({', '.join(changed) or found[0].name}): {ways}"
-        )
-    if not wanted:
-        what = there[0].name if there else found[0].name
-        ways = "--resume_from_checkpoint latest goes on, --overwrite begins anew"
-        raise UserError(f"{output} holds {what} of a run that has not finished: {ways}")
-    begin = (there[0] if wanted == "latest" and there else Path(wanted)).name.removeprefix("checkpoint-")
-    if found and changed and (int(begin) if begin.isdecimal() else 0) < step:
-        raise UserError(f"{output} holds the results of step {step}, and {wanted} begins before: {ways}")
-    return False
+    if args.resume_from_checkpoint:
+        first_step = resumed_step(args.resume_from_checkpoint, checkpoints)
+        if weights and changes and first_step < last_step:
+            begin = f"{args.resume_from_checkpoint} begins before"
+            raise UserError(f"{output} holds the results of step {last_step}, and {begin}: {ways}")
+        return False
+    if weights and (changes or not recorded):
+        reason = ", ".join(changes) or weights[0].name
+        raise UserError(f"{output} holds another run's results ({reason}): {ways}")
+    ways = "--resume_from_checkpoint latest goes on, --overwrite begins anew"
+    newest = checkpoints[0] if checkpoints else weights[0]
+    raise UserError(f"{output} holds {newest.name} of a run that has not finished: {ways}")
 
 
-def kept_settings(args: argparse.Namespace) -> dict:
-    """The settings as they were given, but for what is secret and what is not the run's own: what config.yaml
-    holds.
+def result_files(output: Path) -> list[Path]:
+    """Where a run's results are, or will be."""
+    return [output / pattern.format(name=output.resolve().name) for pattern in RESULTS.values()]
+
+
+def changed_settings(recorded: dict, args: argparse.Namespace) -> list[str]:
+    """What differs between a run's settings and the recorded ones of an earlier run; a line for each."""
+    current = recorded_settings(args)
+    if args.seed is None:
+        current["seed"] = recorded.get("seed")  # it was drawn
+    lines = []
+    for name in recorded | current:  # one may be a flag that the earlier run did not have
+        default = args.defaults.get(name)
+        if recorded.get(name, default) != current.get(name, default):
+            lines.append(f"{name} {recorded.get(name)}, now {current.get(name)}")
+    return lines
+
+
+def resumed_step(name: str, checkpoints: list[Path]) -> int:
+    """The step of the checkpoint that --resume_from_checkpoint names; 0 if its name doesn't say.
+
+    checkpoints: those of the output folder, the latest first.
     """
-    left_out = {
-        "hub_token",
-        "config",
-        "dry_run",
-        "resume_from_checkpoint",
-        "resume_anyway",
-        "local_rank",
-        "overwrite",
-    }
-    return {
-        name: value for name, value in args.settings.items() if value is not None and name not in left_out
-    }
+    folder = checkpoints[0] if name == "latest" and checkpoints else Path(name)
+    step = folder.name.removeprefix("checkpoint-")
+    return int(step) if step.isdecimal() else 0
 
 
-def earlier_settings(output: Path) -> tuple[dict, int]:
-    """(what config.yaml says, the last step if that run has finished, else 0); ({}, 0) where there is none."""
+def recorded_settings(args: argparse.Namespace) -> dict:
+    """The settings as they were given, without UNRECORDED_SETTINGS: what config.yaml holds."""
+    settings = {name: value for name, value in args.settings.items() if value is not None}
+    return {name: value for name, value in settings.items() if name not in UNRECORDED_SETTINGS}
+
+
+def read_recorded_settings(output: Path) -> tuple[dict, int]:
+    """(the settings in config.yaml, the last step if that run has finished, else 0).
+
+    ({}, 0) where there is none.
+    """
     import yaml
 
     try:
         text = (output / "config.yaml").read_text(encoding="utf-8")
-        settings, step = dict(yaml.safe_load(text)), text.rpartition(FINISHED)[2].strip()
+        settings = dict(yaml.safe_load(text))
+        step = text.rpartition(FINISHED)[2].strip()
         return settings, int(step) if step.isdecimal() else 0
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return {}, 0
 
 
-def clear_output(output: Path) -> None:
+def clear_output_folder(output: Path) -> None:
     """Before the first step: removes what another run has left, and nothing that is a person's own."""
     for folder in (*list_checkpoints(output), *output.glob("samples/step-[0-9]*")):
         shutil.rmtree(folder, ignore_errors=True)
-    for name in (*RESULTS.values(), "verdict.json", "metrics.jsonl", "crash.log"):
+    others = [output / name for name in ("verdict.json", "metrics.jsonl", "crash.log")]
+    for file in result_files(output) + others:
         with contextlib.suppress(PermissionError):  # on Windows: open in another program
-            (output / name.format(name=output.resolve().name)).unlink(missing_ok=True)
+            file.unlink(missing_ok=True)

@@ -1,15 +1,23 @@
-"""The state of a run."""
+"""The state of a run, and what its processes do together."""
 
 from __future__ import annotations
 
 import contextlib
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
+from lora_training.console import print_status
+from lora_training.errors import Interrupted
+from lora_training.training.summary import print_summary
+
 if TYPE_CHECKING:
     import argparse
+
+    from accelerate import Accelerator
 
     from lora_training.base_model.components import Components
     from lora_training.data.batches import BatchPlan
@@ -25,35 +33,34 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """Everything that the loop uses; `prepare_run` fills it from top to bottom."""
+    """Everything that the loop uses; the recipe's `prepare_run` fills it from top to bottom."""
 
     args: argparse.Namespace
-    accelerator: object
+    accelerator: Accelerator
     stop: StopSignal
     components: Components = None
-    findings: list[str] = field(default_factory=list)  # what will hurt in the data
+    findings: list[str] = field(default_factory=list)  # what in the data will hurt the result
     data: TrainingData = None
     plan: BatchPlan = None
     max_steps: int = 0
-    plan_size: tuple[int, int] = (0, 0)  # width and height of validation images
+    validation_size: tuple[int, int] = (0, 0)  # (width, height) of validation images
     validation_steps: set[int] = field(default_factory=set)
-    scheduler: object = None
+    scheduler: object = None  # diffusers' scheduler of the noise that is trained on
     prompts: Prompts = None
-    abstractions: dict[str, list[str]] = field(default_factory=dict)
+    abstractions: dict[str, list[str]] = field(default_factory=dict)  # word in captions: its new tokens
     sample_prompts: list[str] = field(default_factory=list)
     control_prompts: list[str] = field(default_factory=list)
-    rows: dict[str, TokenRows] = field(default_factory=dict)  # by encoder key
-    lora_modules: dict[str, object] = field(default_factory=dict)  # pipeline name -> module
-    start: dict[str, dict] = field(
-        default_factory=dict
-    )  # --init_lora: weights by pipeline name and peft's key
-    initial_states: dict = field(default_factory=dict)
-    norms: dict | None = None  # --use_dora: what `neighbours_norms` found
-    denoiser: object = None
+    token_rows: dict[str, TokenRows] = field(default_factory=dict)  # by encoder key
+    lora_modules: dict[str, torch.nn.Module] = field(default_factory=dict)  # by name in the pipeline
+    # --init_lora: weights by module name and peft's key
+    initial_lora: dict[str, dict] = field(default_factory=dict)
+    initial_states: dict[str, dict] = field(default_factory=dict)  # of each LoRA, before the first step
+    dora_norms: dict | None = None  # --use_dora: what `neighbours_norms` has read of the base
+    denoiser: torch.nn.Module = None
     parts: list[TrainedPart] = field(default_factory=list)
     guard: NonFiniteGuard = None
-    graphs: CudaGraphs | None = None
-    probe: object | None = None  # what training has changed is measured by it
+    cuda_graphs: CudaGraphs | None = None
+    probe: object | None = None  # validation's Probe, which measures what was learned and forgotten
 
     @property
     def family(self) -> Family:
@@ -65,32 +72,33 @@ class Run:
         return [*self.sample_prompts, *self.control_prompts]
 
     @property
-    def compares(self) -> bool:
-        """Whether the run draws pictures before and after, for comparison.png."""
+    def draws_comparison(self) -> bool:
+        """Whether pictures are drawn before and after the training, for comparison.png."""
         return bool(self.sample_prompts) and not self.args.skip_final_inference
 
-    def autocast(self):
-        """For DoRA, whose magnitudes stay in float32; everything else computes in its modules' own precision."""
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """For DoRA, whose magnitudes stay in float32; all else computes in its modules' own precision."""
         return self.accelerator.autocast() if self.args.use_dora else contextlib.nullcontext()
 
     def trains_text_at(self, step: int) -> bool:
         """Whether step `step` trains something that text embeddings depend on."""
-        return any(p.name != "denoiser" and step < p.last_step for p in self.parts)
+        return any(part.name != "denoiser" and step < part.last_step for part in self.parts)
 
 
-def on_main_process(run: Run, work, *arguments, draws: bool = False) -> None:
-    """Runs something on the main process while the others wait.
+def on_main_process(run: Run, function: Callable, *arguments: object, uses_denoiser: bool = False) -> None:
+    """Calls a function on the main process while the others wait.
 
-    draws: it draws pictures, which takes all where the base is sharded.
+    uses_denoiser: every process calls it if the base is sharded, since each has a shard of every layer.
     """
-    if run.accelerator.is_main_process or (draws and run.components.sharded):
-        work(*arguments)
+    if run.accelerator.is_main_process or (uses_denoiser and run.components.sharded):
+        function(*arguments)
     run.accelerator.wait_for_everyone()
 
 
 def stop_requested(run: Run, step: int) -> int:
-    """The number of the signal that any process has received, or 0; agreed between processes, every ten
-    steps.
+    """The number of the signal that any process has received, or 0.
+
+    Several processes agree on it every ten steps.
     """
     if run.accelerator.num_processes == 1:
         return run.stop.number
@@ -98,3 +106,14 @@ def stop_requested(run: Run, step: int) -> int:
         return 0
     numbers = run.accelerator.gather(torch.tensor([run.stop.number], device=run.accelerator.device))
     return int(numbers.max())
+
+
+def stop_run(run: Run, number: int, step: int) -> None:
+    """Ends a run that signal `number` has stopped after a step, whose checkpoint is written.
+
+    Errors: always Interrupted, with the exit code.
+    """
+    name = signal.Signals(number).name
+    print_status(f"stopped by signal {number} ({name}) after step {step}; checkpoint-{step} is written")
+    print_summary(run.args, run.accelerator.num_processes, stopped_at=step)
+    raise Interrupted(128 + number)

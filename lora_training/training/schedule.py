@@ -1,41 +1,71 @@
-"""The steps at which a run is validated, and the prompts that are drawn then."""
+"""How many steps a run has, and after which of them it is validated."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from lora_training.data.captions import prepend_trigger
+from lora_training.console import print_status
 from lora_training.files import read_metrics
 
 if TYPE_CHECKING:
     import argparse
 
-    from lora_training.data.folders import Example
     from lora_training.training.run import Run
 
 
+def plan_steps(run: Run) -> None:
+    """Sets the number of steps, those after which validation runs, and the size of validation images."""
+    args, data = run.args, run.data
+    steps_per_epoch = run.plan.per_epoch / args.gradient_accumulation_steps
+    run.max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
+    if args.num_validation_images or args.validation_split:
+        run.validation_steps = validation_schedule(args, run.max_steps, steps_per_epoch)
+    image_counts = Counter(example.bucket for example in data.examples)
+    fullest_bucket = image_counts.most_common(1)[0][0]
+    run.validation_size = data.buckets[fullest_bucket]
+
+
 def validation_schedule(args: argparse.Namespace, max_steps: int, steps_per_epoch: float) -> set[int]:
-    """The steps after which validation runs: as the flags say, else about five times; always at the end."""
-    every = args.validation_steps or (
-        max(1, round(args.validation_epochs * steps_per_epoch))
-        if args.validation_epochs
-        else max(1, max_steps // 5)
-    )
-    return set(range(every, max_steps, every)) | {max_steps}
+    """The steps after which validation runs: as the flags say, else about five times; always the last."""
+    if args.validation_steps:
+        interval = args.validation_steps
+    elif args.validation_epochs:
+        interval = max(1, round(args.validation_epochs * steps_per_epoch))
+    else:
+        interval = max(1, max_steps // 5)
+    return set(range(interval, max_steps, interval)) | {max_steps}
 
 
-def is_due(run: Run, step: int) -> bool:
-    """Whether a step's validation is still to be done, or to be finished: its row in metrics.jsonl is the
-    last that it writes.
+def validation_is_due(run: Run, step: int) -> bool:
+    """Whether the validation after `step` is still to be done, or to be finished.
+
+    The last thing that it writes is its row in metrics.jsonl.
     """
     if step not in run.validation_steps:
         return False
-    return not any(row["step"] == step and "learned" in row for row in read_metrics(run.args.output_dir))
+    rows = read_metrics(run.args.output_dir)
+    return not any(row["step"] == step and "learned" in row for row in rows)
 
 
-def default_prompts(args: argparse.Namespace, examples: list[Example]) -> list[str]:
-    """What pictures show: the validation prompts, else two captions."""
-    if args.num_validation_images == 0 or (args.skip_final_inference and not args.validation_prompt):
-        return []
-    captions = [prepend_trigger(e.captions[0], e.set_args.trigger_word) for e in examples if not e.held_out]
-    return list(args.validation_prompt or dict.fromkeys(captions))[: None if args.validation_prompt else 2]
+def report_plan(run: Run) -> None:
+    """Prints how many images, batches and steps there are."""
+    args, plan = run.args, run.plan
+    processes, accumulated = run.accelerator.num_processes, args.gradient_accumulation_steps
+    batch = f"{args.train_batch_size} x {processes} processes x {accumulated} accumulated"
+    epoch = f"{len(plan.buckets)} images, {plan.per_epoch} batches per epoch"
+    print_status(f"{epoch}, {run.max_steps} steps, batch {batch}")
+
+
+def report_parts(run: Run) -> None:
+    """Prints what is trained, how long and how fast."""
+    for part in run.parts:
+        size = f"{part.weights.numel() / 1e6:.3f} million parameters"
+        steps = f"steps 1 to {part.last_step}, learning rate {part.learning_rate:g}"
+        print_status(f"training {part.name}: {size}, {steps}")
+    if run.args.deepspeed:
+        mib = sum(part.weights.numel() for part in run.parts) * 8 / 2**20
+        state = f"the optimizer's state ({mib:.0f} MiB) isn't split"
+        way_out = "config/accelerate_config_fsdp2.yaml splits the base"
+        print_status(f"DeepSpeed's launcher: trained as with DDP; {state}, and {way_out}")

@@ -1,4 +1,4 @@
-"""The last lines of a run, and commands that go on from it."""
+"""The last lines of a run: its files, and the commands that draw with them or go on from them."""
 
 from __future__ import annotations
 
@@ -23,49 +23,80 @@ RESULTS = {  # what a finished run has to show, in the order in which a person w
     "pictures": "comparison.png",
     "report": "report.html",
 }
+RESUME_LATEST = ("--resume_from_checkpoint", "latest")
 
 
-def print_summary(args: argparse.Namespace, processes: int = 1, stopped: int = 0) -> None:
-    """The last lines: which step to take, where the files are, and what draws with them.
+def print_summary(args: argparse.Namespace, processes: int = 1, stopped_at: int = 0) -> None:
+    """Prints which step to take, where the files are, and the commands that use them.
 
-    stopped: the step after which a signal ended the run; its checkpoint's files are shown, and what goes on
-    from there.
+    stopped_at: the step after which a signal ended the run, else 0; then the lines are about its checkpoint.
     """
-    output = Path(args.output_dir)
-    place, name = output / f"checkpoint-{stopped}" if stopped else output, output.resolve().name
     if args.dry_run:
         return
-    if not stopped and (file := output / "verdict.json").is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        print_status("\n".join(f"advice: {line}" for line in (found["text"], *found["warnings"])))
-    for what, pattern in RESULTS.items():
-        folder = place if pattern.endswith("safetensors") else output
-        if (file := folder / pattern.format(name=name)).is_file():
-            print_status(f"{what:12}{file}")
-    prompt = (args.validation_prompt or [""])[0]
+    output = Path(args.output_dir)
+    weights_folder = output / f"checkpoint-{stopped_at}" if stopped_at else output
+    if not stopped_at:
+        print_advice(output)
+    for title, pattern in RESULTS.items():
+        folder = weights_folder if pattern.endswith("safetensors") else output
+        file = folder / pattern.format(name=output.resolve().name)
+        if file.is_file():
+            print_status(f"{title:12}{file}")
+    prompt = one_line(example_prompt(args)) or "a picture"
+    project = args.script.parent
+    draw = command_line(project, "run_lora_infer", "infer_lora.py", [], weights_folder, "--prompt", prompt)
+    print_status(f"{'draw':12}{draw}")
+    if stopped_at:
+        print_status(f"{'go on':12}{resume_command(args, processes)}")
+
+
+def print_advice(output: Path) -> None:
+    """Prints what verdict.json advises, if the run has one."""
+    file = output / "verdict.json"
+    if file.is_file():
+        verdict = json.loads(file.read_text(encoding="utf-8"))
+        lines = (verdict["text"], *verdict["warnings"])
+        print_status("\n".join(f"advice: {line}" for line in lines))
+
+
+def example_prompt(args: argparse.Namespace) -> str:
+    """A prompt that shows what was trained: of validation, or a training caption; empty if there is none."""
+    if args.validation_prompt and args.validation_prompt[0]:
+        return args.validation_prompt[0]
     with contextlib.suppress(OSError, ValueError, LookupError):
-        caption = json.loads((output / "data.json").read_text(encoding="utf-8"))["captions"][0][1]
-        prompt = prompt or prepend_trigger(caption, (*args.triggers, None)[0])
-    home, drawing = args.script.parent, (place, "--prompt", one_line(prompt) or "a picture")
-    print_status(f"{'draw':12}{command_line(home, 'run_lora_infer', 'infer_lora.py', [], *drawing)}")
-    if stopped:
-        resume = "--resume_from_checkpoint", "latest"
-        flags = "--config", output / "config.yaml", *resume
-        again = command_line(home, "run_lora_train", args.script.name, [args.family.name], *flags)
-        again = again if processes == 1 else f"the same command with {' '.join(resume)}"
-        print_status(f"{'go on':12}{again}")
+        data = json.loads(Path(args.output_dir, "data.json").read_text(encoding="utf-8"))
+        caption = data["captions"][0][1]
+        return prepend_trigger(caption, args.triggers[0] if args.triggers else None)
+    return ""
 
 
-def command_line(home: Path, wrapper: str, program: str, first: list[str], *words: object) -> str:
-    """A command line that works here: one of the project's wrappers (its `first` argument: the family) in the
-    project's own folder, `home`, else its Python file.
+def resume_command(args: argparse.Namespace, processes: int) -> str:
+    """The command that goes on from a run's last checkpoint."""
+    if processes > 1:
+        return f"the same command with {' '.join(RESUME_LATEST)}"
+    flags = ("--config", Path(args.output_dir) / "config.yaml", *RESUME_LATEST)
+    first = [args.family.name]
+    return command_line(args.script.parent, "run_lora_train", args.script.name, first, *flags)
+
+
+def command_line(
+    project: Path, wrapper: str, program: str, wrapper_arguments: list[str], *arguments: object
+) -> str:
+    """A command line for the system's own shell that starts one of the project's programs.
+
+    It is the project's wrapper, with `wrapper_arguments` first, if the current folder is the project's, else
+    Python with the program's file.
     """
     import subprocess
 
-    windows = sys.platform == "win32"
-    file = home / f"{wrapper}{'.bat' if windows else '.sh'}"
-    line = [*["bash"] * (not windows), file.name, *first] if file.is_file() and Path.cwd() == home else None
-    if line is None and not (home / program).is_file():
+    is_windows = sys.platform == "win32"
+    wrapper_file = project / f"{wrapper}{'.bat' if is_windows else '.sh'}"
+    if wrapper_file.is_file() and Path.cwd() == project:
+        shell = [] if is_windows else ["bash"]
+        argv = [*shell, wrapper_file.name, *wrapper_arguments, *arguments]
+    elif (project / program).is_file():
+        argv = [sys.executable, project / program, *arguments]
+    else:
         return "README.md there has the lines for diffusers"
-    line = [*(line or [sys.executable, home / program]), *words]
-    return (subprocess.list2cmdline if windows else shlex.join)(map(str, line))
+    quote = subprocess.list2cmdline if is_windows else shlex.join
+    return quote([str(argument) for argument in argv])

@@ -1,4 +1,4 @@
-"""The trained weights as files."""
+"""The trained weights as files: LoRA, new tokens' embeddings, and the base with the LoRA merged in."""
 
 from __future__ import annotations
 
@@ -28,78 +28,93 @@ from lora_training.training.lora_metadata import lora_metadata
 if TYPE_CHECKING:
     from lora_training.training.run import Run
 
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+
 
 def save_weights(run: Run) -> None:
     """Writes LoRA and embeddings to the output folder."""
-    with staging_folder(Path(run.args.output_dir), "LoRA") as part, averaged_weights(run.parts):
-        write_weights(run, part, torch.float32 if run.args.upcast_before_saving else run.components.dtype)
+    dtype = torch.float32 if run.args.upcast_before_saving else run.components.dtype
+    with staging_folder(Path(run.args.output_dir), "LoRA") as folder, averaged_weights(run.parts):
+        write_weights(run, folder, dtype)
 
 
-def write_weights(run: Run, folder: Path, dtype) -> None:
-    """Writes the LoRA (diffusers, and kohya/ComfyUI keys) and the token embeddings into a folder."""
-    args, name = run.args, Path(run.args.output_dir).resolve().name
-    for part in run.parts:
-        if not part.weights.isfinite().all():
-            advice = "a lower --learning_rate or weight decay, or a higher --adam_epsilon"
-            kept = last_checkpoint_note(Path(args.output_dir))
-            raise UserError(
-                f"the {part.name}'s weights are no longer finite, and are not saved: try {advice}{kept}"
-            )
+def write_weights(run: Run, folder: Path, dtype: torch.dtype) -> None:
+    """Writes the LoRA, once with diffusers' and once with kohya's keys, and the embeddings into a folder.
+
+    dtype: of the LoRA; embeddings are float32. Errors: UserError for weights that aren't finite.
+    """
+    check_finite(run)
+    name = Path(run.args.output_dir).resolve().name
     if run.lora_modules:
-        states = {part: lora_state(module, run.parts) for part, module in run.lora_modules.items()}
-        states, alpha, rank = reference_free(states, run.initial_states, args)
-        states = {part: {k: v.to(dtype) for k, v in state.items()} for part, state in states.items()}
-        about = lora_metadata(run, alpha, rank)
-        write_diffusers_file(run, folder / "pytorch_lora_weights.safetensors", states, alpha, rank, about)
-        config, scale = (
-            run.components.config(args.family.denoiser),
-            math.sqrt(rank) if args.use_rslora else 1.0,
-        )
-        if args.use_dora and run.norms is None:  # once, for it reads the base
-            run.norms = neighbours_norms(
-                run.family,
-                run.components.folder_of(args.family.denoiser),
-                states[args.family.denoiser],
-                config,
-            )
-        exported = kohya_state(run.family, states, alpha * scale, config, run.norms, alpha * scale / rank)
-        exported = {k: v.contiguous() for k, v in exported.items()}
-        save_file(exported, folder / f"{name}.safetensors", metadata=about | tensor_hashes(exported))
-    if run.rows:
-        tables = {key: row.weight.detach().float().cpu().clone() for key, row in run.rows.items()}
+        write_lora(run, folder, name, dtype)
+    if run.token_rows:
+        tables = {key: rows.weight.detach().float().cpu().clone() for key, rows in run.token_rows.items()}
         save_file(tables, folder / f"{name}_emb.safetensors", metadata={"format": "pt"})
 
 
+def check_finite(run: Run) -> None:
+    """Errors: UserError if weights aren't finite; they are never saved."""
+    for part in run.parts:
+        if not part.weights.isfinite().all():
+            problem = f"the {part.name}'s weights are no longer finite, and are not saved"
+            advice = "try a lower --learning_rate or weight decay, or a higher --adam_epsilon"
+            checkpoint = last_checkpoint_note(Path(run.args.output_dir))
+            raise UserError(f"{problem}: {advice}{checkpoint}")
+
+
+def write_lora(run: Run, folder: Path, name: str, dtype: torch.dtype) -> None:
+    """Writes the LoRA as diffusers' file and as NAME.safetensors, with kohya's keys."""
+    args, family = run.args, run.family
+    states = {part: lora_state(module, run.parts) for part, module in run.lora_modules.items()}
+    states, alpha, rank = reference_free(states, run.initial_states, args)
+    for part, state in states.items():
+        states[part] = {key: value.to(dtype) for key, value in state.items()}
+    metadata = lora_metadata(run, alpha, rank)
+    write_diffusers_file(run, folder / DIFFUSERS_FILE, states, alpha, rank, metadata)
+    config = run.components.config(family.denoiser)
+    if args.use_dora and run.dora_norms is None:  # once, since it reads the base
+        denoiser_folder = run.components.folder_of(family.denoiser)
+        run.dora_norms = neighbours_norms(family, denoiser_folder, states[family.denoiser], config)
+    if args.use_rslora:
+        alpha *= math.sqrt(rank)  # kohya's scripts divide by the rank, rsLoRA by its root
+    tensors = kohya_state(family, states, alpha, config, run.dora_norms, alpha / rank)
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(tensors, folder / f"{name}.safetensors", metadata=metadata | tensor_hashes(tensors))
+
+
 def write_diffusers_file(
-    run: Run, file: Path, states: dict, alpha: float, rank: int, about: dict[str, str]
+    run: Run, file: Path, states: dict[str, dict], alpha: float, rank: int, metadata: dict[str, str]
 ) -> None:
-    """The LoRA as the family's pipeline writes it, with alpha and rank in its metadata, and `about`."""
+    """Writes the LoRA as the family's pipeline does, with alpha and rank, and with `metadata`.
+
+    states: pipeline name -> weights with peft's keys.
+    """
     from diffusers.training_utils import _collate_lora_metadata
 
     arguments = _collate_lora_metadata(run.lora_modules)  # without it alpha is lost
     for part, state in states.items():
-        arguments[f"{part}_lora_layers"] = (
-            to_diffusers_keys(state, run.family.diffusers_spelling)
-            if part == run.family.denoiser
-            else text_encoder_keys(state)
-        )
-        metadata = arguments[f"{part}_lora_adapter_metadata"]
-        metadata |= (
-            {"lora_alpha": alpha, "r": rank, "init_lora_weights": True} if "lora_alpha" in metadata else {}
-        )
-        metadata |= {key: sorted(value) for key, value in metadata.items() if isinstance(value, set)}
-    import_class("diffusers", run.family.pipeline_class).save_lora_weights(
-        file.parent, weight_name=file.name, **arguments
-    )
-    tensors, own = read_safetensors(file)  # the pipeline takes no other metadata than its own
-    save_file(tensors, file, metadata=about | {"modelspec.implementation": "diffusers"} | own)
+        if part == run.family.denoiser:
+            arguments[f"{part}_lora_layers"] = to_diffusers_keys(state, run.family.diffusers_spelling)
+        else:
+            arguments[f"{part}_lora_layers"] = text_encoder_keys(state)
+        adapter_config = arguments[f"{part}_lora_adapter_metadata"]
+        if "lora_alpha" in adapter_config:
+            adapter_config |= {"lora_alpha": alpha, "r": rank, "init_lora_weights": True}
+        for key, value in adapter_config.items():
+            if isinstance(value, set):  # which JSON doesn't have
+                adapter_config[key] = sorted(value)
+    pipeline_class = import_class("diffusers", run.family.pipeline_class)
+    pipeline_class.save_lora_weights(file.parent, weight_name=file.name, **arguments)
+    tensors, written = read_safetensors(file)  # the pipeline takes no other metadata than its own
+    save_file(tensors, file, metadata=metadata | {"modelspec.implementation": "diffusers"} | written)
 
 
 def save_merged(run: Run, folder: Path) -> None:
     """Writes the base with the LoRA merged in, as a diffusers folder."""
-    components, kind = run.components, import_class("diffusers", run.family.pipeline_class)
-    pipeline = kind.from_pretrained(components.folder, dtype=components.dtype)
-    pipeline.load_lora_weights(run.args.output_dir, weight_name="pytorch_lora_weights.safetensors")
+    components = run.components
+    pipeline_class = import_class("diffusers", run.family.pipeline_class)
+    pipeline = pipeline_class.from_pretrained(components.folder, dtype=components.dtype)
+    pipeline.load_lora_weights(run.args.output_dir, weight_name=DIFFUSERS_FILE)
     pipeline.fuse_lora(components=list(run.lora_modules), safe_fusing=True)
     pipeline.unload_lora_weights()
     pipeline.save_pretrained(folder)

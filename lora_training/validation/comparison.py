@@ -1,57 +1,94 @@
-"""The comparison image: before and after."""
+"""The comparison image: training pictures, and what is drawn before and after the training."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 if TYPE_CHECKING:
     from lora_training.training.run import Run
 
+COLUMNS = 4  # of tiles; fewer pictures leave room
+MARGIN, LABEL_WIDTH, HEADING_HEIGHT = 12, 120, 34  # pixels
+TILE_SIDE = 384  # pixels of a tile's longer side
+ENLARGED_SIDE = 224  # pictures of at most so many pixels, as toys draw them, are enlarged by a whole number
+MAX_PROMPTS = 6
 
-def comparison_image(run: Run):
-    """The picture to look at: training images, each prompt before and after with the same seeds, and control
-    prompts.
+
+class Block(NamedTuple):
+    """A heading, and rows of pictures below it. rows: {label: files from left to right}."""
+
+    heading: str
+    rows: dict[str, list[Path]]
+
+
+def comparison_image(run: Run) -> Image.Image | None:
+    """Training pictures, each prompt before and after with the same seeds, and control prompts.
 
     None if the run has not drawn all of them.
     """
-    from PIL import ImageDraw, ImageFont
-
-    output, shown = Path(run.args.output_dir), min(run.args.num_validation_images, 4)
-    steps = {"before": 0, "with the\nLoRA" if run.lora_modules else "with the\nnew tokens": run.max_steps}
-    blocks = [("trained on", {"": sorted(output.glob("training_pictures/*.png"))})]
-    groups = [(prompt, f"{p:02d}_*") for p, prompt in enumerate(run.sample_prompts[:6])]
-    for heading, pattern in (*groups, (f"should not change: {', '.join(run.control_prompts)}", "control_*")):
-        rows = {
-            name: sorted(output.glob(f"samples/step-{step:06d}/{pattern}")) for name, step in steps.items()
-        }
-        blocks.append((heading, rows))
-    if not run.compares or any(len(files) < shown for _, rows in blocks[1:] for files in rows.values()):
+    training, *drawn = comparison_blocks(run)
+    count = min(run.args.num_validation_images, COLUMNS)
+    is_complete = all(len(files) >= count for block in drawn for files in block.rows.values())
+    if not run.draws_comparison or not is_complete:
         return None
-    whole = 224 // max(run.plan_size)  # toys draw 64 pixels
-    tile = tuple(round(side * (whole or 384 / max(run.plan_size))) for side in run.plan_size)
-    font, small = ImageFont.load_default(20), ImageFont.load_default(16)
-    margin, label, head, columns = 12, 120, 34, max(4, shown)
-    width = label + columns * (tile[0] + margin) + margin
-    height = sum(head + margin + (tile[1] + margin) * len(rows) for _, rows in blocks)
-    sheet = Image.new("RGB", (width, height), "white")
-    pen, y = ImageDraw.Draw(sheet), margin
-    for heading, rows in blocks:
-        heading = heading[:300]
-        while pen.textlength(heading, font=font) > width - 2 * margin:
-            heading = heading[:-2] + "…"
-        pen.text((margin, y), heading, fill="black", font=font)
-        y += head
-        for name, files in rows.items():
-            pen.text((margin, y + tile[1] // 2 - 16), name, fill="#444", font=small)
-            for k, file in enumerate(files[:columns]):
+    return draw_blocks([training, *drawn], run.validation_size)
+
+
+def comparison_blocks(run: Run) -> list[Block]:
+    """Training pictures, then a block for each prompt and one for the control prompts."""
+    output = Path(run.args.output_dir)
+    after = "with the\nLoRA" if run.lora_modules else "with the\nnew tokens"
+    steps = {"before": 0, after: run.max_steps}
+    patterns = [(prompt, f"{number:02d}_*") for number, prompt in enumerate(run.sample_prompts[:MAX_PROMPTS])]
+    patterns.append((f"should not change: {', '.join(run.control_prompts)}", "control_*"))
+    blocks = [Block("trained on", {"": sorted(output.glob("training_pictures/*.png"))})]
+    for heading, pattern in patterns:
+        rows = {}
+        for label, step in steps.items():
+            rows[label] = sorted(output.glob(f"samples/step-{step:06d}/{pattern}"))
+        blocks.append(Block(heading, rows))
+    return blocks
+
+
+def draw_blocks(blocks: list[Block], size: tuple[int, int]) -> Image.Image:
+    """The blocks below each other, on white. size: (width, height) of the drawn pictures."""
+    enlargement = ENLARGED_SIDE // max(size)  # 0 for what is larger
+    scale = enlargement or TILE_SIDE / max(size)
+    tile_width, tile_height = (round(side * scale) for side in size)
+    width = LABEL_WIDTH + COLUMNS * (tile_width + MARGIN) + MARGIN
+    rows = sum(len(block.rows) for block in blocks)
+    height = len(blocks) * (HEADING_HEIGHT + MARGIN) + rows * (tile_height + MARGIN)
+    canvas = Image.new("RGB", (width, height), "white")
+    draw, y = ImageDraw.Draw(canvas), MARGIN
+    heading_font, label_font = ImageFont.load_default(20), ImageFont.load_default(16)
+    for block in blocks:
+        heading = shorten(block.heading, heading_font, width - 2 * MARGIN)
+        draw.text((MARGIN, y), heading, fill="black", font=heading_font)
+        y += HEADING_HEIGHT
+        for label, files in block.rows.items():
+            draw.text((MARGIN, y + tile_height // 2 - 16), label, fill="#444", font=label_font)
+            for column, file in enumerate(files[:COLUMNS]):
                 with Image.open(file) as image:
-                    sharp = whole and image.width == run.plan_size[0]
-                    method = Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS
-                    fitted = ImageOps.pad(image.convert("RGB"), tile, method, color="white")
-                sheet.paste(fitted, (label + k * (tile[0] + margin), y))
-            y += tile[1] + margin
-        y += margin
-    return sheet
+                    keeps_pixels = enlargement > 0 and image.width == size[0]
+                    tile = fit_tile(image, (tile_width, tile_height), keeps_pixels)
+                canvas.paste(tile, (LABEL_WIDTH + column * (tile_width + MARGIN), y))
+            y += tile_height + MARGIN
+        y += MARGIN
+    return canvas
+
+
+def shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """A text, cut with an ellipsis to a width in pixels."""
+    text = text[:300]
+    while font.getlength(text) > width:
+        text = text[:-2] + "…"
+    return text
+
+
+def fit_tile(image: Image.Image, size: tuple[int, int], keeps_pixels: bool) -> Image.Image:
+    """A picture scaled into a tile, with white beside it. keeps_pixels: pixels become squares, unblurred."""
+    method = Image.Resampling.NEAREST if keeps_pixels else Image.Resampling.LANCZOS
+    return ImageOps.pad(image.convert("RGB"), size, method, color="white")

@@ -1,10 +1,10 @@
-"""What training has learned and forgotten, measured on fixed pictures and noise."""
+"""What training has learned and forgotten, measured on pictures and noise that stay the same."""
 
 from __future__ import annotations
 
-import contextlib
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -13,21 +13,32 @@ from lora_training.console import progress
 from lora_training.data.batches import Slot
 from lora_training.data.captions import prepend_trigger
 from lora_training.data.samples import collate
-from lora_training.optim.parts import averaged_weights, restored_afterwards
+from lora_training.optim.parts import averaged_weights
 from lora_training.seeds import stable_seed, validation_seed
 from lora_training.tensors import move_to_device
 from lora_training.text.words import insert_tokens
-from lora_training.validation.drawing import decode_latents, evaluating, sample_latents_of, save_sample
+from lora_training.validation.drawing import evaluation_mode, initial_weights
+from lora_training.validation.sample_images import draw_control_images
 
 if TYPE_CHECKING:
-    import argparse
-
-    from lora_training.data.folders import Example
     from lora_training.training.run import Run
 
 QUANTILES = (0.125, 0.375, 0.625, 0.875)  # of the noise levels, at which losses are measured
+PROBED_IMAGES = 8  # training images, at most
 
-NEUTRAL_PROMPTS = ("a photograph of a street in a town", "a portrait of a woman")
+
+class ProbeBatch(NamedTuple):
+    """A batch of one picture with fixed noise, and its caption."""
+
+    batch: dict
+    caption: str
+
+
+class Measurement(NamedTuple):
+    """What the denoiser makes of a ProbeBatch: its loss, and its prediction (1, C, H, W) or as tokens."""
+
+    loss: float
+    prediction: torch.Tensor
 
 
 class Probe:
@@ -38,149 +49,117 @@ class Probe:
     that the base has drawn, relative to how far that for the trained captions has moved (root mean squares).
     """
 
-    def __init__(self, run: Run, first_step: int, draw_noise, predict) -> None:
+    def __init__(self, run: Run, first_step: int, draw_noise: Callable, predict: Callable) -> None:
         """draw_noise, predict: the recipe's functions of these names."""
         self.run, self.draw_noise, self.predict = run, draw_noise, predict
-        examples, chosen = run.data.examples, probed_images(run)
-        pairs = [(chosen[k % len(chosen)], QUANTILES[(k + k // len(chosen)) % 4]) for k in range(8)]
-        held_out = [(i, q) for i, e in enumerate(examples) if e.held_out for q in QUANTILES]
-        self.rows = {
-            "trained": [self.row(*pair) for pair in pairs],
-            "held_out": [self.row(*pair) for pair in held_out],
+        self.batches: dict[str, list[ProbeBatch]] = {
+            "trained": self.trained_batches(),
+            "held_out": self.held_out_batches(),
         }
-        with base_alone(run), evaluating(run), torch.no_grad(), progress("probes of the base"):
-            self.rows["control"] = self.control_rows(draw_control(run, 0, keep=first_step == 0))
-            self.base = {kind: [self.look(*row) for row in rows] for kind, rows in self.rows.items()}
+        with initial_weights(run), evaluation_mode(run), torch.no_grad(), progress("probes of the base"):
+            control_latents = draw_control_images(run, 0, save=first_step == 0)
+            self.batches["control"] = self.control_batches(control_latents)
+            self.base_measurements = self.measure_batches()
 
-    def row(self, index: int, quantile: float) -> tuple[dict, str]:
-        """A batch of one image with fixed noise at a quantile of the noise levels, and its caption."""
+    def trained_batches(self) -> list[ProbeBatch]:
+        """Training pictures in turn, each at another noise level than at its turn before."""
+        images, batches = choose_probed_images(self.run), []
+        for number in range(PROBED_IMAGES):
+            turn, position = divmod(number, len(images))
+            quantile = QUANTILES[(number + turn) % len(QUANTILES)]
+            batches.append(self.image_batch(images[position], quantile))
+        return batches
+
+    def held_out_batches(self) -> list[ProbeBatch]:
+        """A batch of each held-out picture at each noise level."""
+        examples = self.run.data.examples
+        held_out = [index for index, example in enumerate(examples) if example.held_out]
+        return [self.image_batch(index, quantile) for index in held_out for quantile in QUANTILES]
+
+    def image_batch(self, index: int, quantile: float) -> ProbeBatch:
+        """Image `index` of the data with fixed noise at a quantile of the noise levels."""
         run, example = self.run, self.run.data.examples[index]
-        generator = torch.Generator().manual_seed(
-            stable_seed(run.args.seed, "held-out", example.name, quantile)
-        )
-        item = run.data[Slot(index, example.bucket, 0, 0, 1.0)]
-        shape = tuple(item["posterior_noise"].shape)
-        item |= self.draw_noise(generator, shape, run.scheduler, run.args, quantile=quantile)
-        return collate([item]), insert_tokens(
-            prepend_trigger(example.captions[0], example.set_args.trigger_word), run.abstractions
-        )
+        seed = stable_seed(run.args.seed, "held-out", example.name, quantile)
+        item = run.data[Slot(index, example.bucket, epoch=0, repeat=0, weight=1.0)]
+        item |= self.fixed_noise(seed, item["posterior_noise"].shape, quantile)
+        caption = prepend_trigger(example.captions[0], example.set_args.trigger_word)
+        return ProbeBatch(collate([item]), insert_tokens(caption, run.abstractions))
 
-    def control_rows(self, drawn: list) -> list[tuple[dict, str]]:
+    def control_batches(self, control_latents: list[torch.Tensor]) -> list[ProbeBatch]:
         """A batch of each latent (1, C, H, W) that the base has drawn for a control prompt, each at another
         noise level.
         """
-        run, config, out = self.run, self.run.components.config("vae"), []
-        size = torch.tensor([run.plan_size[::-1]])
-        for k, (quantile, latents) in enumerate(zip(QUANTILES, drawn, strict=True)):
-            mean = unscale_latents(latents.float().cpu(), config)
-            generator = torch.Generator().manual_seed(validation_seed(run.args.seed, -2, k))
-            noise = self.draw_noise(
-                generator, tuple(mean.shape[1:]), run.scheduler, run.args, quantile=quantile
-            )
-            none = torch.zeros_like(mean)
-            batch = {"moments": torch.cat([mean, none], dim=1), "posterior_noise": none}
+        run, prompts, batches = self.run, self.run.control_prompts, []
+        width, height = run.validation_size
+        size = torch.tensor([(height, width)])
+        for number, (quantile, latents) in enumerate(zip(QUANTILES, control_latents, strict=True)):
+            mean = unscale_latents(latents.float().cpu(), run.components.config("vae"))
+            zeros = torch.zeros_like(mean)
+            batch = {"moments": torch.cat([mean, zeros], dim=1), "posterior_noise": zeros}
             batch |= {"original_size": size, "target_size": size, "crop_top_left": torch.zeros_like(size)}
+            seed = validation_seed(run.args.seed, -2, number)
+            noise = self.fixed_noise(seed, mean.shape[1:], quantile)
             batch |= {name: value[None] for name, value in noise.items()}
-            out.append((batch, run.control_prompts[k % len(run.control_prompts)]))
-        return out
+            batches.append(ProbeBatch(batch, prompts[number % len(prompts)]))
+        return batches
 
-    def look(self, batch: dict, caption: str) -> tuple[float, object]:
-        """(loss, the denoiser's prediction) of a batch."""
-        device = self.run.accelerator.device
-        loss, prediction = self.predict(
-            self.run, move_to_device(batch, device), self.run.prompts.lookup([caption])
-        )
-        return loss.item(), prediction
+    def fixed_noise(self, seed: int, shape: torch.Size, quantile: float) -> dict[str, torch.Tensor]:
+        """What the loss needs at random for latents of a shape (C, H, W), the same at every call."""
+        generator = torch.Generator().manual_seed(seed)
+        return self.draw_noise(generator, tuple(shape), self.run.scheduler, self.run.args, quantile=quantile)
+
+    def measure_batches(self) -> dict[str, list[Measurement]]:
+        """Measurements of all batches, by kind of picture."""
+        return {kind: [self.evaluate(*batch) for batch in batches] for kind, batches in self.batches.items()}
+
+    def evaluate(self, batch: dict, caption: str) -> Measurement:
+        """Loss and prediction of a batch, with the weights of this moment."""
+        embeds = self.run.prompts.lookup([caption])
+        batch = move_to_device(batch, self.run.accelerator.device)
+        loss, prediction = self.predict(self.run, batch, embeds)
+        return Measurement(loss.item(), prediction)
 
     def measure(self) -> dict[str, float]:
         """learned, forgotten and, with held-out images, held_out_loss and learned_held_out."""
-        with averaged_weights(self.run.parts), evaluating(self.run), torch.no_grad(), progress("probes"):
-            now = {kind: [self.look(*row) for row in rows] for kind, rows in self.rows.items()}
-        loss = {
-            k: [sum(row[0] for row in rows[k]) / max(1, len(rows[k])) for rows in (now, self.base)]
-            for k in now
+        with (
+            averaged_weights(self.run.parts),
+            evaluation_mode(self.run),
+            torch.no_grad(),
+            progress("probes"),
+        ):
+            measurements = self.measure_batches()
+        base = self.base_measurements
+        trained_change = prediction_change(measurements["trained"], base["trained"])
+        control_change = prediction_change(measurements["control"], base["control"])
+        values = {
+            "learned": loss_reduction(measurements["trained"], base["trained"]),
+            "forgotten": control_change / trained_change if trained_change else 0.0,
         }
-        moved = {}
-        for kind in ("trained", "control"):
-            squares = [(a[1] - b[1]).square().mean() for a, b in zip(now[kind], self.base[kind], strict=True)]
-            moved[kind] = torch.stack(squares).mean().sqrt().item()
-        out = {"learned": 1 - loss["trained"][0] / loss["trained"][1]}
-        out["forgotten"] = moved["control"] / moved["trained"] if moved["trained"] else 0.0
-        if now["held_out"]:
-            out |= {
-                "held_out_loss": loss["held_out"][0],
-                "learned_held_out": 1 - loss["held_out"][0] / loss["held_out"][1],
-            }
-        return out
+        if measurements["held_out"]:
+            values["held_out_loss"] = mean_loss(measurements["held_out"])
+            values["learned_held_out"] = loss_reduction(measurements["held_out"], base["held_out"])
+        return values
 
 
-def probed_images(run: Run) -> list[int]:
-    """Up to eight training images, drawn by the seed."""
-    trained = [i for i, e in enumerate(run.data.examples) if not e.held_out]
-    return random.Random(stable_seed(run.args.seed, "probe")).sample(trained, min(8, len(trained)))
+def mean_loss(measurements: list[Measurement]) -> float:
+    """The mean of the losses."""
+    return sum(measurement.loss for measurement in measurements) / len(measurements)
 
 
-def draw_control(run: Run, step: int, keep: bool = True) -> list:
-    """Draws a picture of a control prompt for each of the probe's noise levels, and returns the latents.
-
-    keep: save them too, where the run compares before and after.
-    """
-    drawn, total = [], len(QUANTILES)
-    with (
-        averaged_weights(run.parts),
-        evaluating(run),
-        torch.no_grad(),
-        progress("control pictures", total) as bar,
-    ):
-        pipeline = run.components.pipeline(run.denoiser)
-        for k in range(len(QUANTILES)):
-            prompt, seed = (
-                run.control_prompts[k % len(run.control_prompts)],
-                validation_seed(run.args.seed, -1, k),
-            )
-            embeds = {
-                name: v.to(run.components.dtype) for name, v in run.prompts.for_pipeline(prompt).items()
-            }
-            drawn.append(sample_latents_of(pipeline, embeds, [seed], run.plan_size, run.args, run.autocast()))
-            bar.update()
-            if keep and run.compares and run.accelerator.is_main_process:
-                save_sample(
-                    run,
-                    step,
-                    f"control_{k}",
-                    prompt,
-                    seed,
-                    decode_latents(pipeline, run.components, drawn[-1])[0],
-                )
-    return drawn
+def loss_reduction(measurements: list[Measurement], base: list[Measurement]) -> float:
+    """The share of the base's loss that training has removed."""
+    return 1 - mean_loss(measurements) / mean_loss(base)
 
 
-def control_prompts(
-    args: argparse.Namespace, examples: list[Example], abstractions: dict[str, list[str]]
-) -> list[str]:
-    """Prompts whose pictures should not change: --control_prompt, else the class prompts, else the captions
-    without trigger word and tokens, else two neutral ones.
-    """
-    classes = [args.class_prompt, *(own.default_caption for own in args.sets if own.is_class)]
-    if given := args.control_prompt or [prompt for prompt in classes if prompt]:
-        return given
-    words, stripped = [*abstractions, *args.triggers], []
-    for caption in (e.captions[0] for e in examples if words and not e.held_out):
-        for word in words:
-            caption = " ".join(caption.replace(word, " ").split()).strip(" ,")
-        stripped += [caption] if caption else []
-    return list(dict.fromkeys(stripped))[:4] or list(NEUTRAL_PROMPTS)
+def prediction_change(measurements: list[Measurement], base: list[Measurement]) -> float:
+    """The root mean square of the differences between predictions and the base's."""
+    pairs = zip(measurements, base, strict=True)
+    squares = [(now.prediction - before.prediction).square().mean() for now, before in pairs]
+    return torch.stack(squares).mean().sqrt().item()
 
 
-@contextlib.contextmanager
-def base_alone(run: Run):
-    """While inside, all that is trained is as it was at the start, when it changes nothing that the base
-    draws.
-    """
-    with restored_afterwards(run.parts):
-        for part in run.parts:
-            part.assign(part.initial)
-        try:
-            yield
-        finally:
-            run.prompts.forget()
+def choose_probed_images(run: Run) -> list[int]:
+    """The numbers of up to PROBED_IMAGES training images, drawn by the seed."""
+    trained = [index for index, example in enumerate(run.data.examples) if not example.held_out]
+    rng = random.Random(stable_seed(run.args.seed, "probe"))
+    return rng.sample(trained, min(PROBED_IMAGES, len(trained)))

@@ -1,0 +1,143 @@
+"""Validation and control images: drawn, saved with prompt and seed, and sent to the trackers."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+
+from lora_training.cli.prompt_files import PROMPT_KEYS
+from lora_training.console import progress
+from lora_training.files import atomic_write
+from lora_training.optim.parts import averaged_weights
+from lora_training.seeds import validation_seed
+from lora_training.validation.drawing import (
+    decode_latents,
+    draw_images,
+    draw_latents,
+    evaluation_mode,
+    pipeline_embeds,
+    scaled_lora,
+)
+
+if TYPE_CHECKING:
+    from lora_training.training.run import Run
+
+CONTROL_IMAGES = 4  # one for each noise level of the probe
+PIXELS_AT_ONCE = 2**17  # larger images are drawn one by one, for their memory
+
+
+def draw_samples(run: Run, step: int) -> list[Path]:
+    """Draws the validation prompts with what is trained so far; writes samples/step-N/PROMPT_IMAGE_words.png.
+
+    Returns the files, none on other processes than the main one. Image k of prompt p has a seed of its own
+    that is the same at every step.
+    """
+    files, total = [], len(run.sample_prompts) * run.args.num_validation_images
+    with (
+        averaged_weights(run.parts),
+        evaluation_mode(run),
+        torch.no_grad(),
+        progress(f"pictures at step {step}", total) as bar,
+    ):
+        pipeline = run.components.pipeline(run.denoiser)
+        for number, prompt in enumerate(run.sample_prompts):
+            for image_number, seed, image in draw_prompt(run, pipeline, number):
+                if run.accelerator.is_main_process:
+                    name = f"{number:02d}_{image_number:02d}"
+                    files.append(save_sample(run, step, name, prompt, seed, image))
+                bar.update()
+    return files
+
+
+def draw_prompt(run: Run, pipeline, number: int) -> Iterator[tuple[int, int, Image.Image]]:
+    """Yields (number of the image, its seed, the image) for the images of one validation prompt.
+
+    Settings of --validation_prompts_file are the prompt's own.
+    """
+    args = run.args
+    settings = args.prompt_settings[number] if args.prompt_settings else {}
+    prompt, negative_prompt = run.sample_prompts[number], settings.get("negative_prompt", "")
+    embeds = pipeline_embeds(run, prompt, negative_prompt)
+    width, height = run.validation_size
+    size = (settings.get("width", width), settings.get("height", height))
+    flags = {PROMPT_KEYS[key][1]: value for key, value in settings.items()}
+    prompt_args = argparse.Namespace(**vars(args) | flags)
+    batch_size = max(1, PIXELS_AT_ONCE // math.prod(size))
+    for begin in range(0, args.num_validation_images, batch_size):
+        numbers = range(begin, min(begin + batch_size, args.num_validation_images))
+        if "seed" in settings:
+            seeds = [settings["seed"] + k for k in numbers]
+        else:
+            seeds = [validation_seed(args.seed, number, k) for k in numbers]
+        with scaled_lora(run.parts, settings.get("lora_scale", 1.0)):
+            autocast = run.autocast()
+            images = draw_images(pipeline, run.components, embeds, seeds, size, prompt_args, autocast)
+        yield from zip(numbers, seeds, images, strict=True)
+
+
+def draw_control_images(run: Run, step: int, save: bool = True) -> list[torch.Tensor]:
+    """Draws the control prompts, CONTROL_IMAGES pictures in all; returns their latents, each (1, C, H, W).
+
+    save: writes the pictures too, where the run compares before and after.
+    """
+    latents, prompts = [], run.control_prompts
+    with (
+        averaged_weights(run.parts),
+        evaluation_mode(run),
+        torch.no_grad(),
+        progress("control pictures", CONTROL_IMAGES) as bar,
+    ):
+        pipeline = run.components.pipeline(run.denoiser)
+        for number in range(CONTROL_IMAGES):
+            prompt = prompts[number % len(prompts)]
+            seed = validation_seed(run.args.seed, -1, number)
+            embeds, size = pipeline_embeds(run, prompt), run.validation_size
+            latents.append(draw_latents(pipeline, embeds, [seed], size, run.args, run.autocast()))
+            bar.update()
+            if save and run.draws_comparison and run.accelerator.is_main_process:
+                (image,) = decode_latents(pipeline, run.components, latents[-1])
+                save_sample(run, step, f"control_{number}", prompt, seed, image)
+    return latents
+
+
+def save_sample(run: Run, step: int, name: str, prompt: str, seed: int, image: Image.Image) -> Path:
+    """Writes samples/step-N/NAME_words.png, with prompt, seed, step and kind as texts in the file."""
+    folder = Path(run.args.output_dir) / "samples" / f"step-{step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = "".join(character if character.isalnum() else " " for character in prompt)
+    words = "-".join(letters.split())[:48]
+    kind = "control" if name.startswith("control") else "validation"
+    texts = PngImagePlugin.PngInfo()
+    for key, value in {"prompt": prompt, "seed": seed, "step": step, "kind": kind}.items():
+        texts.add_itxt(key, str(value))
+    file = folder / f"{name}_{words}.png"
+    with atomic_write(file) as temporary:
+        image.save(temporary, pnginfo=texts)
+    return file
+
+
+def draw_and_log_samples(run: Run, step: int) -> None:
+    """Draws the validation prompts and sends the images to TensorBoard or W&B."""
+    files = draw_samples(run, step)
+    if not run.accelerator.is_main_process:
+        return
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            for file in files:
+                pixels = np.asarray(Image.open(file))
+                tracker.writer.add_image(f"validation/{file.name[:5]}", pixels, step, dataformats="HWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            captions = [run.sample_prompts[int(file.name[:2])] for file in files]
+            images = [
+                wandb.Image(str(file), caption=text) for file, text in zip(files, captions, strict=True)
+            ]
+            tracker.log({"validation": images}, step=step)
