@@ -48,7 +48,18 @@ class Family:
         return str(ROOT / "assets" / f"toy_{self.name}")
 
 
-UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2")
+UNET_LAYERS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "proj_in",
+    "proj_out",
+    "conv1",
+    "conv2",
+)
 DIT_LAYERS = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2"),
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -106,7 +117,10 @@ def load_script(name: str):
     return sys.modules[key]
 
 
-KINDS = ("flux", "sdxl")  # one transformer and one UNet: enough for what the four scripts share, line for line
+KINDS = (
+    "flux",
+    "sdxl",
+)  # one transformer and one UNet: enough for what the four scripts share, line for line
 
 
 def pytest_generate_tests(metafunc):
@@ -123,8 +137,12 @@ def family_and(name: str, cases, own, alone=()):
     the others, which test what the scripts share, for one of each kind, or for one `alone` where the model has no part in it.
     """
     assert {*own, *alone} <= set(cases)
-    pairs = [(f, c) for c in cases for f in sorted(FAMILIES) if c in own or f in KINDS[: 1 if c in alone else None]]
-    return pytest.mark.parametrize(("family", name), [pytest.param(FAMILIES[f], c, id=f"{f}-{c}") for f, c in pairs])
+    pairs = [
+        (f, c) for c in cases for f in sorted(FAMILIES) if c in own or f in KINDS[: 1 if c in alone else None]
+    ]
+    return pytest.mark.parametrize(
+        ("family", name), [pytest.param(FAMILIES[f], c, id=f"{f}-{c}") for f, c in pairs]
+    )
 
 
 @pytest.fixture
@@ -192,7 +210,10 @@ def weights(output: Path) -> dict:
 
     files = [output / "pytorch_lora_weights.safetensors", *output.glob("*_emb.safetensors")]
     return {
-        f"{'emb' if '_emb' in f.name else 'lora'}.{k}": v for f in files if f.exists() for k, v in load_file(f).items()
+        f"{'emb' if '_emb' in f.name else 'lora'}.{k}": v
+        for f in files
+        if f.exists()
+        for k, v in load_file(f).items()
     }
 
 
@@ -200,20 +221,24 @@ def same_weights(a: Path, b: Path) -> bool:
     import torch
 
     first, second = weights(a), weights(b)
-    return bool(first) and first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    return (
+        bool(first) and first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    )
 
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     """A folder with seven captioned pictures of different sizes."""
-    from scripts.toys.parts.toy_world import describe, draw, random_scene
+    from scripts.dev.toys.parts.toy_world import describe, draw, random_scene
 
     folder, rng = tmp_path / "pictures", random.Random(1)
     folder.mkdir()
     for i in range(7):
         scene = random_scene(rng)
         image = draw(*scene, rng, 96)
-        image = image.crop((0, 0, 96, 64)) if i % 3 == 1 else image.crop((0, 0, 60, 96)) if i % 3 == 2 else image
+        image = (
+            image.crop((0, 0, 96, 64)) if i % 3 == 1 else image.crop((0, 0, 60, 96)) if i % 3 == 2 else image
+        )
         image.save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(describe(*scene))
     return folder
@@ -227,7 +252,7 @@ class Studio:
     def __init__(self, family: Family) -> None:
         import diffusers
 
-        from scripts.toys.parts.toy_judge import load_judge
+        from scripts.dev.toys.parts.toy_judge import load_judge
 
         self.family, self.judge = family, load_judge()
         self.kind = getattr(diffusers, family.pipeline)
@@ -252,11 +277,17 @@ class Studio:
                 tokenizer, encoder = (getattr(pipeline, name) for name in places[key])
                 tokens = [f"<s{i}>" for i in range(len(table))]
                 if hasattr(pipeline, "load_textual_inversion"):
-                    pipeline.load_textual_inversion(table, token=tokens, tokenizer=tokenizer, text_encoder=encoder)
+                    pipeline.load_textual_inversion(
+                        table, token=tokens, tokenizer=tokenizer, text_encoder=encoder
+                    )
                 else:  # SD3's pipeline has no loader for embeddings
                     tokenizer.add_tokens(tokens)
-                    encoder.resize_token_embeddings(max(len(tokenizer), encoder.get_input_embeddings().num_embeddings))
-                    encoder.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids(tokens)] = table
+                    encoder.resize_token_embeddings(
+                        max(len(tokenizer), encoder.get_input_embeddings().num_embeddings)
+                    )
+                    encoder.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids(tokens)] = (
+                        table
+                    )
         return pipeline
 
     def draw(self, pipeline, prompts: list[str], seed: int = 0) -> list:
@@ -279,29 +310,34 @@ class Studio:
 
     def score(self, pipeline, prompts: list[str], wanted: list[tuple]) -> float:
         """The share of images that show (class, colour, background); None in `wanted` matches anything."""
-        from scripts.toys.parts.toy_judge import verdicts
+        from scripts.dev.toys.parts.toy_judge import verdicts
 
         known, key = getattr(pipeline, "scores_of_base", {}), (self.family.name, *prompts, *wanted)
         if key in known:
             return known[key]
         found = verdicts(self.judge, self.draw(pipeline, prompts))
         rights = [
-            all(w in (None, f) for f, w in zip(f3, w3, strict=True)) for f3, w3 in zip(found, wanted, strict=True)
+            all(w in (None, f) for f, w in zip(f3, w3, strict=True))
+            for f3, w3 in zip(found, wanted, strict=True)
         ]
         known[key] = sum(rights) / len(rights)
         return known[key]
 
-    def concept_score(self, pipeline, thing: str, wanted: tuple, avoid: tuple[str, ...], count: int = 64) -> float:
+    def concept_score(
+        self, pipeline, thing: str, wanted: tuple, avoid: tuple[str, ...], count: int = 64
+    ) -> float:
         """So many images of "a {thing} on a … background"."""
-        from scripts.toys.parts.toy_world import COLOR_NAMES
+        from scripts.dev.toys.parts.toy_world import COLOR_NAMES
 
         backgrounds = [c for c in COLOR_NAMES if c not in avoid]
         chosen = [backgrounds[i % len(backgrounds)] for i in range(count)]
-        return self.score(pipeline, [f"a {thing} on a {b} background" for b in chosen], [(*wanted, b) for b in chosen])
+        return self.score(
+            pipeline, [f"a {thing} on a {b} background" for b in chosen], [(*wanted, b) for b in chosen]
+        )
 
     def world_score(self, pipeline, shape: str | None = None) -> float:
         """64 images of the world's own prompts, of one shape or of any."""
-        from scripts.toys.parts.toy_world import describe, random_scene
+        from scripts.dev.toys.parts.toy_world import describe, random_scene
 
         rng = random.Random(11)
         scenes = [random_scene(rng) for _ in range(64)]
@@ -323,3 +359,39 @@ def shelf(tmp_path_factory) -> Path:
 def copy_of(folder: Path, target: Path) -> Path:
     shutil.copytree(folder, target)
     return target
+
+
+def training_data(recipe, *arguments):
+    """The library's TrainingData with a recipe's noise and captions."""
+    from lora_training.data.samples import TrainingData
+
+    return TrainingData(*arguments, recipe.draw_noise, recipe.draw_caption)
+
+
+def prompts_of(recipe, *arguments):
+    """The library's Prompts with a recipe's embeddings."""
+    from lora_training.text.prompts import Prompts
+
+    return Prompts(*arguments, recipe.encode_prompts, recipe.join_embeds, recipe.negative_embeds)
+
+
+def target_layers(recipe, denoiser, args) -> list[str]:
+    """The layers of a denoiser that get a LoRA, as a recipe's own lists and its flags say."""
+    from lora_training.lora.adapters import find_target_layers
+
+    idle = recipe.idle_layers(args.family.denoiser, denoiser.config, args)
+    return find_target_layers(denoiser, args, recipe.LORA_TARGETS, idle)
+
+
+def to_pixels(image):
+    """RGB image -> (3, H, W), uint8."""
+    import numpy
+    import torch
+
+    return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
+
+
+@pytest.fixture
+def recipe():
+    """A training script for tests in which its family plays no part."""
+    return load_script(FAMILIES["sdxl"].script)

@@ -11,12 +11,16 @@ import pytest
 from conftest import FAMILIES, KINDS, ROOT, SAMPLE, losses, quick_flags, run_here
 from PIL import Image
 
+from lora_training.data.images import decode_image, to_rgb
+
 pytestmark = pytest.mark.faults
 
 
 def one_line(capsys) -> str:
     """The single line on stderr, apart from the progress bar."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "training:" not in line]
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if line.strip() and "training:" not in line
+    ]
     assert len(lines) == 1, lines
     return lines[0]
 
@@ -31,7 +35,10 @@ WRONG = [  # flags, and words of the line
     (["-d", ".", "--caption_dropout", "1.5"], "not between 0 and 1"),
     (["-d", ".", "--config", "nowhere.yaml"], "--config nowhere.yaml: No such file"),
     (["-d", ".", "--with_prior_preservation"], "needs --class_prompt"),
-    (["-d", ".", "--class_prompt", "a dog"], "--class_prompt has no effect without --with_prior_preservation"),
+    (
+        ["-d", ".", "--class_prompt", "a dog"],
+        "--class_prompt has no effect without --with_prior_preservation",
+    ),
     (["-d", ".", "--train_text_encoder", "--train_text_encoder_ti"], "exclude each other"),
     (["-d", ".", "--train_transformer_frac", "0"], "needs --train_text_encoder_ti"),
     (["-d", ".", "--cache_latents", "--color_jitter"], "--cache_latents can't be combined"),
@@ -40,7 +47,10 @@ WRONG = [  # flags, and words of the line
     (["-d", ".", "--blocks_to_swap", "4", "--compile"], "--blocks_to_swap can't be combined with --compile"),
     (["-d", ".", "--cuda_graphs"], "--cuda_graphs needs --cache_latents"),
     (["-d", ".", "--report_to", "nothing"], "--report_to nothing: unknown"),
-    (["-d", ".", "--push_to_hub", "--hub_token", "x", "--report_to", "wandb"], "--hub_token is refused with wandb"),
+    (
+        ["-d", ".", "--push_to_hub", "--hub_token", "x", "--report_to", "wandb"],
+        "--hub_token is refused with wandb",
+    ),
     (["-d", ".", "--instance_data_dir", "."], "exclude each other"),
     (["--instance_data_dir", "."], "--instance_data_dir needs --instance_prompt"),
     ([], "no data"),
@@ -72,9 +82,15 @@ def answers(tmp_path_factory):
 
     @functools.cache
     def of(name: str) -> list[tuple[int, str, str, list[str]]]:
-        words = [str(ROOT / FAMILIES[name].script), json.dumps([flags for flags, _ in WRONG]), json.dumps(HEAVY)]
+        words = [
+            str(ROOT / FAMILIES[name].script),
+            json.dumps([flags for flags, _ in WRONG]),
+            json.dumps(HEAVY),
+        ]
         command = [sys.executable, "-c", ANSWERS, *words]
-        return json.loads(subprocess.run(command, capture_output=True, text=True, cwd=folder, check=True).stdout)
+        return json.loads(
+            subprocess.run(command, capture_output=True, text=True, cwd=folder, check=True).stdout
+        )
 
     return of
 
@@ -107,11 +123,13 @@ def test_config_file_with_unknown_key(family, tmp_path, capsys):
     assert "unknown key 'learning_rat'; the nearest is 'learning_rate'" in one_line(capsys)
 
 
-def test_command_line_wins_over_config_file(script, tmp_path):
+def test_command_line_wins_over_config_file(recipe, tmp_path):
     (tmp_path / "c.json").write_text(
         json.dumps({"rank": 8, "resolution": [64, 128], "center_crop": True, "learning_rate": 3e-4})
     )
-    args = script.parse_args(["--config", str(tmp_path / "c.json"), "-m", "x", "-d", str(SAMPLE), "--rank", "2"])
+    args = recipe.parse_args(
+        ["--config", str(tmp_path / "c.json"), "-m", "x", "-d", str(SAMPLE), "--rank", "2"]
+    )
     assert (args.rank, args.resolution, args.center_crop, args.learning_rate) == (2, [64, 128], True, 3e-4)
 
 
@@ -153,20 +171,23 @@ def test_troubled_folder_trains_and_says_what_was_left_out(family, troubled, tmp
 def test_originals_are_never_changed(family, troubled, tmp_path):
     before = {f: f.read_bytes() for f in troubled.iterdir()}
     assert (
-        run_here(family, tmp_path / "x", "-d", troubled, "--cache_latents", "--cache_folder", tmp_path / "cache") == 0
+        run_here(
+            family, tmp_path / "x", "-d", troubled, "--cache_latents", "--cache_folder", tmp_path / "cache"
+        )
+        == 0
     )
     assert before == {f: f.read_bytes() for f in troubled.iterdir()}
 
 
-def test_colour_modes_and_rotation(script, troubled):
+def test_colour_modes_and_rotation(troubled):
     def load(name):
-        return script.decode_image((troubled / name).read_bytes())
+        return decode_image((troubled / name).read_bytes())
 
     assert load("turned.jpg").size == (100, 300)
     assert {load(n).mode for n in ("cmyk.jpg", "deep.png", "clear.png", "palette.gif")} == {"RGB"}
     assert load("deep.png").getpixel((0, 0)) == (156, 156, 156)  # 40000 of 65535
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    assert script.to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
+    assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.families("sd15")
@@ -283,7 +304,10 @@ def test_constant_loss_is_an_error(family, pictures, tmp_path, script, monkeypat
 
 @pytest.mark.families("flux")
 def test_a_tracker_without_pictures_runs(family, tmp_path):
-    assert run_here(family, tmp_path / "x", "-d", SAMPLE, "--report_to", "tensorboard", "--max_train_steps", 2) == 0
+    assert (
+        run_here(family, tmp_path / "x", "-d", SAMPLE, "--report_to", "tensorboard", "--max_train_steps", 2)
+        == 0
+    )
     assert len(losses(tmp_path / "x")) == 2
 
 
@@ -291,7 +315,10 @@ def test_a_tracker_without_pictures_runs(family, tmp_path):
 def test_a_fault_of_ours_is_one_line_and_a_crash_log(family, tmp_path, script, monkeypatch, capsys):
     monkeypatch.setattr(script, "train", lambda *_: 1 / 0)
     assert run_here(family, tmp_path / "x", "-d", SAMPLE) == 1
-    assert "a fault of this script (ZeroDivisionError: division by zero)" in (line := one_line(capsys)) and "crash.log" in line
+    assert (
+        "a fault of this script (ZeroDivisionError: division by zero)" in (line := one_line(capsys))
+        and "crash.log" in line
+    )
     assert "ZeroDivisionError" in (tmp_path / "x" / "crash.log").read_text()
 
 

@@ -5,6 +5,8 @@ import torch
 from conftest import FAMILIES, KINDS, ROOT, SAMPLE, load_script, losses, metrics, run_here, weights
 from safetensors.torch import load_file
 
+from lora_training.optim.guard import NonFiniteGuard
+
 pytestmark = pytest.mark.run
 
 PRIOR = ("--with_prior_preservation", "--class_prompt", "a circle", "--num_class_images", 3)
@@ -13,7 +15,9 @@ TOKENS = ("--train_text_encoder_ti", "--token_abstraction", "circle", "--text_en
 
 
 @pytest.mark.parametrize(("batch", "text"), [(1, False), (3, True)], ids=["frozen text", "text encoder"])
-def test_prior_preservation_sums_two_weighted_means(family, script, shelf, tmp_path, monkeypatch, batch, text):
+def test_prior_preservation_sums_two_weighted_means(
+    family, script, shelf, tmp_path, monkeypatch, batch, text
+):
     """The logged loss is mean(instance) + 0.3 mean(class), each sample with its weight of the noise level; every caption
     has embeddings of its own row: none is folded into another's channels.
     """
@@ -48,8 +52,10 @@ def test_text_encoder_lora_is_in_the_file_and_loads(family, studio, tmp_path):
     script = load_script(family.script)
     pipeline = studio.pipeline(tmp_path / "x")
     for key in script.TEXT_LORA_ENCODERS:
-        name = script.TEXT_ENCODERS[key][1]
-        assert any(k.startswith(f"lora.{name}.") and v.any() for k, v in saved.items() if "lora_B" in k or "up" in k)
+        name = script.FAMILY.text_encoders[key][1]
+        assert any(
+            k.startswith(f"lora.{name}.") and v.any() for k, v in saved.items() if "lora_B" in k or "up" in k
+        )
         ups = [p for n, p in getattr(pipeline, name).named_parameters() if "lora_B" in n]
         assert ups and any(p.any() for p in ups)
 
@@ -59,20 +65,26 @@ def test_frozen_parts_are_freed(family, script, tmp_path, monkeypatch):
     held, original = [], script.backward
 
     def recorded(run, batch, step, micro):
-        held.append(set(run.components.loaded) - {"scheduler"} - {n for n in run.components.loaded if "tokenizer" in n})
+        held.append(
+            set(run.components.loaded)
+            - {"scheduler"}
+            - {n for n in run.components.loaded if "tokenizer" in n}
+        )
         return original(run, batch, step, micro)
 
     monkeypatch.setattr(script, "backward", recorded)
     assert (
-        run_here(family, tmp_path / "x", "-d", SAMPLE, "--cache_latents", *PRIOR, "--validation_inference_steps", 1)
+        run_here(
+            family, tmp_path / "x", "-d", SAMPLE, "--cache_latents", *PRIOR, "--validation_inference_steps", 1
+        )
         == 0
     )
-    assert held == [{script.DENOISER}] * 3
+    assert held == [{script.FAMILY.denoiser}] * 3
     held.clear()
     flags = (*TOKENS, "--train_text_encoder_ti_frac", 0.5, "--max_train_steps", 4)
     assert run_here(family, tmp_path / "y", "-d", SAMPLE, "--cache_latents", *flags) == 0
-    own = {script.TEXT_ENCODERS[key][1] for key in script.TI_ENCODERS}
-    assert held == [{script.DENOISER} | own] * 2 + [{script.DENOISER}] * 2
+    own = {script.FAMILY.text_encoders[key][1] for key in script.TI_ENCODERS}
+    assert held == [{script.FAMILY.denoiser} | own] * 2 + [{script.FAMILY.denoiser}] * 2
 
 
 @pytest.mark.families(*KINDS)
@@ -101,7 +113,7 @@ def test_prodigy_keeps_the_text_learning_rate(family, tmp_path):
 @pytest.mark.families(*KINDS)
 def test_only_what_is_trained_counts_in_the_clipping_norm(family, script, tmp_path, monkeypatch):
     """After the pivot the norm is that of the LoRA alone, and no other parameter has a gradient."""
-    found, original = [], script.StepGuard.apply
+    found, original = [], NonFiniteGuard.apply
 
     def recorded(self, parts, accelerator, max_norm):
         alone = torch.stack([part.gradients.norm() for part in parts]).norm()
@@ -109,7 +121,7 @@ def test_only_what_is_trained_counts_in_the_clipping_norm(family, script, tmp_pa
         found.append(([part.name for part in parts], torch.allclose(norm, alone)))
         return norm
 
-    monkeypatch.setattr(script.StepGuard, "apply", recorded)
+    monkeypatch.setattr(NonFiniteGuard, "apply", recorded)
     flags = (*TOKENS, "--max_train_steps", 2)
     assert run_here(family, tmp_path / "x", "-d", SAMPLE, *flags) == 0
     assert found == [(["embeddings", "denoiser"], True), (["denoiser"], True)]
@@ -159,7 +171,12 @@ def test_folder_name_with_a_slash_names_the_files(family, tmp_path):
 
 
 ICONS = ("--caption_column", "prompt", "--instance_prompt", "3d icon in the style of TOK", "--repeats", 1)
-PIVOTAL = ("--train_text_encoder_ti", "--train_text_encoder_ti_frac=0.5", "--optimizer=prodigy", "--learning_rate=1.0")
+PIVOTAL = (
+    "--train_text_encoder_ti",
+    "--train_text_encoder_ti_frac=0.5",
+    "--optimizer=prodigy",
+    "--learning_rate=1.0",
+)
 PIVOTAL += ("--text_encoder_lr=1.0", "--lr_scheduler=constant", "--lr_warmup_steps=0", "--rank=8")
 
 
@@ -179,15 +196,34 @@ def test_the_published_flux_commands_run(flags, tmp_path):
 
     import datasets
 
-    rows = [{"image": str(f), "prompt": f"a TOK icon {k}"} for k, f in enumerate(sorted(SAMPLE.glob("*.png"))[:4])]
+    rows = [
+        {"image": str(f), "prompt": f"a TOK icon {k}"} for k, f in enumerate(sorted(SAMPLE.glob("*.png"))[:4])
+    ]
     from ready_process import start
 
     table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     table.save_to_disk(tmp_path / "3d-icon")
     output = tmp_path / "3d-icon-flux"
-    command = ["--pretrained_model_name_or_path", FAMILIES["flux"].base, "--dataset_name", str(tmp_path / "3d-icon")]
-    command += [*map(str, ICONS), *flags, "--output_dir", str(output), "--mixed_precision=bf16", "--resolution=64"]
-    command += ["--train_batch_size=1", "--gradient_accumulation_steps=1", "--gradient_checkpointing", "--seed=0"]
+    command = [
+        "--pretrained_model_name_or_path",
+        FAMILIES["flux"].base,
+        "--dataset_name",
+        str(tmp_path / "3d-icon"),
+    ]
+    command += [
+        *map(str, ICONS),
+        *flags,
+        "--output_dir",
+        str(output),
+        "--mixed_precision=bf16",
+        "--resolution=64",
+    ]
+    command += [
+        "--train_batch_size=1",
+        "--gradient_accumulation_steps=1",
+        "--gradient_checkpointing",
+        "--seed=0",
+    ]
     tracker = "wandb" if flags == PIVOTAL else "none"  # which takes as long to start as the run
     command += [
         f"--report_to={tracker}",
@@ -195,7 +231,11 @@ def test_the_published_flux_commands_run(flags, tmp_path):
         "--checkpointing_steps=2000",
         "--max_sequence_length=77",
     ]
-    command += ["--num_validation_images=1", "--validation_inference_steps=1", "--validation_prompt=a <s0><s1> icon"]
+    command += [
+        "--num_validation_images=1",
+        "--validation_inference_steps=1",
+        "--validation_prompt=a <s0><s1> icon",
+    ]
     command += ["--validation_epochs=25"]
     script, log = ROOT / "train_dreambooth_lora_flux_advanced.py", tmp_path / "log"
     process = start(script, command, {"WANDB_MODE": "offline"}, log)
@@ -203,7 +243,9 @@ def test_the_published_flux_commands_run(flags, tmp_path):
     assert process.exitcode == 0, log.read_text()[-2000:]
     table = load_file(output / "3d-icon-flux_emb.safetensors")
     assert set(table) == ({"clip_l", "t5"} if "--enable_t5_ti" in flags else {"clip_l"})
-    assert (output / "pytorch_lora_weights.safetensors").exists() == ("--train_transformer_frac=0" not in flags)
+    assert (output / "pytorch_lora_weights.safetensors").exists() == (
+        "--train_transformer_frac=0" not in flags
+    )
 
 
 def test_flux_inference_recipes(tmp_path):
@@ -212,7 +254,16 @@ def test_flux_inference_recipes(tmp_path):
     import numpy as np
 
     family = FAMILIES["flux"]
-    flags = ("-d", SAMPLE, *TOKENS, "--enable_t5_ti", "--learning_rate", 2e-2, "--train_text_encoder_ti_frac", 1)
+    flags = (
+        "-d",
+        SAMPLE,
+        *TOKENS,
+        "--enable_t5_ti",
+        "--learning_rate",
+        2e-2,
+        "--train_text_encoder_ti_frac",
+        1,
+    )
     assert run_here(family, tmp_path / "x", *flags) == 0
 
     def draw(pipeline, prompt, **options):
@@ -259,7 +310,9 @@ def test_schnell_has_no_guidance_to_train_with(tmp_path, capsys):
     shutil.rmtree(base / "transformer")
     FluxTransformer2DModel.from_config(config).save_pretrained(base / "transformer")
     schedule = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
-    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule | {"use_dynamic_shifting": False}))
+    (base / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(schedule | {"use_dynamic_shifting": False})
+    )
     shown = ("--num_validation_images", 1, "--validation_prompt", "a circle")
     assert run_here(family, tmp_path / "x", "-d", SAMPLE, "-m", base, *shown) == 0
     assert "draws in 4 steps" in capsys.readouterr().out
@@ -277,7 +330,9 @@ def test_flux_with_a_vae_of_another_factor_draws(tmp_path):
     shutil.copytree(family.base, base)
     shutil.rmtree(base / "vae")
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=16, layers_per_block=1, **blocks)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=16, layers_per_block=1, **blocks
+    )
     vae.save_pretrained(base / "vae")
     shown = ("--num_validation_images", 1, "--validation_inference_steps", 1, "--resolution", 32, 48)
     assert run_here(family, tmp_path / "x", "-d", SAMPLE, "-m", base, *shown) == 0
@@ -311,4 +366,6 @@ def test_lora_layers_keep_no_float32_activations(family, script, tmp_path, monke
     monkeypatch.setattr(script, "backward", recorded)
     flags = ("-d", SAMPLE, "--mixed_precision", "bf16", "--max_train_steps", 1)
     assert run_here(family, tmp_path / "x", *flags) == 0
-    assert kept and all(t.dtype == torch.bfloat16 for t in kept if t.numel() >= 2 * 5 * 4 and t.shape[:2] == (2, 5))
+    assert kept and all(
+        t.dtype == torch.bfloat16 for t in kept if t.numel() >= 2 * 5 * 4 and t.shape[:2] == (2, 5)
+    )

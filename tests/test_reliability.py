@@ -23,9 +23,36 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import FAMILIES, SAMPLE, load_script, metrics, quick_flags, run_here
+from conftest import FAMILIES, SAMPLE, load_script, metrics, prompts_of, quick_flags, run_here
 from PIL import Image
 from safetensors.torch import load_file, save_file
+
+from lora_training.base_model.components import Components
+from lora_training.base_model.sources import prediction_settings
+from lora_training.cache import DiskCache
+from lora_training.data.batches import BatchPlan
+from lora_training.data.buckets import cover_size
+from lora_training.data.crops import crop_and_augment, draw_crop
+from lora_training.data.examples import load_examples
+from lora_training.data.folders import Example, folder_examples
+from lora_training.data.image_store import ImageStore, prepare_examples
+from lora_training.data.metadata_files import read_metadata
+from lora_training.errors import UserError
+from lora_training.files import atomic_write
+from lora_training.optim.optimizers import prepare_parts
+from lora_training.optim.parts import TrainedPart, averaged_weights
+from lora_training.report.results import push_to_hub
+from lora_training.training.checkpoints import find_checkpoint
+from lora_training.training.output_folder import (
+    FINISHED,
+    clear_output_folder,
+    is_finished,
+    locked_output,
+    recorded_settings,
+)
+from lora_training.validation.class_images import load_class_examples
+from lora_training.validation.probes import Probe
+from lora_training.validation.sample_images import draw_samples
 
 pytestmark = pytest.mark.faults
 
@@ -44,7 +71,7 @@ def refused(script, tmp_path, capsys):
     def line(*flags, output=tmp_path / "x"):
         try:
             script.parse_args(quick_flags(SD15, output, "-d", SAMPLE, *flags))
-        except script.UserError as error:
+        except UserError as error:
             return str(error)
         except SystemExit:
             return capsys.readouterr().err
@@ -70,27 +97,27 @@ def holder(folder: Path):
     process.wait()
 
 
-def test_a_lock_holds_while_its_process_lives(script, tmp_path):
-    args = script.parse_args(quick_flags(SD15, tmp_path, "-d", SAMPLE))
+def test_a_lock_holds_while_its_process_lives(recipe, tmp_path):
+    args = recipe.parse_args(quick_flags(SD15, tmp_path, "-d", SAMPLE))
     with holder(tmp_path) as process:
-        with pytest.raises(script.UserError, match="another run writes there .process 7 on host since noon"):
-            script.locked_output(args).__enter__()
+        with pytest.raises(UserError, match="another run writes there .process 7 on host since noon"):
+            locked_output(args).__enter__()
         process.kill()
         process.wait()
-        with script.locked_output(args):  # a dead process is taken over from
+        with locked_output(args):  # a dead process is taken over from
             assert f"process {os.getpid()}" in (tmp_path / ".lock").read_text()
     (tmp_path / ".lock").write_text("process 3 on another machine")  # left by a crash of the machine
-    with script.locked_output(args):
+    with locked_output(args):
         pass
     assert not (tmp_path / ".lock").exists()
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
-def test_a_lock_is_let_go_of_however_a_run_ends(script, tmp_path, error):
-    args = script.parse_args(quick_flags(SD15, tmp_path, "-d", SAMPLE))
-    with pytest.raises(error), script.locked_output(args):
+def test_a_lock_is_let_go_of_however_a_run_ends(recipe, tmp_path, error):
+    args = recipe.parse_args(quick_flags(SD15, tmp_path, "-d", SAMPLE))
+    with pytest.raises(error), locked_output(args):
         raise error
-    with script.locked_output(args):
+    with locked_output(args):
         pass
 
 
@@ -106,7 +133,12 @@ USED = {  # what a folder has, by an earlier run with its flags; the new flags; 
         True,
     ),
     "another way to save": ((LORA, "finished"), FOUR, (*FOUR, "--rank", 8), "rank 4, now 8"),
-    "a flag that is left out": ((LORA, "finished"), (*FOUR, "--trigger_word", "a"), FOUR, "trigger_word a, now None"),
+    "a flag that is left out": (
+        (LORA, "finished"),
+        (*FOUR, "--trigger_word", "a"),
+        FOUR,
+        "trigger_word a, now None",
+    ),
     "a flag that is new": ((LORA, "finished"), FOUR, (*FOUR, "--use_dora"), "use_dora False, now True"),
     "overwritten": ((LORA, "finished"), FOUR, (*FOUR, "--rank", 8, "--overwrite"), False),
     "a file of a stranger": ((LORA,), (), (), "holds another run's results"),
@@ -140,7 +172,7 @@ USED = {  # what a folder has, by an earlier run with its flags; the new flags; 
 
 
 @pytest.mark.parametrize("case", USED)
-def test_a_used_folder_is_not_written_over(script, tmp_path, case):
+def test_a_used_folder_is_not_written_over(recipe, tmp_path, case):
     files, earlier, flags, expected = USED[case]
     output = tmp_path / "x"
     for name in files:
@@ -148,24 +180,36 @@ def test_a_used_folder_is_not_written_over(script, tmp_path, case):
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             (output / name).write_bytes(b"")
     if earlier:
-        before = script.kept_settings(script.parse_args(quick_flags(SD15, output, "-d", SAMPLE, *earlier)))
-        end = script.FINISHED + "4\n" if "finished" in files else ""
+        before = recorded_settings(recipe.parse_args(quick_flags(SD15, output, "-d", SAMPLE, *earlier)))
+        end = FINISHED + "4\n" if "finished" in files else ""
         (output / "config.yaml").write_text("# command: x\n" + yaml.safe_dump(before) + end)
-    args = script.parse_args(quick_flags(SD15, output, "-d", SAMPLE, *flags))
+    args = recipe.parse_args(quick_flags(SD15, output, "-d", SAMPLE, *flags))
     if isinstance(expected, bool):
-        assert script.finished_before(args) == expected
+        assert is_finished(args) == expected
     else:
-        with pytest.raises(script.UserError, match=expected):
-            script.finished_before(args)
+        with pytest.raises(UserError, match=expected):
+            is_finished(args)
 
 
-def test_what_is_a_persons_own_stays_when_a_run_writes_over_another(script, tmp_path):
-    own = ("notes.txt", "samples/mine.png", "checkpoint-best/a", "checkpoint-backup-900/a", "other.safetensors")
-    ours = (LORA, f"{tmp_path.name}.safetensors", "samples/step-000004/a.png", "checkpoint-4/a", "metrics.jsonl")
+def test_what_is_a_persons_own_stays_when_a_run_writes_over_another(tmp_path):
+    own = (
+        "notes.txt",
+        "samples/mine.png",
+        "checkpoint-best/a",
+        "checkpoint-backup-900/a",
+        "other.safetensors",
+    )
+    ours = (
+        LORA,
+        f"{tmp_path.name}.safetensors",
+        "samples/step-000004/a.png",
+        "checkpoint-4/a",
+        "metrics.jsonl",
+    )
     for name in (*own, *ours):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    script.clear_output(tmp_path)
+    clear_output_folder(tmp_path)
     assert all((tmp_path / name).exists() for name in own)
     assert not any((tmp_path / name).exists() for name in ours)
 
@@ -184,26 +228,31 @@ def test_names_that_would_end_in_a_fault_are_refused(refused, tmp_path, name, wo
     assert words in refused(output=f"{tmp_path}/{name}")
 
 
-def test_an_output_folder_among_the_data_is_refused(script, tmp_path):
+def test_an_output_folder_among_the_data_is_refused(recipe, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(SAMPLE, data)
     (tmp_path / "link").symlink_to(data)
-    inside = [(data, ()), (data / "runs" / "a", ()), (tmp_path / "link" / "b", ()), (data / ".." / "data" / "c", ())]
+    inside = [
+        (data, ()),
+        (data / "runs" / "a", ()),
+        (tmp_path / "link" / "b", ()),
+        (data / ".." / "data" / "c", ()),
+    ]
     prior = ("--with_prior_preservation", "--class_prompt", "a", "--class_data_dir", data / "class")
     for output, more in (*inside, (tmp_path / "x", prior)):
-        with pytest.raises(script.UserError, match="lies in the data folder"):
-            script.parse_args(quick_flags(SD15, output, "-d", data, *more))
-    script.parse_args(quick_flags(SD15, tmp_path / "data_x", "-d", data))  # beside it
+        with pytest.raises(UserError, match="lies in the data folder"):
+            recipe.parse_args(quick_flags(SD15, output, "-d", data, *more))
+    recipe.parse_args(quick_flags(SD15, tmp_path / "data_x", "-d", data))  # beside it
 
 
 @pytest.mark.parametrize("flag", ["--output_dir", "--cache_folder", "--class_data_dir", "--logging_dir"])
-def test_folders_that_cannot_be_used_are_named(script, tmp_path, flag):
+def test_folders_that_cannot_be_used_are_named(recipe, tmp_path, flag):
     (tmp_path / "file").write_text("")
     prior = ("--with_prior_preservation", "--class_prompt", "a") if "class" in flag else ()
     flags = (*prior, "--report_to", "tensorboard", flag, tmp_path / "file")
-    args = script.parse_args(quick_flags(SD15, tmp_path / "x", "-d", SAMPLE, *flags))
-    with pytest.raises(script.UserError, match=f"{flag} .*file can't be written to: File exists"):
-        script.locked_output(args).__enter__()
+    args = recipe.parse_args(quick_flags(SD15, tmp_path / "x", "-d", SAMPLE, *flags))
+    with pytest.raises(UserError, match=f"{flag} .*file can't be written to: File exists"):
+        locked_output(args).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -234,7 +283,17 @@ def begun(tmp_path_factory):
     """A run of four steps that was killed after two, with pictures of its data."""
     folder = tmp_path_factory.mktemp("begun")
     shutil.copytree(SAMPLE, folder / "data")
-    flags = ("-d", folder / "data", "--use_ema", "--ema_decay", 0.5, "--max_train_steps", 2, "--checkpointing_steps", 2)
+    flags = (
+        "-d",
+        folder / "data",
+        "--use_ema",
+        "--ema_decay",
+        0.5,
+        "--max_train_steps",
+        2,
+        "--checkpointing_steps",
+        2,
+    )
     assert run_here(SD15, folder / "x", *flags) == 0
     for file in (folder / "x").glob("*.safetensors"):
         file.unlink()
@@ -274,7 +333,15 @@ def test_settings_that_have_changed_are_named_and_refused(begun, tmp_path, capsy
 def test_what_changes_nothing_that_is_trained_needs_no_word(begun, tmp_path, capsys):
     for file in ("data", "x"):
         shutil.copytree(begun / file, tmp_path / file)
-    free = ("--checkpointing_steps", 1, "--gradient_checkpointing", "--logging_steps", 2, "--run_name", "other")
+    free = (
+        "--checkpointing_steps",
+        1,
+        "--gradient_checkpointing",
+        "--logging_steps",
+        2,
+        "--run_name",
+        "other",
+    )
     assert run_here(SD15, tmp_path / "x", "-d", tmp_path / "data", *LATEST, *free) == 0
     assert "changed" not in capsys.readouterr().out
 
@@ -306,14 +373,14 @@ DAMAGED_MANIFESTS = {
 
 
 @pytest.mark.parametrize("case", DAMAGED_MANIFESTS)
-def test_a_damaged_manifest_is_passed_over(script, begun, tmp_path, case):
+def test_a_damaged_manifest_is_passed_over(recipe, begun, tmp_path, case):
     shutil.copytree(begun / "x", tmp_path / "x")
     file = tmp_path / "x" / "checkpoint-2" / "manifest.json"
     damage = DAMAGED_MANIFESTS[case]
     file.write_bytes(b"\xff\xfe\xfa{" if damage is None else damage(file.read_text()).encode())
-    args = script.parse_args(quick_flags(SD15, tmp_path / "x", "-d", SAMPLE, *LATEST))
-    with pytest.raises(script.UserError, match="every checkpoint in .* is damaged"):
-        script.find_checkpoint(args)
+    args = recipe.parse_args(quick_flags(SD15, tmp_path / "x", "-d", SAMPLE, *LATEST))
+    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+        find_checkpoint(args)
 
 
 def test_a_state_that_would_run_code_is_not_read(begun, tmp_path, capsys):
@@ -343,9 +410,25 @@ def test_a_state_that_would_run_code_is_not_read(begun, tmp_path, capsys):
 
 # ---- weights before pictures, each in one step -----------------------------------------------------------------------
 
-DRAWN = ("-d", SAMPLE, "--num_validation_images", 1, "--validation_inference_steps", 1, "--max_train_steps", 2)
+DRAWN = (
+    "-d",
+    SAMPLE,
+    "--num_validation_images",
+    1,
+    "--validation_inference_steps",
+    1,
+    "--max_train_steps",
+    2,
+)
 DRAWN += ("--validation_steps", 2)
-ODD_PROMPTS = ("a\ncircle", "two\r\n\tcircles", "a\u2028b", "🎉 {name} %s", "../../etc/passwd", "word " * 3000)
+ODD_PROMPTS = (
+    "a\ncircle",
+    "two\r\n\tcircles",
+    "a\u2028b",
+    "🎉 {name} %s",
+    "../../etc/passwd",
+    "word " * 3000,
+)
 
 
 def test_odd_prompts_cost_no_lora(tmp_path):
@@ -354,9 +437,11 @@ def test_odd_prompts_cost_no_lora(tmp_path):
     assert len(list((tmp_path / "x" / "samples" / "step-000002").glob("0*.png"))) == len(ODD_PROMPTS)
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), ValueError("a picture"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left"), ValueError("a picture"), MemoryError()]
+)
 def test_the_lora_is_there_whatever_befalls_the_last_pictures(script, tmp_path, monkeypatch, error):
-    original = script.draw_samples
+    original = draw_samples
 
     def fails(run, step):
         if step == run.max_steps:
@@ -375,7 +460,7 @@ def test_the_lora_is_there_whatever_befalls_the_last_pictures(script, tmp_path, 
 
 
 @pytest.mark.parametrize("killed", ["before its pictures", "after one picture", "before its row"])
-def test_a_run_killed_in_a_validation_gets_its_pictures_and_its_row(script, tmp_path, monkeypatch, killed):
+def test_a_run_killed_in_a_validation_gets_its_pictures_and_its_row(recipe, tmp_path, monkeypatch, killed):
     class Killed(BaseException):
         pass
 
@@ -383,8 +468,8 @@ def test_a_run_killed_in_a_validation_gets_its_pictures_and_its_row(script, tmp_
         raise Killed
 
     flags = (*DRAWN, "--validation_prompt", "a circle", "a square", "--max_train_steps", 3)
-    place = {"before its row": (script.Probe, "measure"), "before its pictures": (script, "draw_samples")}
-    owner, name = place.get(killed, (script, "save_sample"))
+    place = {"before its row": (Probe, "measure"), "before its pictures": (recipe, "draw_samples")}
+    owner, name = place.get(killed, (recipe, "save_sample"))
     original, calls = getattr(owner, name), []
 
     def work(*arguments):
@@ -404,22 +489,22 @@ def test_a_run_killed_in_a_validation_gets_its_pictures_and_its_row(script, tmp_
     assert len(list((tmp_path / "x" / "samples" / "step-000002").glob("0*.png"))) == 2
 
 
-def test_a_file_appears_when_it_is_whole(script, tmp_path):
+def test_a_file_appears_when_it_is_whole(tmp_path):
     for number, error in enumerate((KeyboardInterrupt, ValueError, OSError)):
         file = tmp_path / f"{number}.png"
         file.write_bytes(b"before")
-        with pytest.raises(error), script.written(file) as part:
+        with pytest.raises(error), atomic_write(file) as part:
             part.write_bytes(b"half")
             raise error
         assert file.read_bytes() == b"before" and len(list(tmp_path.iterdir())) == number + 1
-        with script.written(file) as part:
+        with atomic_write(file) as part:
             part.write_bytes(b"after")
         assert file.read_bytes() == b"after"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_weight_that_is_not_finite_is_never_saved(script, tmp_path, monkeypatch, capsys, value):
-    original, calls = script.Part.step, []
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, capsys, value):
+    original, calls = TrainedPart.step, []
 
     def poisoned(self):
         original(self)
@@ -428,7 +513,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(script, tmp_path, monkeypatc
             self.weights.data[7] = value
             self.update_shadow()
 
-    monkeypatch.setattr(script.Part, "step", poisoned)
+    monkeypatch.setattr(TrainedPart, "step", poisoned)
     flags = ("-d", SAMPLE, "--checkpointing_steps", 1 if value > 0 else 2, "--max_train_steps", 3)
     assert run_here(SD15, tmp_path / "x", *flags) == 2
     said = capsys.readouterr().err
@@ -472,11 +557,13 @@ DAMAGED_ENTRIES = {
 
 
 @pytest.mark.parametrize("case", DAMAGED_ENTRIES)
-def test_a_damaged_cache_entry_counts_as_missing(script, tmp_path, capsys, case):
-    cache = script.DiskCache(str(tmp_path), "latents")
+def test_a_damaged_cache_entry_counts_as_missing(tmp_path, capsys, case):
+    cache = DiskCache(str(tmp_path), "latents")
     tensors = {"moments": torch.arange(12.0).reshape(3, 4), "half": torch.ones(2, dtype=torch.bfloat16)}
     for place in (("a", 1), ("b", 2)):
-        cache.store({k: v * place[1] for k, v in tensors.items()} if case == "another entry's" else tensors, *place)
+        cache.store(
+            {k: v * place[1] for k, v in tensors.items()} if case == "another entry's" else tensors, *place
+        )
     if case == "another type":
         cache.store({"moments": tensors["moments"]}, "a", 1)
     assert torch.equal(cache.load("a", 1)["moments"], tensors["moments"])
@@ -487,16 +574,16 @@ def test_a_damaged_cache_entry_counts_as_missing(script, tmp_path, capsys, case)
     assert cache.load("a", 1) is not None
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(script, tmp_path, capsys, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    cache = script.DiskCache(str(tmp_path / "file"), "latents")
+    cache = DiskCache(str(tmp_path / "file"), "latents")
     for _ in range(3):
         cache.store({"a": torch.ones(1)}, "a")
         assert cache.load("a") is None
     assert capsys.readouterr().out.count("can't be written to") == 1
 
 
-def test_class_images_that_are_not_whole_do_not_count(script, tmp_path):
+def test_class_images_that_are_not_whole_do_not_count(recipe, tmp_path):
     good = next(SAMPLE.glob("*.png")).read_bytes()
     for name, raw in {
         **{"class_00000.png": good, "class_00004.png": good, "mine.png": good, "mine.txt": b"a green circle"},
@@ -506,8 +593,8 @@ def test_class_images_that_are_not_whole_do_not_count(script, tmp_path):
         (tmp_path / name).write_bytes(raw)
     (tmp_path / "folder.png").mkdir()
     prior = ("--with_prior_preservation", "--class_prompt", "a  circle", "--class_data_dir", tmp_path)
-    args = script.parse_args(quick_flags(SD15, "x", "-d", SAMPLE, *prior, "--num_class_images", 9))
-    found = {e.name: e.captions for e in script.load_class_examples(args)}
+    args = recipe.parse_args(quick_flags(SD15, "x", "-d", SAMPLE, *prior, "--num_class_images", 9))
+    found = {e.name: e.captions for e in load_class_examples(args)}
     one = ["a circle"]
     assert found == {"class_00000.png": one, "class_00004.png": one, "mine.png": ["a green circle"]}
 
@@ -526,7 +613,10 @@ def test_captions_of_class_images_are_trained_on(script, tmp_path, monkeypatch):
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 METADATA = {  # content; captions by file, or the words of the error
-    "a line separator in a caption": ('{"file_name": "0.png", "text": "a\u2028b"}\n'.encode(), {"0.png": ["a b"]}),
+    "a line separator in a caption": (
+        '{"file_name": "0.png", "text": "a\u2028b"}\n'.encode(),
+        {"0.png": ["a b"]},
+    ),
     "other separators": ('{"file_name": "0.png", "text": "a\x85b\u2029c"}'.encode(), {"0.png": ["a b c"]}),
     "Windows' lines": (
         b'{"file_name": "0.png", "text": "a"}\r\n\r\n{"file_name": "1.png"}',
@@ -548,43 +638,43 @@ METADATA = {  # content; captions by file, or the words of the error
 
 
 @pytest.mark.parametrize("case", METADATA)
-def test_odd_metadata(script, pictures, case):
+def test_odd_metadata(pictures, case):
     content, expected = METADATA[case]
     for file in pictures.glob("*.txt"):
         file.unlink()
     (pictures / "metadata.jsonl").write_bytes(content)
     if isinstance(expected, str):
-        with pytest.raises(script.UserError, match=expected.replace("[", r"\[")):
-            script.folder_examples(pictures, None)
+        with pytest.raises(UserError, match=expected.replace("[", r"\[")):
+            folder_examples(pictures, None)
     else:
-        found = {e.name: e.captions for e in script.folder_examples(pictures, None)}
+        found = {e.name: e.captions for e in folder_examples(pictures, None)}
         assert {name: found[name] for name in expected} == expected
 
 
-def test_a_long_field_and_a_wrong_line_of_csv(script, pictures):
+def test_a_long_field_and_a_wrong_line_of_csv(pictures):
     file = pictures / "metadata.csv"
     file.write_text(f'file_name,text\n0.png,"{"word " * 60_000}"\n1.png,"two\nlines"\n')
-    rows = script.read_metadata(file)
+    rows = read_metadata(file)
     assert len(rows[0][1]["text"]) == 300_000 and rows[1][1]["text"] == "two\nlines"
     file.write_text('file_name,text\n0.png,"two\nlines"\n,a\n')
-    with pytest.raises(script.UserError, match="line 4: no file_name"):
-        script.read_metadata(file)
+    with pytest.raises(UserError, match="line 4: no file_name"):
+        read_metadata(file)
     file.write_text("")
-    assert script.read_metadata(file) == []
+    assert read_metadata(file) == []
 
 
-def test_pictures_that_are_described_twice_are_named(script, pictures, capsys):
+def test_pictures_that_are_described_twice_are_named(pictures, capsys):
     rows = [("0.png", "a"), ("1.png", "b"), ("0.png", "a"), ("1.png", "c"), ("./2.png", "d"), ("2.png", "e")]
     lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
     (pictures / "metadata.jsonl").write_text("\n".join(lines))
     for file in pictures.glob("*.txt"):
         file.unlink()
-    found = {e.name: e.captions for e in script.folder_examples(pictures, None)}
+    found = {e.name: e.captions for e in folder_examples(pictures, None)}
     assert (found["0.png"], found["1.png"], found["2.png"]) == (["a"], ["c"], ["e"])
     assert "metadata.jsonl line 4: 1.png, metadata.jsonl line 6: 2.png" in capsys.readouterr().out
 
 
-def test_file_names_and_links_of_all_kinds(script, pictures, tmp_path, capsys):
+def test_file_names_and_links_of_all_kinds(pictures, tmp_path, capsys):
     """A good picture counts under any name; links to pictures lead anywhere; other links are named."""
     good = (pictures / "0.png").read_bytes()
     names = [b"\xff\xfe.png", b"caf\xe9.PNG", "字 \n.png".encode(), b"-rf.png", b"%s{}.png"]
@@ -606,19 +696,21 @@ def test_file_names_and_links_of_all_kinds(script, pictures, tmp_path, capsys):
     assert captions["out.png"] == "through a link" and captions["\\udcff\\udcfe.png"] == "a thing"
 
 
-def test_a_caption_column_without_metadata_is_refused(script, pictures):
-    with pytest.raises(script.UserError, match="--caption_column prompt has no effect"):
-        script.folder_examples(pictures, "prompt")
+def test_a_caption_column_without_metadata_is_refused(pictures):
+    with pytest.raises(UserError, match="--caption_column prompt has no effect"):
+        folder_examples(pictures, "prompt")
 
 
 @pytest.mark.parametrize("how", ["gone", "replaced by text", "cut"])
-def test_a_picture_that_vanishes_while_training_is_named(script, pictures, how):
-    args = script.parse_args(quick_flags(SD15, "x", "-d", pictures))
-    store = script.prepare_examples(script.load_examples(args), [(64, 64)], args)
+def test_a_picture_that_vanishes_while_training_is_named(recipe, pictures, how):
+    args = recipe.parse_args(quick_flags(SD15, "x", "-d", pictures))
+    store = prepare_examples(load_examples(args), [(64, 64)], args)
     store.covers.clear()  # as if there were more pictures than memory
     file = pictures / "3.png"
-    file.unlink() if how == "gone" else file.write_bytes(b"text" if "text" in how else file.read_bytes()[:200])
-    with pytest.raises(script.UserError, match=r"3\.png could be read when the run began, and can't now"):
+    file.unlink() if how == "gone" else file.write_bytes(
+        b"text" if "text" in how else file.read_bytes()[:200]
+    )
+    with pytest.raises(UserError, match=r"3\.png could be read when the run began, and can't now"):
         store.cover(3, 0)
 
 
@@ -627,12 +719,12 @@ def test_a_loaders_process_that_dies_or_fails_is_one_line(script, tmp_path, monk
         os._exit(9)
 
     def fails(self, index):
-        raise script.UserError("7.png could be read")
+        raise UserError("7.png could be read")
 
     flags = ("-d", SAMPLE, "--dataloader_num_workers", 1)
     for where, name, work, words in (
         (script.TrainingData, "__getitem__", dies, "fewer --dataloader_num_workers"),
-        (script.ImageStore, "is_long", None, "error: 7.png could be read"),
+        (ImageStore, "is_long", None, "error: 7.png could be read"),
     ):
         with monkeypatch.context() as patch:
             if work is None:
@@ -650,48 +742,50 @@ def test_a_loaders_process_that_dies_or_fails_is_one_line(script, tmp_path, monk
 
 def store_of(script, size, target=(64, 96)):
     """A store with one soft picture of a size, and the picture."""
-    small = np.random.default_rng(0).integers(90, 160, (size[1] // 2 + 1, size[0] // 2 + 1, 3), dtype=np.uint8)
+    small = np.random.default_rng(0).integers(
+        90, 160, (size[1] // 2 + 1, size[0] // 2 + 1, 3), dtype=np.uint8
+    )
     image, buffer = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC), io.BytesIO()
     image.save(buffer, "PNG")
-    example = script.Example("a.png", ["a"], buffer.getvalue, size=size)
-    return script.ImageStore([example], [target], "lanczos", 0), image
+    example = Example("a.png", ["a"], buffer.getvalue, size=size)
+    return ImageStore([example], [target], "lanczos", 0), image
 
 
 @pytest.mark.parametrize("size", [(1, 3000), (9000, 2), (3, 20000), (16000, 7)])
-def test_of_a_long_picture_only_a_window_is_scaled(script, size):
-    store, _ = store_of(script, size)
-    cover, target, rng = script.cover_size(size, (64, 96)), (64, 96), random.Random(0)
+def test_of_a_long_picture_only_a_window_is_scaled(recipe, size):
+    store, _ = store_of(recipe, size)
+    cover, target, rng = cover_size(size, (64, 96)), (64, 96), random.Random(0)
     args = SimpleNamespace(center_crop=False, random_flip=False, random_rotation=None, color_jitter=None)
     for _ in range(5):
-        crop = script.draw_crop(cover, target, rng, args)
+        crop = draw_crop(cover, target, rng, args)
         part, inner = store.window(0, 0, crop)
         assert math.prod(part.size) <= 4 * math.prod(target)
-        assert script.cropped(part, target, inner, rng, args).size == target
+        assert crop_and_augment(part, target, inner, rng, args).size == target
 
 
 @pytest.mark.parametrize("size", [(20, 700), (900, 30), (10, 333)])
-def test_the_window_shows_what_the_whole_picture_would(script, size):
-    store, image = store_of(script, size)
-    cover, target, rng = script.cover_size(size, (64, 96)), (64, 96), random.Random(1)
+def test_the_window_shows_what_the_whole_picture_would(recipe, size):
+    store, image = store_of(recipe, size)
+    cover, target, rng = cover_size(size, (64, 96)), (64, 96), random.Random(1)
     whole = np.asarray(image.resize(cover, Image.Resampling.LANCZOS), dtype=float)
     args = SimpleNamespace(center_crop=False, random_flip=False, random_rotation=None, color_jitter=None)
     assert store.is_long(0, 0)
     for _ in range(5):
-        crop = script.draw_crop(cover, target, rng, args)
+        crop = draw_crop(cover, target, rng, args)
         part, inner = store.window(0, 0, crop)
-        seen = np.asarray(script.cropped(part, target, inner, rng, args), dtype=float)
+        seen = np.asarray(crop_and_augment(part, target, inner, rng, args), dtype=float)
         expected = whole[crop.top : crop.top + 96, crop.left : crop.left + 64]
         assert np.abs(seen - expected).max() <= 2  # of 255: rounding
 
 
 @pytest.mark.parametrize(("count", "repeats"), [(7, 31), (1, 70), (100, 3), (64, 1)])
-def test_many_repeats_are_planned_in_rounds(script, monkeypatch, count, repeats):
-    monkeypatch.setattr(script.BatchPlan, "round_limit", 64)
+def test_many_repeats_are_planned_in_rounds(recipe, monkeypatch, count, repeats):
+    monkeypatch.setattr(BatchPlan, "round_limit", 64)
     prior = ("--with_prior_preservation", "--class_prompt", "a")
     flags = ("--repeats", repeats, "--train_batch_size", 4, *prior)
-    args = script.parse_args(quick_flags(SD15, "x", "-d", SAMPLE, *flags))
-    examples = [script.Example(str(i), ["a"], None, bucket=i % 3, size=(64, 64)) for i in range(count)]
-    plan = script.BatchPlan(examples, args, 1, 5)
+    args = recipe.parse_args(quick_flags(SD15, "x", "-d", SAMPLE, *flags))
+    examples = [Example(str(i), ["a"], None, bucket=i % 3, size=(64, 64)) for i in range(count)]
+    plan = BatchPlan(examples, args, 1, 5)
     assert sum(map(len, plan.epoch(0))) <= 2 * max(64, count)
     slots = [s for n in range(plan.per_epoch) for s in plan.share(n, 0)]
     seen = Counter((s.index, s.repeat) for s in slots if not s.is_class)
@@ -774,7 +868,7 @@ def test_pictures_skip_the_layers_that_the_pipeline_skips(name, skip, tmp_path):
     (base / "model_index.json").write_text(json.dumps(index))
     more = ("--clip_skip", skip) if skip else ()
     args = script.parse_args(quick_flags(family, tmp_path / "x", "-d", SAMPLE, "-m", base, *more))
-    prompts = script.Prompts(args, script.Components(base, args, torch.float32, torch.device("cpu")))
+    prompts = prompts_of(script, args, Components(base, args, torch.float32, torch.device("cpu")))
     ours = prompts.for_pipeline("a red circle")
     pipeline = getattr(diffusers, family.pipeline).from_pretrained(base)
     options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
@@ -804,11 +898,11 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("text", CONFIGS, ids=lambda text: text[:30])
-def test_configurations_with_values_of_another_kind(refused, script, tmp_path, text):
+def test_configurations_with_values_of_another_kind(refused, recipe, tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
     flags = ("--config", tmp_path / "c.yaml")
     if CONFIGS[text] is None:
-        script.parse_args(quick_flags(SD15, "x", "-d", SAMPLE, *flags))
+        recipe.parse_args(quick_flags(SD15, "x", "-d", SAMPLE, *flags))
     else:
         assert CONFIGS[text] in refused(*flags)
 
@@ -829,7 +923,11 @@ def lose_a_tensor(file: Path) -> None:
 
 
 DAMAGED_BASES = {
-    "weights cut": ("unet", "diffusion_pytorch_model.safetensors", lambda f: f.write_bytes(f.read_bytes()[:-999])),
+    "weights cut": (
+        "unet",
+        "diffusion_pytorch_model.safetensors",
+        lambda f: f.write_bytes(f.read_bytes()[:-999]),
+    ),
     "weights empty": ("vae", "diffusion_pytorch_model.safetensors", lambda f: f.write_bytes(b"")),
     "weights gone": ("text_encoder", "model.safetensors", Path.unlink),
     "a tensor gone": ("text_encoder", "model.safetensors", lose_a_tensor),
@@ -837,8 +935,16 @@ DAMAGED_BASES = {
     "configuration cut": ("unet", "config.json", lambda f: f.write_text(cut(f.read_text()))),
     "configuration a list": ("vae", "config.json", lambda f: f.write_text("[]")),
     "a number for a list": ("vae", "config.json", lambda f: f.write_text('{"block_out_channels": 3}')),
-    "a text for a number": ("vae", "config.json", lambda f: f.write_text(f.read_text().replace(": 16,", ': "16",'))),
-    "no layers": ("vae", "config.json", lambda f: f.write_text(f.read_text().replace('block": 1', 'block": -1'))),
+    "a text for a number": (
+        "vae",
+        "config.json",
+        lambda f: f.write_text(f.read_text().replace(": 16,", ': "16",')),
+    ),
+    "no layers": (
+        "vae",
+        "config.json",
+        lambda f: f.write_text(f.read_text().replace('block": 1', 'block": -1')),
+    ),
     "configuration gone": ("unet", "config.json", Path.unlink),
     "configuration not UTF-8": ("vae", "config.json", lambda f: f.write_bytes(b"\xff{}")),
     "another width": ("unet", "config.json", lambda f: f.write_text(f.read_text().replace("64", "32"))),
@@ -846,8 +952,16 @@ DAMAGED_BASES = {
     "scheduler null": ("scheduler", "scheduler_config.json", lambda f: f.write_text("null")),
     "tokenizer gone": ("tokenizer", "", shutil.rmtree),
     "index cut": ("", "model_index.json", lambda f: f.write_text(cut(f.read_text()))),
-    "index names no class": ("", "model_index.json", lambda f: f.write_text(f.read_text().replace("UNet2D", "Other"))),
-    "index names no library": ("", "model_index.json", lambda f: f.write_text(f.read_text().replace("diffusers", "d"))),
+    "index names no class": (
+        "",
+        "model_index.json",
+        lambda f: f.write_text(f.read_text().replace("UNet2D", "Other")),
+    ),
+    "index names no library": (
+        "",
+        "model_index.json",
+        lambda f: f.write_text(f.read_text().replace("diffusers", "d")),
+    ),
     "index is too short": ("", "model_index.json", lambda f: f.write_text('{"_class_name": "A", "unet": 3}')),
 }
 
@@ -877,10 +991,10 @@ MARKS = {  # what a single file holds; what its scheduler is told
 
 
 @pytest.mark.parametrize("case", MARKS)
-def test_single_files_that_predict_velocity_say_so(script, tmp_path, case):
+def test_single_files_that_predict_velocity_say_so(tmp_path, case):
     tensors, metadata, expected = MARKS[case]
     save_file({"weight": torch.ones(1), **tensors}, tmp_path / "a.safetensors", metadata=metadata)
-    assert script.velocity_marks(tmp_path / "a.safetensors") == expected
+    assert prediction_settings(tmp_path / "a.safetensors") == expected
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
@@ -901,16 +1015,20 @@ def test_a_schedule_that_ends_without_signal(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "prodigy", "adafactor", "schedulefree"])
-def test_new_tokens_keep_the_size_of_their_table(script, optimizer):
+def test_new_tokens_keep_the_size_of_their_table(recipe, optimizer):
     """After each step a table's rows are scaled by (std0 / std) ** 0.1, which a LoRA's weights never are."""
     rate = 1 if optimizer == "prodigy" else 1e-3
-    args = script.parse_args(quick_flags(SD15, "x", "-d", SAMPLE, "--optimizer", optimizer, "--learning_rate", rate))
+    args = recipe.parse_args(
+        quick_flags(SD15, "x", "-d", SAMPLE, "--optimizer", optimizer, "--learning_rate", rate)
+    )
     generator = torch.Generator().manual_seed(0)
     first = {key: torch.randn(2, 64, generator=generator) * 0.02 for key in ("clip_l", "t5")}
     parts = {}
     for name in ("embeddings", "denoiser"):
-        parts[name] = script.Part(name, {k: torch.nn.Parameter(v.clone()) for k, v in first.items()}, rate, 0.0, 200)
-        script.prepare_parts([parts[name]], args)
+        parts[name] = TrainedPart(
+            name, {k: torch.nn.Parameter(v.clone()) for k, v in first.items()}, rate, 0.0, 200
+        )
+        prepare_parts([parts[name]], args)
     for number in range(60):
         push = torch.randn(256, generator=generator) + torch.linspace(-1, 1, 256)
         for part in parts.values():
@@ -920,7 +1038,7 @@ def test_new_tokens_keep_the_size_of_their_table(script, optimizer):
             rows = {name: part.views(part.weights.detach()) for name, part in parts.items()}
             for key, free in rows["denoiser"].items():
                 assert torch.allclose(rows["embeddings"][key], free * (first[key].std() / free.std()) ** 0.1)
-    with script.averaged(list(parts.values())):
+    with averaged_weights(list(parts.values())):
         grown = {n: p.views(p.weights.detach())["t5"].std() / first["t5"].std() for n, p in parts.items()}
     assert abs(grown["embeddings"].log()) < 0.6 * abs(grown["denoiser"].log())
 
@@ -941,7 +1059,9 @@ def test_overwrite_begins_anew_where_a_recipe_resumes(family, tmp_path, capsys):
 
 @pytest.mark.parametrize("made_of_it", [OSError("can't open file"), RuntimeError("a"), None], ids=str)
 @pytest.mark.parametrize("place", ["library_class", "prepare_examples", "add_trained_parts"])
-def test_a_signal_is_answered_whatever_a_library_makes_of_it(script, tmp_path, monkeypatch, capsys, place, made_of_it):
+def test_a_signal_is_answered_whatever_a_library_makes_of_it(
+    script, tmp_path, monkeypatch, capsys, place, made_of_it
+):
     """Some turn every exception into one of their own; some go on as if nothing had been."""
     original = getattr(script, place)
 
@@ -963,15 +1083,15 @@ def test_a_signal_is_answered_whatever_a_library_makes_of_it(script, tmp_path, m
         assert [p.name for p in (tmp_path / "x").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
-def test_only_what_others_need_is_uploaded(script, tmp_path, monkeypatch):
+def test_only_what_others_need_is_uploaded(recipe, tmp_path, monkeypatch):
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
     given = {}
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda *a, **k: SimpleNamespace(repo_id="me/x"))
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: given.update(options))
-    args = script.parse_args(quick_flags(SD15, tmp_path / "x", "-d", SAMPLE, "--push_to_hub"))
-    script.push_to_hub(args)
+    args = recipe.parse_args(quick_flags(SD15, tmp_path / "x", "-d", SAMPLE, "--push_to_hub"))
+    push_to_hub(args)
     public = (
         LORA,
         "x.safetensors",
@@ -989,7 +1109,12 @@ def test_only_what_others_need_is_uploaded(script, tmp_path, monkeypatch):
         ".lock",
         "report.html",
     )
-    private += ("cache/latents/a.safetensors", "checkpoint-2/x.safetensors", "merged/unet/a.safetensors", "logs/events")
+    private += (
+        "cache/latents/a.safetensors",
+        "checkpoint-2/x.safetensors",
+        "merged/unet/a.safetensors",
+        "logs/events",
+    )
     private += ("class_images/class_00000.png", "training_pictures/00.png", "checkpoint-2/training_state.pt")
     rules = {name: given[name] for name in ("allow_patterns", "ignore_patterns")}
     assert set(filter_repo_objects([*public, *private], **rules)) == set(public)
@@ -1010,39 +1135,39 @@ def test_only_what_others_need_is_uploaded(script, tmp_path, monkeypatch):
         ('["a"]', "unknown key 'a'"),
     ],
 )
-def test_sets_that_cannot_be_meant(script, tmp_path, sets, words):
+def test_sets_that_cannot_be_meant(recipe, tmp_path, sets, words):
     (tmp_path / "s.yaml").write_text(sets.replace("DATA", str(SAMPLE)))
-    with pytest.raises(script.UserError, match=f"--dataset_config .*{words}"):
-        script.parse_args(quick_flags(SD15, tmp_path / "x", "--dataset_config", tmp_path / "s.yaml"))
+    with pytest.raises(UserError, match=f"--dataset_config .*{words}"):
+        recipe.parse_args(quick_flags(SD15, tmp_path / "x", "--dataset_config", tmp_path / "s.yaml"))
 
 
-def test_a_class_sets_weight_is_taken(script, tmp_path):
+def test_a_class_sets_weight_is_taken(recipe, tmp_path):
     sets = [{"train_data_dir": str(SAMPLE)}, {"train_data_dir": str(SAMPLE), "class_prompt": "a circle"}]
     for number, weight in ((1, "0.5"), (2, "0.5")):
         (tmp_path / "s.yaml").write_text(json.dumps(sets[:number]))
         flags = quick_flags(SD15, "x", "--dataset_config", tmp_path / "s.yaml", "--prior_loss_weight", weight)
         if number == 2:
-            assert script.parse_args(flags).prior_loss_weight == 0.5
+            assert recipe.parse_args(flags).prior_loss_weight == 0.5
         else:
-            with pytest.raises(script.UserError, match="--prior_loss_weight has no effect without"):
-                script.parse_args(flags)
+            with pytest.raises(UserError, match="--prior_loss_weight has no effect without"):
+                recipe.parse_args(flags)
 
 
 @pytest.mark.parametrize(
     "flag", ["--masked_loss", "--validation_prompts_file", "--init_lora", "--trigger_word", "--config"]
 )
-def test_an_empty_value_is_off(script, tmp_path, flag):
-    args = script.parse_args(quick_flags(SD15, tmp_path / "x", "-d", SAMPLE, f"{flag}="))
-    assert vars(args)[flag[2:]] is None and script.load_examples(args)
+def test_an_empty_value_is_off(recipe, tmp_path, flag):
+    args = recipe.parse_args(quick_flags(SD15, tmp_path / "x", "-d", SAMPLE, f"{flag}="))
+    assert vars(args)[flag[2:]] is None and load_examples(args)
 
 
 @pytest.mark.parametrize(
     "raw", [b"[" * 50_000, b'{"resolution": Infinity, "aspect_ratio_buckets": "64,64"}', b"\xff\xfe", b"[]"]
 )
-def test_a_damaged_table_of_buckets_is_named(script, pictures, tmp_path, raw):
+def test_a_damaged_table_of_buckets_is_named(recipe, pictures, tmp_path, raw):
     (pictures / "buckets.json").write_bytes(raw)
-    with pytest.raises(script.UserError, match="buckets.json: has no resolution"):
-        script.parse_args(["-m", SD15.base, "-o", str(tmp_path / "x"), "-d", str(pictures)])
+    with pytest.raises(UserError, match="buckets.json: has no resolution"):
+        recipe.parse_args(["-m", SD15.base, "-o", str(tmp_path / "x"), "-d", str(pictures)])
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\u2028b", "a\r\n--x"])
@@ -1070,7 +1195,9 @@ def test_damaged_metadata_of_a_lora_to_start_from_is_named(begun, tmp_path, caps
 @pytest.mark.parametrize("words", [("", ""), (" ",), ("\t", "x")])
 def test_words_that_belong_to_no_flag(tmp_path, capsys, words):
     with pytest.raises(SystemExit) as end:
-        load_script(SD15.script).parse_args(quick_flags(SD15, tmp_path / "x", "-d", SAMPLE, "--dry_run", *words))
+        load_script(SD15.script).parse_args(
+            quick_flags(SD15, tmp_path / "x", "-d", SAMPLE, "--dry_run", *words)
+        )
     assert end.value.code == 2 and "unknown flag" in capsys.readouterr().err
 
 
@@ -1078,11 +1205,18 @@ def test_a_fault_before_the_arguments_are_known_is_one_line(script, monkeypatch,
     monkeypatch.setattr(script, "parse_args", lambda argv: 1 / 0)
     assert script.main([]) == 1
     said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1 and "a fault of this script (ZeroDivisionError: division by zero)" in said and "crash.log" in said
+    assert (
+        len(said.splitlines()) == 1
+        and "a fault of this script (ZeroDivisionError: division by zero)" in said
+        and "crash.log" in said
+    )
 
 
 def test_a_process_that_ends_is_named_by_the_others(script, tmp_path, monkeypatch, capsys):
-    messages = ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error", "x/gloo/y: Timed out")
+    messages = (
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error",
+        "x/gloo/y: Timed out",
+    )
     errors = [RuntimeError(message) for message in messages] + [torch.distributed.DistBackendError("NCCL")]
     for error in errors:
 

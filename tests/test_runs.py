@@ -8,9 +8,23 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, KINDS, ROOT, SAMPLE, Studio, family_and, load_script, losses, metrics, run_here, weights
+from conftest import (
+    FAMILIES,
+    KINDS,
+    ROOT,
+    SAMPLE,
+    Studio,
+    family_and,
+    load_script,
+    losses,
+    metrics,
+    run_here,
+    weights,
+)
 from PIL import Image
 from safetensors import safe_open
+
+from lora_training.base_model.components import Components
 
 pytestmark = pytest.mark.run
 
@@ -46,7 +60,15 @@ MODES = {  # a text encoder alone, and tokens by prodigy: in test_known_faults.p
     "huber, ema, offset": ("--loss_type", "huber", "--use_ema"),
     "adafactor": ("--optimizer", "adafactor", "--lr_scheduler", "cosine", "--lr_warmup_steps", 1),
     "workers, augmentations": ("--dataloader_num_workers", 2, *AUGMENTED),
-    "tags, held out": ("--shuffle_tags", "--tag_separator", " ", "--validation_split", 0.1, "--validation_steps", 1),
+    "tags, held out": (
+        "--shuffle_tags",
+        "--tag_separator",
+        " ",
+        "--validation_split",
+        0.1,
+        "--validation_steps",
+        1,
+    ),
     "epochs": ("--num_train_epochs", 1, "--train_batch_size", 5, "--scale_lr"),
 }
 OWN = ("inversion", "bf16, checkpointing, cached", "blocks")  # with code of a family's own
@@ -94,9 +116,13 @@ def check_files(output, family) -> None:
     assert all(saved[f"{part}.lora_alpha"] == 4 and saved[f"{part}.r"] == 8 for part in parts)
     keys, meta = keys_and_metadata(output / "my lora.safetensors")
     modules = {k.split(".")[0] for k in keys}
-    assert all(f"{m}.{end}" in keys for m in modules for end in ("alpha", "lora_down.weight", "lora_up.weight"))
+    assert all(
+        f"{m}.{end}" in keys for m in modules for end in ("alpha", "lora_down.weight", "lora_up.weight")
+    )
     with safe_open(output / "my lora.safetensors", "pt") as f:
-        pairs = [(f.get_tensor(f"{m}.alpha").item(), len(f.get_tensor(f"{m}.lora_down.weight"))) for m in modules]
+        pairs = [
+            (f.get_tensor(f"{m}.alpha").item(), len(f.get_tensor(f"{m}.lora_down.weight"))) for m in modules
+        ]
     assert all(alpha / rank == 0.5 for alpha, rank in pairs)
     assert meta["modelspec.title"] == "my lora" and meta["modelspec.trigger_phrase"] == "sks"
     card = (output / "README.md").read_text()
@@ -117,7 +143,17 @@ def test_files_of_a_run_and_its_image_is_the_plain_pipelines(family, studio, tmp
 
     monkeypatch.setattr(module, "unpack_output", recorded)
     trained = ("--train_text_encoder", "--text_encoder_lr", 1e-2, "--learning_rate", 1e-2, "--rank", 8)
-    flags = ("-d", SAMPLE, *trained, "--lora_alpha", 4, "--lora_layers", *family.lora_layers, "--trigger_word", "sks")
+    flags = (
+        "-d",
+        SAMPLE,
+        *trained,
+        "--lora_alpha",
+        4,
+        "--lora_layers",
+        *family.lora_layers,
+        "--trigger_word",
+        "sks",
+    )
     shown = (*SHOWN, "--validation_prompt", PROMPT, "a blue star")
     assert run_here(family, f"{output}/", *flags, *shown, "--max_train_steps", 5) == 0
     check_files(output, family)
@@ -163,13 +199,22 @@ def test_prior_preservation_makes_keeps_and_counts_class_images(family, tmp_path
         "--class_prompt",
         "a circle",
     )
-    flags += ("--class_data_dir", tmp_path / "class", "--validation_inference_steps", 2, "--train_batch_size", 2)
+    flags += (
+        "--class_data_dir",
+        tmp_path / "class",
+        "--validation_inference_steps",
+        2,
+        "--train_batch_size",
+        2,
+    )
     assert run_here(family, tmp_path / "x", *flags, "--num_class_images", 3) == 0
     first = {f.name: f.read_bytes() for f in (tmp_path / "class").iterdir()}
     assert len(first) == 3
     capsys.readouterr()
     assert (
-        run_here(family, tmp_path / "y", *flags, "--num_class_images", 5, "--cache_latents", "--train_text_encoder")
+        run_here(
+            family, tmp_path / "y", *flags, "--num_class_images", 5, "--cache_latents", "--train_text_encoder"
+        )
         == 0
     )
     assert "3 of 5 class images" in capsys.readouterr().out
@@ -178,20 +223,22 @@ def test_prior_preservation_makes_keeps_and_counts_class_images(family, tmp_path
 
 
 @pytest.mark.families(*KINDS)
-def test_caches_change_nothing_and_a_second_run_loads_no_encoder(family, pictures, tmp_path, script, monkeypatch):
+def test_caches_change_nothing_and_a_second_run_loads_no_encoder(
+    family, pictures, tmp_path, script, monkeypatch
+):
     flags = ("-d", pictures, "--center_crop", "--random_flip", "--train_batch_size", 2)
     cached = (*flags, "--cache_latents", "--cache_folder", tmp_path / "cache")
     assert run_here(family, tmp_path / "plain", *flags) == 0
     assert run_here(family, tmp_path / "x", *cached) == 0
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "x"), abs=1e-4)
     loaded = []
-    original = script.Components.get
+    original = Components.get
 
     def recording(self, name, *rest, **options):
         loaded.append(name)
         return original(self, name, *rest, **options)
 
-    monkeypatch.setattr(script.Components, "get", recording)
+    monkeypatch.setattr(Components, "get", recording)
     assert run_here(family, tmp_path / "y", *cached) == 0
     assert losses(tmp_path / "x") == losses(tmp_path / "y")
     assert "vae" not in loaded and not any(n.startswith("text_encoder") for n in loaded)
@@ -250,7 +297,10 @@ def test_datasets_from_disk_and_from_a_builder_file(family, pictures, tmp_path):
         "            if n.endswith('.png'):\n"
         "                yield n, {'image': os.path.join(folder, n), 'prompt': open(os.path.join(folder, n[:-4] + '.txt')).read()}\n"
     )
-    assert run_here(family, tmp_path / "y", "--dataset_name", tmp_path / "mine.py", "--train_data_dir", pictures) == 0
+    assert (
+        run_here(family, tmp_path / "y", "--dataset_name", tmp_path / "mine.py", "--train_data_dir", pictures)
+        == 0
+    )
     assert len(losses(tmp_path / "x")) == len(losses(tmp_path / "y")) == 3
 
 

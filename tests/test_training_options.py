@@ -5,9 +5,22 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, SAMPLE, family_and, load_script, run_here
+from conftest import FAMILIES, ROOT, SAMPLE, family_and, load_script, run_here, training_data
 from PIL import Image
 from safetensors.torch import load_file, save_file
+
+from lora_training.base_model.reading import import_class
+from lora_training.cli.flags import add_shared_args
+from lora_training.cli.parser import OneLineParser
+from lora_training.data.batches import BatchPlan, Slot
+from lora_training.data.buckets import bucket_sizes
+from lora_training.data.examples import hold_out, load_examples
+from lora_training.data.folders import folder_examples
+from lora_training.data.image_store import prepare_examples
+from lora_training.errors import UserError
+from lora_training.text.chunks import chunk_ids, join_chunks
+from lora_training.training.machine import choose_seed
+from lora_training.validation.prompts import control_prompts
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -78,14 +91,17 @@ def test_long_captions_are_read_in_chunks(family, script):
     """One chunk is what the tokenizer makes by itself; of three, each is what its own 75 tokens give alone."""
     from transformers import CLIPTokenizer
 
-    tokenizer, words = CLIPTokenizer.from_pretrained(f"{family.base}/tokenizer"), "a red circle on a blue background, "
+    tokenizer, words = (
+        CLIPTokenizer.from_pretrained(f"{family.base}/tokenizer"),
+        "a red circle on a blue background, ",
+    )
     prompts = ["", "a circle", words * 40]
     cut = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
-    assert torch.equal(script.chunk_ids(tokenizer, prompts, 1), tokenizer(prompts, **cut).input_ids)
-    ids = script.chunk_ids(tokenizer, prompts, 3).view(3, 3, 77)
+    assert torch.equal(chunk_ids(tokenizer, prompts, 1), tokenizer(prompts, **cut).input_ids)
+    ids = chunk_ids(tokenizer, prompts, 3).view(3, 3, 77)
     content = tokenizer(words * 40, add_special_tokens=False).input_ids
     assert ids[2, :, 1:-1].flatten().tolist() == content[:225]
-    hidden = script.join_chunks(ids.view(9, 77, 1).float(), 3)
+    hidden = join_chunks(ids.view(9, 77, 1).float(), 3)
     assert hidden.shape == (3, 227, 1)
     assert hidden[2, 1:-1, 0].tolist() == content[:225]
 
@@ -134,17 +150,17 @@ def test_each_line_may_be_a_caption(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a dog\n\nan animal\nin a field\n")
     script = load_script("train_lora_sd15.py")
-    found = [script.folder_examples(tmp_path, None, None, per_line)[0].captions for per_line in (True, False)]
+    found = [folder_examples(tmp_path, None, None, per_line)[0].captions for per_line in (True, False)]
     assert found == [["a dog", "an animal", "in a field"], ["a dog an animal in a field"]]
 
 
 def noise_arguments(script, **settings):
     """A family's settings for drawing noise, and its toy's scheduler."""
-    parser = script.OneLineParser()
-    script.add_shared_args(parser)
+    parser = OneLineParser()
+    add_shared_args(parser)
     script.add_family_args(parser.add_argument)
     args = argparse.Namespace(**vars(parser.parse_args([])) | settings)
-    return script.library_class("diffusers", script.TRAINING_SCHEDULER), args
+    return import_class("diffusers", script.FAMILY.training_scheduler), args
 
 
 def test_timesteps_stay_in_their_range(family, script):
@@ -185,8 +201,14 @@ def test_a_kept_class_has_a_loss_of_its_own(family, trained, tmp_path):
 
 def test_the_class_takes_the_place_of_the_word():
     script = load_script("train_lora_sd15.py")
-    run = argparse.Namespace(args=argparse.Namespace(preserve_class="dog", triggers=["sks"]), abstractions={"TOK": []})
-    captions = {"a photo of sks dog": "a photo of dog", "sks, on a beach": "dog, on a beach", "a TOK dog": "a dog"}
+    run = argparse.Namespace(
+        args=argparse.Namespace(preserve_class="dog", triggers=["sks"]), abstractions={"TOK": []}
+    )
+    captions = {
+        "a photo of sks dog": "a photo of dog",
+        "sks, on a beach": "dog, on a beach",
+        "a TOK dog": "a dog",
+    }
     for caption, wanted in captions.items():
         assert script.class_caption(caption, run) == wanted
 
@@ -196,7 +218,9 @@ def test_b_matrices_learn_at_a_rate_of_their_own(family, tmp_path):
     """AdamW's first step is as large as the rate, whatever the gradient."""
     flags = ("-d", SAMPLE, "--learning_rate", 1e-4, "--loraplus_lr_ratio", 16, "--max_train_steps", 1)
     assert run_here(family, tmp_path, *flags, "--upcast_before_saving", "--adam_weight_decay", 0) == 0
-    steps = [v.abs().max().item() for k, v in load_file(tmp_path / LORA).items() if ".up." in k or ".lora_B." in k]
+    steps = [
+        v.abs().max().item() for k, v in load_file(tmp_path / LORA).items() if ".up." in k or ".lora_B." in k
+    ]
     assert max(steps) == pytest.approx(1.6e-3, rel=0.01)
 
 
@@ -204,7 +228,12 @@ OPTIMIZERS = {  # flags: how large a first step is, or what is said
     ("--optimizer", "torch.optim.RMSprop", "--optimizer_args", "alpha=0.75"): 2e-4,
     ("--optimizer", "adamw", "--optimizer_args", "lr=3e-4", "amsgrad=True"): 3e-4,
     ("--optimizer", "torch.optim.Nix"): "--optimizer torch.optim.Nix",
-    ("--optimizer", "torch.optim.SGD", "--optimizer_args", "betas=(0,1)"): "unexpected keyword argument 'betas'",
+    (
+        "--optimizer",
+        "torch.optim.SGD",
+        "--optimizer_args",
+        "betas=(0,1)",
+    ): "unexpected keyword argument 'betas'",
     ("--optimizer_args", "eps"): "--optimizer_args eps is not key=value",
     ("--optimizer", "lion"): "dotted name",
     ("--optimizer", "prodigy", "--loraplus_lr_ratio", "4"): "one rate for all",
@@ -240,7 +269,14 @@ PROMPTS = {
 def test_prompts_have_sizes_seeds_and_scales_of_their_own(kind, name, tmp_path, capsys):
     family = FAMILIES[kind]
     (tmp_path / name).write_text(PROMPTS[name])
-    flags = ("--validation_prompts_file", tmp_path / name, "--num_validation_images", 1, "--learning_rate", 1e-2)
+    flags = (
+        "--validation_prompts_file",
+        tmp_path / name,
+        "--num_validation_images",
+        1,
+        "--learning_rate",
+        1e-2,
+    )
     flags += ("--validation_inference_steps", 2, "--report_to", "tensorboard")
     assert run_here(family, tmp_path / "out", "-d", SAMPLE, *flags) == 0
     told = "take no account of negative prompts" in capsys.readouterr().out
@@ -279,10 +315,10 @@ def test_what_is_wrong_with_a_prompt_is_said(tmp_path, capsys):
 def masked_data(script, *flags):
     """TrainingData of 8 x 8 latents as a run has it, from flags."""
     args = script.parse_args(["-m", "base", "--resolution", "64", "--seed", "1", *map(str, flags)])
-    store = script.prepare_examples(script.load_examples(args), script.bucket_sizes(args), args)
-    scheduler = script.library_class("diffusers", "DDPMScheduler")()
+    store = prepare_examples(load_examples(args), bucket_sizes(args), args)
+    scheduler = import_class("diffusers", "DDPMScheduler")()
     config = {"latent_channels": 4, "block_out_channels": [1, 1, 1, 1]}
-    return script.TrainingData(store, None, args, config, scheduler)
+    return training_data(script, store, None, args, config, scheduler)
 
 
 def half(path, size=(96, 64), mode="L"):
@@ -306,12 +342,21 @@ def test_a_mask_goes_with_its_picture(where, tmp_path):
         half(where / "inner" / "a.jpg", (192, 128))
     if where == "-mask":
         half(data / "inner" / "a-mask.png")
-    flags = ("-d", data, "--trigger_word", "x", f"--masked_loss={where}", "--unmasked_weight", 0, "--random_flip")
+    flags = (
+        "-d",
+        data,
+        "--trigger_word",
+        "x",
+        f"--masked_loss={where}",
+        "--unmasked_weight",
+        0,
+        "--random_flip",
+    )
     made = masked_data(script, *flags, "--random_rotation", 20, "--random_rotation_prob", 0.5)
     assert len(made.examples) == 1
     sides = set()
     for epoch in range(40):
-        item = made[script.Slot(0, 0, epoch, 0, 1.0)]
+        item = made[Slot(0, 0, epoch, 0, 1.0)]
         if where != "alpha":  # laid on white, it is white all over
             wanted = torch.nn.functional.avg_pool2d(item["pixels"][:1] / 255, 8) + 1e-3
             assert torch.allclose(item["mask"] * wanted.mean(), wanted, atol=0.06)
@@ -333,13 +378,17 @@ def test_a_white_mask_changes_nothing_and_a_mask_is_cached(family, tmp_path):
     found = {}
     for name, own in {"plain": flags, "white": masked}.items():
         assert run_here(family, tmp_path / name, *own) == 0
-        found[name] = [json.loads(x)["loss"] for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        found[name] = [
+            json.loads(x)["loss"] for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
     assert found["white"] == found["plain"]
     half(masks / "0.png", (64, 64))
     half(masks / "1.png", (64, 64))
     for name, own in {"half": masked, "half cached": (*masked, "--cache_latents")}.items():
         assert run_here(family, tmp_path / name, *own) == 0
-        found[name] = [json.loads(x)["loss"] for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        found[name] = [
+            json.loads(x)["loss"] for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
     assert found["half"] != found["plain"]
     assert found["half"] == pytest.approx(found["half cached"], rel=1e-4)
 
@@ -351,9 +400,9 @@ def test_what_is_wrong_with_masks_is_said(tmp_path, capsys):
     half(data / "a.png", (64, 64), "RGB")
     half(data / "b.png", (64, 64), "RGB")
     flags = ("-d", data, "--trigger_word", "x", "--masked_loss")
-    with pytest.raises(script.UserError, match="no mask for any of 2 images"):
+    with pytest.raises(UserError, match="no mask for any of 2 images"):
         masked_data(script, *flags, masks)
-    with pytest.raises(script.UserError, match="neither alpha, nor a folder"):
+    with pytest.raises(UserError, match="neither alpha, nor a folder"):
         masked_data(script, *flags, "alfa")
     wrong = {"has another shape": (64, 32), "is black": (64, 64), "can't be read": None}
     for message, size in wrong.items():
@@ -361,8 +410,8 @@ def test_what_is_wrong_with_masks_is_said(tmp_path, capsys):
             Image.new("L", size, 255 if size[1] == 32 else 0).save(masks / "a.png")
         else:
             (masks / "a.png").write_bytes(b"no picture")
-        with pytest.raises(script.UserError, match=message):
-            masked_data(script, *flags, masks)[script.Slot(0, 0, 0, 0, 1.0)]
+        with pytest.raises(UserError, match=message):
+            masked_data(script, *flags, masks)[Slot(0, 0, 0, 0, 1.0)]
     assert "1 images have no mask" in capsys.readouterr().out
 
 
@@ -422,30 +471,35 @@ def test_a_file_of_several_sets(family, script, tmp_path):
 
 def test_what_a_class_set_draws_should_not_change():
     script = load_script("train_lora_sd15.py")
-    sets = [argparse.Namespace(is_class=c, default_caption=text) for c, text in ((True, "an animal"), (False, "a dog"))]
+    sets = [
+        argparse.Namespace(is_class=c, default_caption=text)
+        for c, text in ((True, "an animal"), (False, "a dog"))
+    ]
     args = argparse.Namespace(control_prompt=None, class_prompt=None, sets=sets, triggers=["sks"])
     example = argparse.Namespace(captions=["sks dog"], held_out=False)
-    assert script.control_prompts(args, [example], {}) == ["an animal"]
+    assert control_prompts(args, [example], {}) == ["an animal"]
     args.sets = sets[1:]
-    assert script.control_prompts(args, [example], {}) == ["dog"]
+    assert control_prompts(args, [example], {}) == ["dog"]
     args.control_prompt = ["a cat"]
-    assert script.control_prompts(args, [example], {}) == ["a cat"]
+    assert control_prompts(args, [example], {}) == ["a cat"]
 
 
 def test_kohyas_folders_say_repeats_and_caption(tmp_path):
     script = load_script("train_lora_sd15.py")
     pictures(tmp_path / "data" / "10_sks dog", [None, "sks dog in the sun"])
     pictures(tmp_path / "data" / "2_ukj cat", [None])
-    args = script.parse_args(["-m", "base", "-d", str(tmp_path / "data"), "--kohya_folders", "--resolution", "64"])
-    examples = [e for own in args.sets for e in script.load_examples(own, [(64, 64)], several=True)]
+    args = script.parse_args(
+        ["-m", "base", "-d", str(tmp_path / "data"), "--kohya_folders", "--resolution", "64"]
+    )
+    examples = [e for own in args.sets for e in load_examples(own, [(64, 64)], several=True)]
     found = {e.name: (e.set_args.repeats, e.captions) for e in examples}
     assert found == {
         "10_sks dog/0.png": (10, ["sks dog"]),
         "10_sks dog/1.png": (10, ["sks dog in the sun"]),
         "2_ukj cat/0.png": (2, ["ukj cat"]),
     }
-    store = script.prepare_examples(examples, [(64, 64)], args)
-    plan = script.BatchPlan(store.examples, args, 1, 0)
+    store = prepare_examples(examples, [(64, 64)], args)
+    plan = BatchPlan(store.examples, args, 1, 0)
     shown = [slot.index for number in range(plan.per_epoch) for slot in plan.share(number, 0)]
     assert sorted(shown.count(i) for i in range(3)) == [2, 10, 10]
 
@@ -453,15 +507,25 @@ def test_kohyas_folders_say_repeats_and_caption(tmp_path):
 def test_repeats_of_sets_are_planned_in_rounds(tmp_path, monkeypatch):
     """Rounds shuffle some repeats at a time; each image still comes as often as its set says."""
     script = load_script("train_lora_sd15.py")
-    monkeypatch.setattr(script.BatchPlan, "round_limit", 8)
+    monkeypatch.setattr(BatchPlan, "round_limit", 8)
     pictures(tmp_path / "data" / "11_a", [None, None])
     pictures(tmp_path / "data" / "3_b", [None])
     args = script.parse_args(
-        ["-m", "base", "-d", str(tmp_path / "data"), "--kohya_folders", "--resolution", "64", "--train_batch_size", "2"]
+        [
+            "-m",
+            "base",
+            "-d",
+            str(tmp_path / "data"),
+            "--kohya_folders",
+            "--resolution",
+            "64",
+            "--train_batch_size",
+            "2",
+        ]
     )
-    examples = [e for own in args.sets for e in script.load_examples(own, [(64, 64)], several=True)]
-    store = script.prepare_examples(examples, [(64, 64)], args)
-    plan = script.BatchPlan(store.examples, args, 1, 0)
+    examples = [e for own in args.sets for e in load_examples(own, [(64, 64)], several=True)]
+    store = prepare_examples(examples, [(64, 64)], args)
+    plan = BatchPlan(store.examples, args, 1, 0)
     shown = [(s.index, s.repeat) for number in range(plan.per_epoch) for s in plan.share(number, 0)]
     assert len(shown) == len(set(shown)) and sorted(i for i, _ in shown) == [0] * 11 + [1] * 11 + [2] * 3
 
@@ -494,7 +558,7 @@ def test_sets_hold_out_by_the_runs_seed_and_class_sets_hold_out_none(family, scr
     others = pictures(tmp_path / "others", ["an owl"])
     sets = f"- {{train_data_dir: {dogs}}}\n- {{train_data_dir: {others}, class_prompt: an animal}}\n"
     (tmp_path / "sets.yaml").write_text(sets)
-    held, hold_out = {}, script.hold_out
+    held, hold_out = {}, hold_out
 
     def noted(examples, own):
         hold_out(examples, own)
@@ -502,7 +566,7 @@ def test_sets_hold_out_by_the_runs_seed_and_class_sets_hold_out_none(family, scr
 
     def ended(run):
         held[run.args.seed].append([e.name for e in run.data.class_examples if e.held_out])
-        raise script.UserError("the data have been read")
+        raise UserError("the data have been read")
 
     monkeypatch.setattr(script, "hold_out", noted)
     monkeypatch.setattr(script, "load_text", ended)
@@ -510,5 +574,5 @@ def test_sets_hold_out_by_the_runs_seed_and_class_sets_hold_out_none(family, scr
     for seed in (1, 2):
         assert run_here(family, tmp_path / str(seed), *flags, "--seed", seed) == 2
     assert [len(names) for names in held[1]] == [len(names) for names in held[2]] == [3, 0]
-    script.settle_seed(args := argparse.Namespace(seed=None), (tmp_path, {"seed": 7}))
+    choose_seed(args := argparse.Namespace(seed=None), (tmp_path, {"seed": 7}))
     assert args.seed == 7

@@ -10,7 +10,28 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, SAMPLE, load_script
+from conftest import FAMILIES, ROOT, SAMPLE, load_script, prompts_of, target_layers, to_pixels, training_data
+
+from lora_training.base_model.components import Components
+from lora_training.base_model.reading import import_class
+from lora_training.base_model.vae import pack_latents, unpack_latents
+from lora_training.cache import DiskCache
+from lora_training.data.batches import BatchPlan, Slot
+from lora_training.data.buckets import nearest_bucket
+from lora_training.data.captions import prepend_trigger
+from lora_training.data.crops import Crop, crop_and_augment, draw_crop
+from lora_training.data.folders import Example
+from lora_training.data.image_store import ImageStore, prepare_examples
+from lora_training.errors import UserError
+from lora_training.files import list_checkpoints
+from lora_training.lora.adapters import add_lora, lora_parameters
+from lora_training.lora.formats import kohya_state
+from lora_training.optim.guard import NonFiniteGuard
+from lora_training.optim.optimizers import prepare_parts
+from lora_training.optim.parts import TrainedPart, averaged_weights
+from lora_training.seeds import stable_seed
+from lora_training.text.tokens import TokenRows
+from lora_training.text.words import abstraction_tokens, insert_tokens
 
 pytestmark = pytest.mark.unit
 
@@ -20,14 +41,14 @@ def arguments(script, *flags):
 
 
 def examples_in(script, buckets):
-    return [script.Example(f"{i}", ["a b"], None, bucket=b, size=(64, 64)) for i, b in enumerate(buckets)]
+    return [Example(f"{i}", ["a b"], None, bucket=b, size=(64, 64)) for i, b in enumerate(buckets)]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5])
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_every_image_is_trained_once_per_epoch_whatever_the_batch(script, batch, processes):
-    args = arguments(script, "--train_batch_size", batch, "--repeats", 2)
-    plan = script.BatchPlan(examples_in(script, [0, 0, 1, 0, 2, 1, 0]), args, processes, 0)
+def test_every_image_is_trained_once_per_epoch_whatever_the_batch(recipe, batch, processes):
+    args = arguments(recipe, "--train_batch_size", batch, "--repeats", 2)
+    plan = BatchPlan(examples_in(recipe, [0, 0, 1, 0, 2, 1, 0]), args, processes, 0)
     for epoch in (0, 1):
         seen, buckets = Counter(), set()
         for number in range(epoch * plan.per_epoch, (epoch + 1) * plan.per_epoch):
@@ -42,24 +63,24 @@ def test_every_image_is_trained_once_per_epoch_whatever_the_batch(script, batch,
         assert buckets == {0, 1, 2}
 
 
-def test_processes_share_what_one_process_does(script):
-    images = examples_in(script, [0] * 5 + [1] * 4)
-    one = script.BatchPlan(images, arguments(script, "--train_batch_size", 4), 1, 0)
-    two = script.BatchPlan(images, arguments(script, "--train_batch_size", 2), 2, 0)
+def test_processes_share_what_one_process_does(recipe):
+    images = examples_in(recipe, [0] * 5 + [1] * 4)
+    one = BatchPlan(images, arguments(recipe, "--train_batch_size", 4), 1, 0)
+    two = BatchPlan(images, arguments(recipe, "--train_batch_size", 2), 2, 0)
     for number in range(2 * one.per_epoch):
         joined = [s for p in range(2) for s in two.share(number, p) if s.weight]
         assert joined == one.share(number, 0)
 
 
-def test_order_differs_between_epochs_and_seeds(script):
-    images = examples_in(script, [0] * 12)
-    plans = [script.BatchPlan(images, arguments(script, "--seed", s), 1, 0) for s in (5, 6)]
+def test_order_differs_between_epochs_and_seeds(recipe):
+    images = examples_in(recipe, [0] * 12)
+    plans = [BatchPlan(images, arguments(recipe, "--seed", s), 1, 0) for s in (5, 6)]
     orders = [[b[0].index for b in plan.epoch(e)] for plan in plans for e in (0, 1)]
     assert len({tuple(o) for o in orders}) == 4
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_prior_preservation_weighs_each_half_on_its_own(script, batch):
+def test_prior_preservation_weighs_each_half_on_its_own(recipe, batch):
     flags = (
         "--with_prior_preservation",
         "--class_prompt",
@@ -69,7 +90,7 @@ def test_prior_preservation_weighs_each_half_on_its_own(script, batch):
         "--train_batch_size",
         batch,
     )
-    plan = script.BatchPlan(examples_in(script, [0] * 7), arguments(script, *flags), 2, 4)
+    plan = BatchPlan(examples_in(recipe, [0] * 7), arguments(recipe, *flags), 2, 4)
     drawn = Counter()
     for number in range(plan.per_epoch):
         slots = [s for p in range(2) for s in plan.share(number, p)]
@@ -91,13 +112,13 @@ def test_prior_preservation_weighs_each_half_on_its_own(script, batch):
         ("red bike, a dog", "red bike", "red bike, a dog"),
     ],
 )
-def test_trigger_word_stands_once(script, caption, trigger, expected):
-    assert script.with_trigger(caption, trigger) == expected
+def test_trigger_word_stands_once(caption, trigger, expected):
+    assert prepend_trigger(caption, trigger) == expected
 
 
-def test_caption_draws(script):
-    args = arguments(script, "--shuffle_tags", "--trigger_word", "sks", "--caption_dropout", 0.25)
-    drawn = [script.draw_caption(["a, b, c", "d"], random.Random(i), args) for i in range(400)]
+def test_caption_draws(recipe):
+    args = arguments(recipe, "--shuffle_tags", "--trigger_word", "sks", "--caption_dropout", 0.25)
+    drawn = [recipe.draw_caption(["a, b, c", "d"], random.Random(i), args) for i in range(400)]
     assert 60 < drawn.count("") < 140
     kept = [c for c in drawn if c]
     assert all(c.startswith("sks, ") for c in kept)
@@ -105,64 +126,64 @@ def test_caption_draws(script):
     assert len(set(kept)) == 7
 
 
-def test_nearest_bucket_goes_by_aspect_ratio(script):
+def test_nearest_bucket_goes_by_aspect_ratio():
     buckets = [(64, 64), (96, 48), (48, 96), (128, 64)]
-    assert script.nearest_bucket((1000, 1000), buckets) == 0
-    assert script.nearest_bucket((2000, 1000), buckets) == 3  # the larger of two with the same ratio
-    assert script.nearest_bucket((100, 50), buckets) == 1
-    assert script.nearest_bucket((300, 900), buckets) == 2
+    assert nearest_bucket((1000, 1000), buckets) == 0
+    assert nearest_bucket((2000, 1000), buckets) == 3  # the larger of two with the same ratio
+    assert nearest_bucket((100, 50), buckets) == 1
+    assert nearest_bucket((300, 900), buckets) == 2
 
 
-def test_images_are_covered_and_cropped_never_squashed(script, tmp_path):
+def test_images_are_covered_and_cropped_never_squashed(recipe, tmp_path):
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (400, 200), "white")
     ImageDraw.Draw(image).ellipse((150, 50, 250, 150), fill="black")
     image.save(tmp_path / "x.png")
-    example = script.Example("x", [""], (tmp_path / "x.png").read_bytes)
-    store = script.ImageStore([example], [(64, 64)], "lanczos", 1 << 20)
+    example = Example("x", [""], (tmp_path / "x.png").read_bytes)
+    store = ImageStore([example], [(64, 64)], "lanczos", 1 << 20)
     cover = store.cover(0, 0)
     assert cover.size == (128, 64)
-    args = arguments(script, "--center_crop")
-    crop = script.draw_crop(cover.size, (64, 64), random.Random(0), args)
-    view = script.to_pixels(script.cropped(cover, (64, 64), crop, random.Random(0), args))
+    args = arguments(recipe, "--center_crop")
+    crop = draw_crop(cover.size, (64, 64), random.Random(0), args)
+    view = to_pixels(crop_and_augment(cover, (64, 64), crop, random.Random(0), args))
     dark = (view.float().mean(0) < 127.5).nonzero()
     height, width = (dark.max(0).values - dark.min(0).values).tolist()
     assert abs(height - width) <= 1 and 28 <= width <= 34
     assert view.shape == (3, 64, 64) and view.max() == 255
 
 
-def test_rotation_leaves_no_empty_corner(script):
+def test_rotation_leaves_no_empty_corner(recipe):
     from PIL import Image
 
-    args = arguments(script, "--random_rotation", 30, "--random_rotation_prob", 1)
+    args = arguments(recipe, "--random_rotation", 30, "--random_rotation_prob", 1)
     for seed in range(20):
-        view = script.cropped(
-            Image.new("RGB", (64, 96), "white"), (64, 64), script.Crop(0, 16, False), random.Random(seed), args
+        view = crop_and_augment(
+            Image.new("RGB", (64, 96), "white"), (64, 64), Crop(0, 16, False), random.Random(seed), args
         )
         assert min(view.convert("L").tobytes()) > 250
 
 
-def test_draws_depend_on_the_place_alone(script):
-    assert script.stable_seed(1, "a", 2) == script.stable_seed(1, "a", 2) != script.stable_seed(1, "a", 3)
-    assert 0 <= script.stable_seed("x") < 2**63
+def test_draws_depend_on_the_place_alone():
+    assert stable_seed(1, "a", 2) == stable_seed(1, "a", 2) != stable_seed(1, "a", 3)
+    assert 0 <= stable_seed("x") < 2**63
 
 
 def test_token_rows_change_nothing_else(script, family):
-    components = script.Components(
+    components = Components(
         __import__("pathlib").Path(family.base), arguments(script), torch.float32, torch.device("cpu")
     )
     for key in script.TI_ENCODERS:
-        tokenizer, encoder = (components.get(n) for n in script.TEXT_ENCODERS[key])
+        tokenizer, encoder = (components.get(n) for n in script.FAMILY.text_encoders[key])
         before = encoder.get_input_embeddings().weight.detach().clone()
-        row = script.TokenRows(tokenizer, encoder, ["<s0>", "<s1>"], None, 0)
+        row = TokenRows(tokenizer, encoder, ["<s0>", "<s1>"], None, 0)
         assert row.initial.std() == pytest.approx(before.std().item(), rel=0.3)
         ids = tokenizer(["a <s0><s1> b"], return_tensors="pt").input_ids
         encoder(ids)[0][..., 0].sum().backward()
         assert row.weight.grad.abs().sum() > 0
         table = encoder.get_input_embeddings().weight
         assert torch.equal(table[: len(before)], before) and table.grad is None
-        started = script.TokenRows(tokenizer, encoder, ["<s2>"], "star", 0)
+        started = TokenRows(tokenizer, encoder, ["<s2>"], "star", 0)
         assert torch.equal(started.initial, before[tokenizer("star", add_special_tokens=False).input_ids])
 
 
@@ -174,39 +195,46 @@ def test_rows_reach_a_table_that_has_room_already():
     tokenizer = T5Tokenizer.from_pretrained(ROOT / "assets" / "toy_flux" / "tokenizer_2")
     config = T5Config(vocab_size=len(tokenizer) + 28, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     encoder = T5EncoderModel(config).eval()
-    row = script.TokenRows(tokenizer, encoder, ["<s0>", "<s1>"], None, 0)
+    row = TokenRows(tokenizer, encoder, ["<s0>", "<s1>"], None, 0)
     assert encoder.get_input_embeddings().num_embeddings == len(tokenizer) + 26
     encoder(tokenizer(["a <s0><s1>"], return_tensors="pt").input_ids)[0][..., 0].sum().backward()
     assert (row.weight.grad.abs().sum(1) > 0).all()
 
 
-def test_insert_tokens(script):
+def test_insert_tokens():
     args = argparse.Namespace(
         train_text_encoder_ti=True,
         num_new_tokens_per_abstraction=2,
         initializer_concept=None,
         token_abstraction="TOK, TOKEN",
     )
-    words = script.abstraction_tokens(args, None)
+    words = abstraction_tokens(args, None)
     assert words == {"TOK": ["<s0>", "<s1>"], "TOKEN": ["<s2>", "<s3>"]}
-    assert script.insert_tokens("a TOKEN and TOK", words) == "a <s2><s3> and <s0><s1>"
+    assert insert_tokens("a TOKEN and TOK", words) == "a <s2><s3> and <s0><s1>"
 
 
 def test_kohya_keys_carry_each_alpha(script, family):
     """Every layer that a LoRA can have gets its own alpha, and no two layers the same key."""
-    config = script.json.loads((ROOT / "assets" / f"toy_{family.name}" / script.DENOISER / "config.json").read_text())
+    config = script.json.loads(
+        (ROOT / "assets" / f"toy_{family.name}" / script.FAMILY.denoiser / "config.json").read_text()
+    )
     denoiser = load_denoiser(script, family)
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     layers = {n: m.weight.shape for n, m in denoiser.named_modules() if isinstance(m, kinds)}
     names, state = list(layers), {}
     for n, (out_features, in_features, *_) in layers.items():
-        state |= {f"{n}.lora_A.weight": torch.ones(4, in_features), f"{n}.lora_B.weight": torch.ones(out_features, 4)}
+        state |= {
+            f"{n}.lora_A.weight": torch.ones(4, in_features),
+            f"{n}.lora_B.weight": torch.ones(out_features, 4),
+        }
     text = {f"encoder.layers.0.self_attn.q_proj.lora_{m}.weight": torch.ones(4, 8) for m in "AB"}
-    out = script.kohya_state({script.DENOISER: state, "text_encoder": text}, 2.0, config)
+    out = kohya_state(script.FAMILY, {script.FAMILY.denoiser: state, "text_encoder": text}, 2.0, config)
     modules = {k.split(".")[0] for k in out}
-    assert all(f"{m}.{end}" in out for m in modules for end in ("alpha", "lora_down.weight", "lora_up.weight"))
+    assert all(
+        f"{m}.{end}" in out for m in modules for end in ("alpha", "lora_down.weight", "lora_up.weight")
+    )
     assert len(out) == 3 * len(modules) and all("." not in m for m in modules)
-    prefix = script.KOHYA_PREFIXES["text_encoder"]
+    prefix = script.FAMILY.kohya_prefixes["text_encoder"]
     assert out[f"{prefix}_text_model_encoder_layers_0_self_attn_q_proj.alpha"] == 2
     if family.name in ("sd15", "sdxl"):  # no projections are fused
         assert len(modules) == len(names) + 1
@@ -215,13 +243,16 @@ def test_kohya_keys_carry_each_alpha(script, family):
 
 def load_denoiser(script, family):
     path = __import__("pathlib").Path(family.base)
-    return script.Components(path, arguments(script), torch.float32, torch.device("cpu")).denoiser()
+    return Components(path, arguments(script), torch.float32, torch.device("cpu")).denoiser()
 
 
 def test_sdxl_keys_are_those_of_the_original_checkpoint():
     """Spot checks with the real model's layer counts (two per level), from the public key lists of kohya's files."""
     script = load_script("train_lora_sdxl.py")
-    config = {"layers_per_block": 2, "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]}
+    config = {
+        "layers_per_block": 2,
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    }
     pairs = {
         "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": "input_blocks_4_1_transformer_blocks_0_attn1_to_q",
         "down_blocks.2.attentions.1.proj_in": "input_blocks_8_1_proj_in",
@@ -235,44 +266,46 @@ def test_sdxl_keys_are_those_of_the_original_checkpoint():
         "up_blocks.2.resnets.0.conv_shortcut": "output_blocks_6_0_skip_connection",
     }
     state = {f"{k}.lora_{m}.weight": torch.ones(1, 1) for k in pairs for m in "AB"}
-    out = script.kohya_state({"unet": state}, 1.0, config)
+    out = kohya_state(script.FAMILY, {"unet": state}, 1.0, config)
     assert {k.split(".")[0] for k in out} == {f"lora_unet_{v}" for v in pairs.values()}
 
 
 def test_lora_is_float32_on_a_bf16_base_and_the_clip_clips(script, family):
     args = arguments(script, "--rank", 2)
-    components = script.Components(__import__("pathlib").Path(family.base), args, torch.bfloat16, torch.device("cpu"))
+    components = Components(
+        __import__("pathlib").Path(family.base), args, torch.bfloat16, torch.device("cpu")
+    )
     denoiser = components.denoiser()
-    script.add_lora(denoiser, script.lora_targets(denoiser, args), args)
-    trained = script.lora_parameters(denoiser)
+    add_lora(denoiser, target_layers(script, denoiser, args), args)
+    trained = lora_parameters(denoiser)
     assert trained and all(p.dtype == torch.float32 for p in trained.values())
     assert all(p.dtype == torch.bfloat16 for p in denoiser.parameters() if not p.requires_grad)
-    part = script.Part("denoiser", trained, 1e-4, 0.0, 10)
+    part = TrainedPart("denoiser", trained, 1e-4, 0.0, 10)
     part.allocate()
     part.gradients.fill_(3.0)
     accelerator = argparse.Namespace(num_processes=1)
-    guard = script.StepGuard(torch.device("cpu"), half=False)
+    guard = NonFiniteGuard(torch.device("cpu"), half=False)
     norm = guard.apply([part], accelerator, 0.5)
     assert norm == pytest.approx(3.0 * len(part.gradients) ** 0.5, rel=1e-4)
     flat = torch.cat([p.grad.flatten() for p in trained.values()])
     assert torch.linalg.vector_norm(flat) == pytest.approx(0.5, rel=1e-3)
 
 
-def test_averages_are_swapped_back_exactly(script):
+def test_averages_are_swapped_back_exactly(recipe):
     parameter = torch.nn.Parameter(torch.randn(5))
-    part = script.Part("denoiser", {"x": parameter}, 1e-2, 0.0, 10)
-    script.prepare_parts([part], arguments(script, "--use_ema", "--ema_decay", 0.5))
+    part = TrainedPart("denoiser", {"x": parameter}, 1e-2, 0.0, 10)
+    prepare_parts([part], arguments(recipe, "--use_ema", "--ema_decay", 0.5))
     for _ in range(3):
         parameter.grad.copy_(torch.randn(5))
         part.step()
     raw = parameter.detach().clone()
-    with script.averaged([part]):
+    with averaged_weights([part]):
         assert not torch.equal(parameter, raw)
     assert torch.equal(parameter, raw)
 
 
-def test_cache_entries_belong_to_their_content(script, tmp_path):
-    cache = script.DiskCache(str(tmp_path), "latents")
+def test_cache_entries_belong_to_their_content(tmp_path):
+    cache = DiskCache(str(tmp_path), "latents")
     cache.store({"moments": torch.ones(2)}, "image", "vae")
     assert torch.equal(cache.load("image", "vae")["moments"], torch.ones(2))
     assert cache.load("image", "other vae") is None
@@ -286,7 +319,8 @@ def test_cache_entries_belong_to_their_content(script, tmp_path):
 )
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(
-    "extra", [{}, {"snr_gamma": 5.0}, {"loss_type": "huber"}, {"input_perturbation": 0.1}, {"noise_offset": 0.1}]
+    "extra",
+    [{}, {"snr_gamma": 5.0}, {"loss_type": "huber"}, {"input_perturbation": 0.1}, {"noise_offset": 0.1}],
 )
 def test_noise_prediction_loss_against_its_formula(name, prediction, extra):
     from diffusers import DDPMScheduler
@@ -294,7 +328,13 @@ def test_noise_prediction_loss_against_its_formula(name, prediction, extra):
     script = load_script(FAMILIES[name].script)
     args = argparse.Namespace(
         **(
-            {"snr_gamma": None, "loss_type": "l2", "huber_c": 0.1, "input_perturbation": 0.0, "noise_offset": 0.0}
+            {
+                "snr_gamma": None,
+                "loss_type": "l2",
+                "huber_c": 0.1,
+                "input_perturbation": 0.0,
+                "noise_offset": 0.0,
+            }
             | {"min_timestep": 0, "max_timestep": 1000}
             | extra
         )
@@ -304,7 +344,11 @@ def test_noise_prediction_loss_against_its_formula(name, prediction, extra):
     )
     rows = [script.draw_noise(torch.Generator().manual_seed(i), (4, 8, 8), scheduler, args) for i in range(3)]
     batch = {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
-    batch |= {"original_size": torch.ones(3, 2), "crop_top_left": torch.zeros(3, 2), "target_size": torch.ones(3, 2)}
+    batch |= {
+        "original_size": torch.ones(3, 2),
+        "crop_top_left": torch.zeros(3, 2),
+        "target_size": torch.ones(3, 2),
+    }
     latents, seen = torch.randn(3, 4, 8, 8), {}
 
     class Denoiser:
@@ -330,7 +374,9 @@ def test_noise_prediction_loss_against_its_formula(name, prediction, extra):
     wanted = error.mean((1, 2, 3))
     if "snr_gamma" in extra:
         snr = (a**2 / s**2).flatten()
-        wanted = wanted * torch.minimum(snr, torch.tensor(5.0)) / (snr if prediction == "epsilon" else snr + 1)
+        wanted = (
+            wanted * torch.minimum(snr, torch.tensor(5.0)) / (snr if prediction == "epsilon" else snr + 1)
+        )
     assert torch.allclose(loss.double(), wanted, rtol=1e-4)
 
 
@@ -377,7 +423,9 @@ def test_flow_loss_against_its_formula(name, scheme, precondition):
     assert torch.allclose(seen["noisy"].double(), noisy, atol=1e-5)
     output = noisy * 0.3 + 0.1
     error = (noisy - t * output - latents) ** 2 if precondition else (output - (noise - latents)) ** 2
-    weight = {"sigma_sqrt": t**-2, "cosmap": 2 / (math.pi * (1 - 2 * t + 2 * t**2))}.get(scheme, torch.ones_like(t))
+    weight = {"sigma_sqrt": t**-2, "cosmap": 2 / (math.pi * (1 - 2 * t + 2 * t**2))}.get(
+        scheme, torch.ones_like(t)
+    )
     assert torch.allclose(loss.double(), (weight * error).mean((1, 2, 3)), rtol=1e-3)
 
 
@@ -389,7 +437,7 @@ def test_sd3_fused_keys_give_the_same_update():
     for name in ("attn.to_q", "attn.to_v", "attn.to_out.0", "ff.net.2"):  # no LoRA on k
         state[f"transformer_blocks.3.{name}.lora_A.weight"] = torch.randn(4, 16)
         state[f"transformer_blocks.3.{name}.lora_B.weight"] = torch.randn(16, 4)
-    out = script.kohya_state({"transformer": state}, 2.0, {"num_layers": 24})
+    out = kohya_state(script.FAMILY, {"transformer": state}, 2.0, {"num_layers": 24})
     expected = {"x_block_attn_qkv", "x_block_attn_proj", "x_block_mlp_fc2"}
     assert {k.split(".")[0] for k in out} == {f"lora_unet_joint_blocks_3_{e}" for e in expected}
     key = "lora_unet_joint_blocks_3_x_block_attn_qkv"
@@ -422,15 +470,26 @@ def test_flux_file_for_other_tools_reads_back_as_the_same_lora():
     layers = {}
     for k in ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj"):
         layers[f"transformer_blocks.18.{k}"] = (d, d)
-    layers |= {"transformer_blocks.18.attn.add_v_proj": (d, d), "transformer_blocks.18.attn.to_add_out": (d, d)}
-    layers |= {"transformer_blocks.0.ff.net.0.proj": (4 * d, d), "transformer_blocks.0.ff_context.net.2": (d, 4 * d)}
+    layers |= {
+        "transformer_blocks.18.attn.add_v_proj": (d, d),
+        "transformer_blocks.18.attn.to_add_out": (d, d),
+    }
+    layers |= {
+        "transformer_blocks.0.ff.net.0.proj": (4 * d, d),
+        "transformer_blocks.0.ff_context.net.2": (d, 4 * d),
+    }
     layers |= {f"single_transformer_blocks.37.attn.to_{k}": (d, d) for k in "qkv"}
-    layers |= {"single_transformer_blocks.37.proj_mlp": (4 * d, d), "single_transformer_blocks.37.proj_out": (d, 5 * d)}
+    layers |= {
+        "single_transformer_blocks.37.proj_mlp": (4 * d, d),
+        "single_transformer_blocks.37.proj_out": (d, 5 * d),
+    }
     state = flux_state(layers, 2)
     config = {"num_attention_heads": 24, "attention_head_dim": 128}
-    out = script.kohya_state({"transformer": state}, 1.0, config)
+    out = kohya_state(script.FAMILY, {"transformer": state}, 1.0, config)
     names = {k.split(".")[0].removeprefix("lora_unet_") for k in out}
-    double = {f"double_blocks_18_{e}" for e in ("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj")}
+    double = {
+        f"double_blocks_18_{e}" for e in ("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj")
+    }
     double |= {"double_blocks_0_img_mlp_0", "double_blocks_0_txt_mlp_2"}
     assert names == double | {"single_blocks_37_linear1", "single_blocks_37_linear2"}
     back = _convert_kohya_flux_lora_to_diffusers(dict(out))
@@ -446,7 +505,7 @@ def test_flux_fuses_what_is_there_and_keeps_dora():
     config = {"num_attention_heads": 2, "attention_head_dim": 4}
     block = "single_transformer_blocks.0"
     state = flux_state({f"{block}.attn.to_k": (8, 8), f"{block}.proj_mlp": (32, 8)}, 2)
-    out = script.kohya_state({"transformer": state}, 2.0, config)
+    out = kohya_state(script.FAMILY, {"transformer": state}, 2.0, config)
     up, down = (out[f"lora_unet_single_blocks_0_linear1.lora_{w}.weight"] for w in ("up", "down"))
     update = up @ down * (out["lora_unet_single_blocks_0_linear1.alpha"] / len(down))
     expected = torch.zeros(56, 8)
@@ -457,7 +516,7 @@ def test_flux_fuses_what_is_there_and_keeps_dora():
         f"{block}.{n}.lora_magnitude_vector": torch.ones(r) for n, r in (("attn.to_k", 8), ("proj_mlp", 32))
     }
     with pytest.raises(ValueError, match="DoRA on some"):
-        script.kohya_state({"transformer": dora}, 2.0, config)
+        kohya_state(script.FAMILY, {"transformer": dora}, 2.0, config)
 
 
 @pytest.mark.parametrize("scheme", ["none", "logit_normal", "sigma_sqrt", "cosmap"])
@@ -492,8 +551,8 @@ def test_flux_loss_against_its_formula(scheme, guided):
     assert torch.equal(seen["timestep"], sigmas) and seen["txt_ids"].shape == (5, 3)
     assert torch.equal(seen["img_ids"], FluxPipeline._prepare_latent_image_ids(1, 3, 2, "cpu", torch.float32))
     assert torch.equal(seen["guidance"], torch.full((3,), 2.5)) if guided else seen["guidance"] is None
-    packed = script.pack(latents)
-    assert torch.equal(script.unpack(packed, 6, 4), latents)
+    packed = pack_latents(latents)
+    assert torch.equal(unpack_latents(packed, 6, 4), latents)
 
 
 @pytest.mark.parametrize("side", [32, 128])
@@ -521,23 +580,29 @@ def test_flux_sigmas_are_shifted_as_the_pipeline_shifts_them(side):
 def test_prompts_are_encoded_as_the_pipeline_does(script, family, studio):
     """The embeddings of training are the pipeline's own, for short, empty and too long prompts."""
     pipeline = studio.pipeline(None)
-    components = script.Components(
+    components = Components(
         __import__("pathlib").Path(family.base), arguments(script), torch.float32, torch.device("cpu")
     )
     extra = {"max_sequence_length": 40} if family.extra else {}
     args = arguments(script, *(f"--{k}={v}" for k, v in extra.items()))
-    prompts = script.Prompts(args, components)
+    prompts = prompts_of(script, args, components)
     texts = ["a red circle on a blue background", "", "a blue star " * 40]
     ours = prompts.lookup(texts)
     if family.name == "sd15":
         theirs = {"prompt_embeds": pipeline.encode_prompt(texts, "cpu", 1, False)[0]}
     elif family.name == "flux":
         theirs = dict(
-            zip(("prompt_embeds", "pooled_prompt_embeds"), pipeline.encode_prompt(texts, **extra), strict=False)
+            zip(
+                ("prompt_embeds", "pooled_prompt_embeds"),
+                pipeline.encode_prompt(texts, **extra),
+                strict=False,
+            )
         )
     else:
         options = {"prompt_3": None, **extra} if family.name == "sd3" else {}
-        found = pipeline.encode_prompt(texts, prompt_2=None, do_classifier_free_guidance=False, device="cpu", **options)
+        found = pipeline.encode_prompt(
+            texts, prompt_2=None, do_classifier_free_guidance=False, device="cpu", **options
+        )
         theirs = {"prompt_embeds": found[0], "pooled_prompt_embeds": found[2]}
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -559,7 +624,9 @@ def test_every_flag_is_used(script):
 
 
 def test_lower_parts_are_the_same():
-    result = subprocess.run([sys.executable, str(ROOT / "scripts" / "sync_shared.py")], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "sync_shared.py")], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout
 
 
@@ -584,7 +651,9 @@ def test_a_copied_file_brings_its_packages_as_pinned(name):
 
     text = (ROOT / name).read_text()
     header = text.split("# /// script\n")[1].split("# ///\n")[0]
-    pins = tomllib.loads("".join(line.removeprefix("# ").removeprefix("#") for line in header.splitlines(True)))
+    pins = tomllib.loads(
+        "".join(line.removeprefix("# ").removeprefix("#") for line in header.splitlines(True))
+    )
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     known = {line.split("==")[0]: line for line in lines if line and not line.startswith("#")}
     chosen = {pin.split("==")[0]: pin for pin in pins["dependencies"]}
@@ -594,7 +663,14 @@ def test_a_copied_file_brings_its_packages_as_pinned(name):
     renamed = {"PIL": "pillow", "yaml": "pyyaml"}
     imported = {renamed.get(m.split(".")[0], m.split(".")[0]) for m in imported}
     assert imported & set(known) <= set(chosen)
-    assert set(chosen) - imported <= {"torch", "accelerate", "peft", "bitsandbytes", "tensorboard", "schedulefree"}
+    assert set(chosen) - imported <= {
+        "torch",
+        "accelerate",
+        "peft",
+        "bitsandbytes",
+        "tensorboard",
+        "schedulefree",
+    }
 
 
 def seamed(upper, lower):
@@ -636,35 +712,39 @@ def test_off_values_of_another_familys_flags_are_taken(name, capsys):
     script = load_script(FAMILIES[name].script)
     off = ("--snr_gamma", "0", "--noise_offset", "0.0", "--prediction_type", "none", "--input_perturbation=0")
     assert arguments(script, *off).train_batch_size == 1
-    with pytest.raises(script.UserError, match="--snr_gamma: rectified flow has none"):
+    with pytest.raises(UserError, match="--snr_gamma: rectified flow has none"):
         arguments(script, "--snr_gamma", 5)
 
 
-def test_names_of_other_trainers_are_known(script, tmp_path, capsys):
-    pairs = {"--network_dim": "--rank", "--unet_lr": "--learning_rate", "--save_every_n_steps": "--checkpointing_steps"}
+def test_names_of_other_trainers_are_known(recipe, tmp_path, capsys):
+    pairs = {
+        "--network_dim": "--rank",
+        "--unet_lr": "--learning_rate",
+        "--save_every_n_steps": "--checkpointing_steps",
+    }
     for wrong, ours in pairs.items():
         with pytest.raises(SystemExit):
-            arguments(script, wrong, 4)
+            arguments(recipe, wrong, 4)
         assert f"unknown flag {wrong}; did you mean {ours}?" in capsys.readouterr().err
     (tmp_path / "c.yaml").write_text("network_alpha: 4\n")
-    with pytest.raises(script.UserError, match="unknown key 'network_alpha'; the nearest is 'lora_alpha'"):
-        arguments(script, "--config", tmp_path / "c.yaml")
+    with pytest.raises(UserError, match="unknown key 'network_alpha'; the nearest is 'lora_alpha'"):
+        arguments(recipe, "--config", tmp_path / "c.yaml")
     with pytest.raises(SystemExit):
-        arguments(script, "--local_rnk", 0)
+        arguments(recipe, "--local_rnk", 0)
     assert "local_rank" not in capsys.readouterr().err
 
 
-def test_text_learning_rate_of_zero_is_given(script):
-    with pytest.raises(script.UserError, match="--text_encoder_lr has no effect without --train_text_encoder"):
-        arguments(script, "--text_encoder_lr", 0)
-    with pytest.raises(script.UserError, match="--text_encoder_lr 0 trains nothing"):
-        arguments(script, "--text_encoder_lr", 0, "--train_text_encoder")
-    assert arguments(script, "--validation_prompt", "").validation_prompt is None
+def test_text_learning_rate_of_zero_is_given(recipe):
+    with pytest.raises(UserError, match="--text_encoder_lr has no effect without --train_text_encoder"):
+        arguments(recipe, "--text_encoder_lr", 0)
+    with pytest.raises(UserError, match="--text_encoder_lr 0 trains nothing"):
+        arguments(recipe, "--text_encoder_lr", 0, "--train_text_encoder")
+    assert arguments(recipe, "--validation_prompt", "").validation_prompt is None
 
 
-def test_a_trigger_word_in_front_stays_there(script):
-    args = arguments(script, "--shuffle_tags", "--trigger_word", "sks")
-    drawn = {script.draw_caption(["sks dog, red, round, small"], random.Random(i), args) for i in range(60)}
+def test_a_trigger_word_in_front_stays_there(recipe):
+    args = arguments(recipe, "--shuffle_tags", "--trigger_word", "sks")
+    drawn = {recipe.draw_caption(["sks dog, red, round, small"], random.Random(i), args) for i in range(60)}
     assert len(drawn) == 6 and all(caption.startswith("sks dog, ") for caption in drawn)
 
 
@@ -673,17 +753,19 @@ def test_crop_coordinates_are_those_of_the_picture_as_it_is_seen(script, tmp_pat
     from PIL import Image
 
     Image.new("RGB", (160, 64)).save(tmp_path / "x.png")
-    example = script.Example("x", [""], (tmp_path / "x.png").read_bytes)
+    example = Example("x", [""], (tmp_path / "x.png").read_bytes)
     args = arguments(script, "--random_flip")
-    store = script.prepare_examples([example], [(64, 64)], args)
-    base = script.Components(__import__("pathlib").Path(FAMILIES[script.FAMILY].base), args, None, None)
-    schedule = script.library_class("diffusers", script.TRAINING_SCHEDULER).from_config(base.get("scheduler").config)
-    data = script.TrainingData(store, None, args, base.config("vae"), schedule)
+    store = prepare_examples([example], [(64, 64)], args)
+    base = Components(__import__("pathlib").Path(FAMILIES[script.FAMILY].base), args, None, None)
+    schedule = import_class("diffusers", script.FAMILY.training_scheduler).from_config(
+        base.get("scheduler").config
+    )
+    data = training_data(script, store, None, args, base.config("vae"), schedule)
     seen = set()
     for epoch in range(30):
-        slot = script.Slot(0, 0, epoch, 0, 1.0)
+        slot = Slot(0, 0, epoch, 0, 1.0)
         place = (args.seed, epoch, False, "x", 0)
-        crop = script.draw_crop((160, 64), (64, 64), random.Random(script.stable_seed("image", *place)), args)
+        crop = draw_crop((160, 64), (64, 64), random.Random(stable_seed("image", *place)), args)
         expected = 160 - 64 - crop.left if crop.flip else crop.left
         assert data[slot]["crop_top_left"].tolist() == [0, expected]
         seen.add(crop.flip)
@@ -696,7 +778,13 @@ def test_min_snr_at_an_snr_of_zero(name):
     from diffusers import DDPMScheduler
 
     script = load_script(FAMILIES[name].script)
-    settings = {"snr_gamma": 5.0, "loss_type": "l2", "huber_c": 0.1, "input_perturbation": 0.0, "noise_offset": 0.0}
+    settings = {
+        "snr_gamma": 5.0,
+        "loss_type": "l2",
+        "huber_c": 0.1,
+        "input_perturbation": 0.0,
+        "noise_offset": 0.0,
+    }
     for prediction, weight in (("epsilon", 1.0), ("v_prediction", 0.0)):
         scheduler = DDPMScheduler(
             beta_schedule="scaled_linear", rescale_betas_zero_snr=True, prediction_type=prediction
@@ -715,7 +803,7 @@ def test_min_snr_at_an_snr_of_zero(name):
         assert loss.item() == pytest.approx(weight * (4.0 if prediction == "epsilon" else 0.0), abs=1e-4)
 
 
-def test_only_our_checkpoints_count(script, tmp_path):
+def test_only_our_checkpoints_count(tmp_path):
     for name in ("checkpoint-5", "checkpoint-12", "checkpoint-backup-900", "checkpoint-²", "checkpoint-"):
         (tmp_path / name).mkdir()
-    assert [p.name for p in script.checkpoints_in(tmp_path)] == ["checkpoint-12", "checkpoint-5"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-12", "checkpoint-5"]

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import FAMILIES, ROOT, SAMPLE, load_script, quick_flags, run_here, same_weights
 
+from lora_training.console import print_status, progress
+from lora_training.training.metrics import MetricsLogger
+
 pytestmark = [pytest.mark.run, pytest.mark.xdist_group("processes")]
 
 # parts of a run, each slowed once, and what must be on the screen meanwhile
@@ -104,15 +107,15 @@ def test_no_part_of_a_run_is_silent_in_a_terminal(tmp_path):
 
 def test_a_log_file_tells_of_a_long_wait_in_lines(capfd):
     script = load_script("train_lora_sd15.py")
-    before, script.waiting.appears_after = script.waiting.appears_after, 0.2
+    before, progress.appears_after = progress.appears_after, 0.2
     try:
-        with script.waiting("loading the base"):
+        with progress("loading the base"):
             time.sleep(0.7)
-            script.say("a line")
-        with script.waiting("not noticed"):
+            print_status("a line")
+        with progress("not noticed"):
             pass
     finally:
-        script.waiting.appears_after = before
+        progress.appears_after = before
     said = capfd.readouterr()
     assert "loading the base 00:0" in said.err and said.err.count("\n") == 1 and "not noticed" not in said.err
     assert said.out == "a line\n"
@@ -143,7 +146,7 @@ def test_the_last_lines_are_true_after_ctrl_c_at_the_end_and_of_a_finished_run(
 ):
     """Its files exist and its commands run, from the folder in which the run was started."""
     monkeypatch.chdir(tmp_path)
-    original = script.Meter.log
+    original = MetricsLogger.log
 
     def log_and_signal(self, step, *rest):
         if step == 2:
@@ -153,7 +156,7 @@ def test_the_last_lines_are_true_after_ctrl_c_at_the_end_and_of_a_finished_run(
     output = tmp_path / "it's mine"
     flags = ("-d", SAMPLE, "--max_train_steps", 4, "--checkpointing_steps", 4, "--seed", 3)
     with monkeypatch.context() as patch:
-        patch.setattr(script.Meter, "log", log_and_signal)
+        patch.setattr(MetricsLogger, "log", log_and_signal)
         assert run_here(family, output, *flags) == 130
     said = capsys.readouterr().out
     shown = lines_by_name(said)
