@@ -354,11 +354,18 @@ class ScriptView:
 
     def __setattr__(self, name: str, value) -> None:
         """Sets it wherever it is known."""
+        originals = vars(self).setdefault("originals", {})
         if hasattr(self.module, name):
+            originals.setdefault(name, getattr(self.module, name))
             return setattr(self.module, name, value)
         module, new = PLACES[name]
         before = getattr(importlib.import_module(f"lora_training.{module}"), new)
+        originals.setdefault(name, before)
         for info in pkgutil.walk_packages(lora_training.__path__, "lora_training."):
             loaded = sys.modules.get(info.name)
             if loaded is not None and vars(loaded).get(new) is before:
                 setattr(loaded, new, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Undoes what was set: monkeypatch asks for it where an object hasn't the name itself."""
+        setattr(self, name, vars(self)["originals"].pop(name))

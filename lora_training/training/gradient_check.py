@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class GradientCheck:
-    """Notes in the first steps which parameters get a gradient: none in a part is an error, in a layer a
-    warning.
+    """Watches which parameters get a gradient in the first steps.
 
-    It watches an epoch, at least 2 and at most 50 steps: a LoRA's second matrix has no gradient in the first
-    step, and the captions of a new token may come late.
+    A part that gets none is an error, a layer that gets none a warning. The first steps are an epoch, at
+    least 2 and at most 50: a LoRA's second matrix has no gradient in the first one, and the captions of a new
+    token may come late.
     """
 
     def __init__(self, run: Run, first_step: int, active: list[TrainedPart]) -> None:

@@ -65,10 +65,11 @@ def check_finite(run: Run) -> None:
 def write_lora(run: Run, folder: Path, name: str, dtype: torch.dtype) -> None:
     """Writes the LoRA as diffusers' file and as NAME.safetensors, with kohya's keys."""
     args, family = run.args, run.family
-    states = {part: lora_state(module, run.parts) for part, module in run.lora_modules.items()}
+    modules = run.lora_modules.items()
+    states = {component: lora_state(module, run.parts) for component, module in modules}
     states, alpha, rank = reference_free(states, run.initial_states, args)
-    for part, state in states.items():
-        states[part] = {key: value.to(dtype) for key, value in state.items()}
+    for component, state in states.items():
+        states[component] = {key: value.to(dtype) for key, value in state.items()}
     metadata = lora_metadata(run, alpha, rank)
     write_diffusers_file(run, folder / DIFFUSERS_FILE, states, alpha, rank, metadata)
     config = run.components.config(family.denoiser)
@@ -87,17 +88,17 @@ def write_diffusers_file(
 ) -> None:
     """Writes the LoRA as the family's pipeline does, with alpha and rank, and with `metadata`.
 
-    states: pipeline name -> weights with peft's keys.
+    states: component of the pipeline -> weights with peft's keys.
     """
     from diffusers.training_utils import _collate_lora_metadata
 
     arguments = _collate_lora_metadata(run.lora_modules)  # without it alpha is lost
-    for part, state in states.items():
-        if part == run.family.denoiser:
-            arguments[f"{part}_lora_layers"] = to_diffusers_keys(state, run.family.diffusers_spelling)
+    for component, state in states.items():
+        if component == run.family.denoiser:
+            arguments[f"{component}_lora_layers"] = to_diffusers_keys(state, run.family.diffusers_spelling)
         else:
-            arguments[f"{part}_lora_layers"] = text_encoder_keys(state)
-        adapter_config = arguments[f"{part}_lora_adapter_metadata"]
+            arguments[f"{component}_lora_layers"] = text_encoder_keys(state)
+        adapter_config = arguments[f"{component}_lora_adapter_metadata"]
         if "lora_alpha" in adapter_config:
             adapter_config |= {"lora_alpha": alpha, "r": rank, "init_lora_weights": True}
         for key, value in adapter_config.items():

@@ -43,7 +43,7 @@ def make_verdict(run: Run) -> dict | None:
 
 
 def read_probe_rows(output: str) -> list[dict]:
-    """The probes' rows of metrics.jsonl, without those that have a value that isn't finite, so text there."""
+    """The probes' rows of metrics.jsonl whose values are all finite; others are text in the file."""
     rows = [row for row in read_metrics(output) if isinstance(row.get("learned"), float)]
     return [row for row in rows if all(isinstance(value, int | float) for value in row.values())]
 
