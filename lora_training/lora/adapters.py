@@ -23,101 +23,130 @@ if TYPE_CHECKING:
 ORIGINAL_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out.0"}
 
 
-
 def find_target_layers(
-    denoiser, args: argparse.Namespace, usual: tuple[str, ...], idle: tuple[str, ...]
+    denoiser: torch.nn.Module, args: argparse.Namespace, usual: tuple[str, ...], idle: tuple[str, ...]
 ) -> list[str]:
-    """Full names of the modules that get a LoRA. A name in --lora_layers is a module's last part (`to_q`), a full name, or a
-    block prefix (`mid_block`), which means the usual layers inside; idle: beginnings of names of layers
-    whose output nothing reads. Errors: UserError for what matches nothing.
+    """Full names of the modules that get a LoRA by --lora_layers and --lora_blocks.
+
+    An entry of --lora_layers is a module's last part (`to_q`), a full name, or a block prefix (`mid_block`),
+    which means the usual layers inside. idle: beginnings of names of layers whose output nothing reads.
+    Errors: UserError for what matches nothing.
     """
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     modules = [n for n, m in denoiser.named_modules() if isinstance(m, kinds) and not n.startswith(idle)]
-
-    def ends(name: str, part: str) -> bool:
-        return name == part or name.endswith("." + part)
-
-    entries = [e.strip() for text in args.lora_layers or [] for e in text.split(",") if e.strip()]
-    entries, chosen = [ORIGINAL_NAMES.get(e, e) for e in entries], []
-    prefixes = block_prefixes(denoiser, args.family.block_lists)
-    for block in (b.strip() for text in args.lora_blocks or [] for b in text.split(",")):
+    block_names = block_prefixes(denoiser, args.family.block_lists)
+    entries = [ORIGINAL_NAMES.get(entry, entry) for entry in split_lists(args.lora_layers) if entry]
+    blocks = []
+    for block in split_lists(args.lora_blocks):
         if not block.isdecimal():
             entries.append(block)
-        elif int(block) >= len(prefixes):
-            raise UserError(f"--lora_blocks {block}: the blocks are 0 to {len(prefixes) - 1}")
+        elif int(block) >= len(block_names):
+            raise UserError(f"--lora_blocks {block}: the blocks are 0 to {len(block_names) - 1}")
         else:
-            chosen.append(prefixes[int(block)])
-    found = set()
+            blocks.append(f"{block_names[int(block)]}.")
+    targets = set()
     for entry in entries or usual:
-        matched = {n for n in modules if ends(n, entry)}
-        matched |= {n for n in modules if n.startswith(entry + ".") and any(ends(n, t) for t in usual)}
-        if not matched and entries:
-            parts = sorted({".".join(n.split(".")[-k:]) for n in modules for k in (1, 2)} | set(prefixes))
-            near = difflib.get_close_matches(entry, parts, n=3, cutoff=0.3)
-            known = ", ".join(near or parts[:5])
-            raise UserError(
-                f"--lora_layers {entry} matches no layer of the {args.family.denoiser}; near it are {known}"
-            )
-        found |= {n for n in matched if not chosen or n.startswith(tuple(f"{p}." for p in chosen))}
-    if not found:
+        matches = match_layers(entry, modules, usual)
+        if not matches and entries:
+            known = similar_names(entry, modules, block_names)
+            part = args.family.denoiser
+            raise UserError(f"--lora_layers {entry} matches no layer of the {part}; near it are {known}")
+        targets |= {name for name in matches if not blocks or name.startswith(tuple(blocks))}
+    if not targets:
         raise UserError("--lora_layers and --lora_blocks together match no layer")
-    return sorted(found)
+    return sorted(targets)
 
 
-def add_lora(module, targets: list[str], args: argparse.Namespace, start: dict | None = None) -> None:
-    """Adds a LoRA of --lora_type to a module; its parameters are float32 whatever the base is. start: weights with peft's keys.
+def split_lists(texts: list[str] | None) -> list[str]:
+    """The entries of a flag that takes several words, each of which may be a list with commas."""
+    return [entry.strip() for text in texts or [] for entry in text.split(",")]
 
-    Every process draws the same start: the seed depends on nothing else.
+
+def match_layers(entry: str, modules: list[str], usual: tuple[str, ...]) -> set[str]:
+    """The modules that an entry of --lora_layers means: by their last parts, or the usual ones inside of a
+    block.
+    """
+
+    def ends_with(name: str, part: str) -> bool:
+        return name == part or name.endswith("." + part)
+
+    matches = {name for name in modules if ends_with(name, entry)}
+    inside = (name for name in modules if name.startswith(entry + "."))
+    return matches | {name for name in inside if any(ends_with(name, part) for part in usual)}
+
+
+def similar_names(entry: str, modules: list[str], block_names: list[str]) -> str:
+    """Names that might have been meant by an entry of --lora_layers, for an error."""
+    last_parts = {".".join(name.split(".")[-count:]) for name in modules for count in (1, 2)}
+    names = sorted(last_parts | set(block_names))
+    return ", ".join(difflib.get_close_matches(entry, names, n=3, cutoff=0.3) or names[:5])
+
+
+def add_lora(
+    module: torch.nn.Module, targets: list[str], args: argparse.Namespace, start: dict | None = None
+) -> None:
+    """Adds a LoRA of --lora_type to a module; its parameters are float32 whatever the base is.
+
+    start: weights with peft's keys. Every process draws the same start: the seed depends on nothing else.
     """
     from diffusers.training_utils import cast_training_params
-    from peft import LoHaConfig, LoKrConfig, LoraConfig
-    from peft.utils import set_peft_model_state_dict
 
     torch.manual_seed(stable_seed(args.seed, "lora", len(targets)))
-    kind, common = args.init_lora_weights, {"r": args.rank, "target_modules": targets}
-    alpha = args.lora_alpha * (math.sqrt(args.rank) if args.use_rslora else 1)
     try:
-        if args.lora_type == "loha":
-            config = LoHaConfig(**common, alpha=alpha)
-        elif args.lora_type == "lokr":  # as LyCORIS starts it: the larger factor at zero
-            config = LoKrConfig(
-                **common, alpha=alpha, decompose_factor=args.lokr_factor, init_weights="lycoris"
-            )
-        else:
-            config = LoraConfig(
-                **common,
-                lora_alpha=args.lora_alpha,
-                lora_dropout=args.lora_dropout,
-                init_lora_weights={"default": True, "true": True}.get(kind.lower(), kind.lower()),
-                use_dora=args.use_dora,
-                use_rslora=args.use_rslora,
-            )
-        module.add_adapter(config)
+        module.add_adapter(adapter_config(targets, args))
     except ValueError as error:
-        raise UserError(f"--init_lora_weights {kind}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"--init_lora_weights {args.init_lora_weights}: {one_line(error)}") from None
     if start:
-        prefix = "text_model." if hasattr(module, "text_model") else ""
-        own = {prefix + key.removeprefix("text_model."): value for key, value in start.items()}
-        try:
-            strays = set_peft_model_state_dict(module, own).unexpected_keys
-        except RuntimeError as error:
-            raise UserError(
-                f"--init_lora {args.init_lora}: its layers are of another size: {one_line(error)}"
-            ) from None
-        if strays:
-            raise UserError(
-                f"--init_lora {args.init_lora}: {len(strays)} keys fit no layer trained, such as {strays[0]}"
-            )
+        load_start(module, start, args.init_lora)
     cast_training_params(module, torch.float32)
 
 
-def lora_parameters(module) -> dict:
+def adapter_config(targets: list[str], args: argparse.Namespace):
+    """peft's configuration of the adapter that the flags say, on the modules `targets`."""
+    from peft import LoHaConfig, LoKrConfig, LoraConfig
+
+    common = {"r": args.rank, "target_modules": targets}
+    alpha = args.lora_alpha * (math.sqrt(args.rank) if args.use_rslora else 1)
+    if args.lora_type == "loha":
+        return LoHaConfig(**common, alpha=alpha)
+    if args.lora_type == "lokr":  # as LyCORIS starts it: the larger factor at zero
+        options = {"decompose_factor": args.lokr_factor, "init_weights": "lycoris"}
+        return LoKrConfig(**common, alpha=alpha, **options)
+    start = args.init_lora_weights.lower()
+    return LoraConfig(
+        **common,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        init_lora_weights={"default": True, "true": True}.get(start, start),
+        use_dora=args.use_dora,
+        use_rslora=args.use_rslora,
+    )
+
+
+def load_start(module: torch.nn.Module, start: dict[str, torch.Tensor], file: str) -> None:
+    """Gives an adapter the weights of --init_lora, with peft's keys. Errors: UserError if they don't fit."""
+    from peft.utils import set_peft_model_state_dict
+
+    prefix = "text_model." if hasattr(module, "text_model") else ""
+    state = {prefix + key.removeprefix("text_model."): value for key, value in start.items()}
+    try:
+        strays = set_peft_model_state_dict(module, state).unexpected_keys
+    except RuntimeError as error:
+        raise UserError(f"--init_lora {file}: its layers are of another size: {one_line(error)}") from None
+    if strays:
+        raise UserError(f"--init_lora {file}: {len(strays)} keys fit no layer trained, such as {strays[0]}")
+
+
+def lora_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The trainable parameters of a module with a LoRA, by name."""
-    return {n: p for n, p in module.named_parameters() if p.requires_grad}
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def lora_state(module, parts: list[TrainedPart] = ()) -> dict:
-    """A copy of the LoRA's weights with peft's keys, on the CPU in float32; those of `parts` from their own buffers."""
+    """A copy of the LoRA's weights with peft's keys, on the CPU in float32.
+
+    parts: trained parts, whose buffers hold the master weights.
+    """
     from peft.utils import get_peft_model_state_dict
 
     pairs = [(part.parameters, part.views(part.weights.detach())) for part in parts]
@@ -130,7 +159,7 @@ def lora_state(module, parts: list[TrainedPart] = ()) -> dict:
 def add_denoiser_lora(
     denoiser, args: argparse.Namespace, usual: tuple[str, ...], idle: tuple[str, ...], start: dict | None
 ) -> None:
-    """Adds a LoRA to the denoiser: to the layers that the flags name, else those of `start`, else the usual ones.
+    """Adds a LoRA to the denoiser: to the layers that flags name, else those of `start`, else the usual ones.
 
     usual, idle: as `find_target_layers` takes them. start: --init_lora's weights with peft's keys.
     """
