@@ -219,7 +219,7 @@ PLACES = {
     "read_prompts": ("cli.prompt_files", "read_prompts"),
     "Run": ("training.run", "Run"),
     "on_main": ("training.run", "on_main_process"),
-    "stop_requested": ("training.run", "stop_requested"),
+    "stop_requested": ("training.run", "received_signal"),
     "start_accelerator": ("training.machine", "start_accelerator"),
     "heed_launcher": ("training.machine", "read_launcher_environment"),
     "choose_precision": ("training.capabilities", "choose_precision"),

@@ -39,6 +39,8 @@ from lora_training.memory.counting import PeakMemory, counted_attention, saved_b
 if TYPE_CHECKING:
     import argparse
 
+    from lora_training.families import Family
+
 GIB = 2**30
 SLACK = 1.0  # GiB that the CUDA context and the allocator take beside the tensors; 0.5 to 1.5
 # millions of parameters of all text encoders together
@@ -84,11 +86,13 @@ def estimate_memory(
         parameters = add_trained_lora(denoiser, args, lora_targets, idle_layers)
         if not args.compile:
             save_activation_memory(denoiser)
-        rows = args.train_batch_size * (2 if args.with_prior_preservation else 1)
-        inputs = denoiser_inputs(family, rows, size, getattr(args, "max_sequence_length", 0))
+        batch = args.train_batch_size * (2 if args.with_prior_preservation else 1)
+        has_t5 = "max_sequence_length" in args.family.text_settings
+        text_tokens = args.max_sequence_length if has_t5 else 0
+        inputs = denoiser_inputs(args.family, batch, size, text_tokens)
         saved, inside = saved_bytes(denoiser, inputs, args.gradient_checkpointing)
     if args.quantize_base == "fp8" and args.family.predicts_flow:
-        unpacked += fp8_input_bytes(denoiser, inputs, rows, size)
+        unpacked += fp8_input_bytes(denoiser, inputs, batch, size)
     state = OPTIMIZER_BYTES.get(args.optimizer, 8)
     lora = parameters * ((12 if half else 8) + state + 4 * args.use_ema)
     pictures = 0
@@ -152,46 +156,64 @@ def add_trained_lora(
     return sum(p.numel() for p in trained)
 
 
-def denoiser_inputs(family: str, batch: int, size: tuple[int, int], tokens: int) -> dict:
+def denoiser_inputs(family: Family, batch: int, size: tuple[int, int], text_tokens: int) -> dict:
     """The denoiser's arguments for a batch of images.
 
-    size: (width, height) in pixels; tokens: what T5 reads.
+    size: (width, height) in pixels; text_tokens: those that T5 reads.
     """
-    width, height = size[0] // 8, size[1] // 8
+    latent_size = size[0] // 8, size[1] // 8
+    if family.denoiser == "unet":
+        return unet_inputs(family.name, batch, latent_size)
+    if family.name == "sd3":
+        return sd3_inputs(batch, latent_size, text_tokens)
+    return flux_inputs(batch, latent_size, text_tokens)
 
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16)
 
-    timestep = torch.zeros(batch)
-    if family in ("sd15", "sdxl"):
-        embeds = empty(batch, 77, 768 if family == "sd15" else 2048)
-        inputs = {
-            "sample": empty(batch, 4, height, width),
-            "timestep": timestep,
-            "encoder_hidden_states": embeds,
-        }
-        if family == "sdxl":
-            inputs["added_cond_kwargs"] = {"text_embeds": empty(batch, 1280), "time_ids": empty(batch, 6)}
-        return inputs
-    if family == "sd3":
-        return {
-            "hidden_states": empty(batch, 16, height, width),
-            "encoder_hidden_states": empty(batch, 77 + tokens, 4096),
-            "pooled_projections": empty(batch, 2048),
-            "timestep": timestep,
-        }
+def empty_bf16(*shape: int) -> torch.Tensor:
+    """A tensor of this shape, of no particular values."""
+    return torch.empty(shape, dtype=torch.bfloat16)
+
+
+def unet_inputs(family: str, batch: int, latent_size: tuple[int, int]) -> dict:
+    """Arguments of the UNets of Stable Diffusion 1.5 and SDXL. latent_size: (width, height)."""
+    width, height = latent_size
+    inputs = {
+        "sample": empty_bf16(batch, 4, height, width),
+        "timestep": torch.zeros(batch),
+        "encoder_hidden_states": empty_bf16(batch, 77, 768 if family == "sd15" else 2048),
+    }
+    if family == "sdxl":
+        conditions = {"text_embeds": empty_bf16(batch, 1280), "time_ids": empty_bf16(batch, 6)}
+        inputs["added_cond_kwargs"] = conditions
+    return inputs
+
+
+def sd3_inputs(batch: int, latent_size: tuple[int, int], text_tokens: int) -> dict:
+    """Arguments of SD3's transformer. latent_size: (width, height)."""
+    width, height = latent_size
     return {
-        "hidden_states": empty(batch, width * height // 4, 64),
-        "encoder_hidden_states": empty(batch, tokens, 4096),
-        "pooled_projections": empty(batch, 768),
-        "timestep": timestep,
-        "guidance": torch.zeros(batch),
-        "img_ids": torch.zeros(width * height // 4, 3),
-        "txt_ids": torch.zeros(tokens, 3),
+        "hidden_states": empty_bf16(batch, 16, height, width),
+        "encoder_hidden_states": empty_bf16(batch, 77 + text_tokens, 4096),
+        "pooled_projections": empty_bf16(batch, 2048),
+        "timestep": torch.zeros(batch),
     }
 
 
-def fp8_input_bytes(denoiser: torch.nn.Module, inputs: dict, rows: int, size: tuple[int, int]) -> int:
+def flux_inputs(batch: int, latent_size: tuple[int, int], text_tokens: int) -> dict:
+    """Arguments of FLUX.1's transformer, whose latents are packed. latent_size: (width, height)."""
+    image_tokens = latent_size[0] * latent_size[1] // 4
+    return {
+        "hidden_states": empty_bf16(batch, image_tokens, 64),
+        "encoder_hidden_states": empty_bf16(batch, text_tokens, 4096),
+        "pooled_projections": empty_bf16(batch, 768),
+        "timestep": torch.zeros(batch),
+        "guidance": torch.zeros(batch),
+        "img_ids": torch.zeros(image_tokens, 3),
+        "txt_ids": torch.zeros(text_tokens, 3),
+    }
+
+
+def fp8_input_bytes(denoiser: torch.nn.Module, inputs: dict, batch: int, size: tuple[int, int]) -> int:
     """The widest input of a block's linear layer, in bf16 and in fp8."""
     tokens = size[0] * size[1] // 256 + inputs["encoder_hidden_states"].shape[1]
     widths = [
@@ -199,7 +221,7 @@ def fp8_input_bytes(denoiser: torch.nn.Module, inputs: dict, rows: int, size: tu
         for name, m in denoiser.named_modules()
         if isinstance(m, torch.nn.Linear) and "block" in name and ".norm" not in name
     ]
-    return rows * tokens * max(widths) * 3
+    return batch * tokens * max(widths) * 3
 
 
 def other_parts_bytes(args: argparse.Namespace, size: tuple[int, int], half: bool) -> float:

@@ -95,7 +95,7 @@ def on_main_process(run: Run, function: Callable, *arguments: object, uses_denoi
     run.accelerator.wait_for_everyone()
 
 
-def stop_requested(run: Run, step: int) -> int:
+def received_signal(run: Run, step: int) -> int:
     """The number of the signal that any process has received, or 0.
 
     Several processes agree on it every ten steps.
