@@ -61,7 +61,8 @@ def exit_code(program: str | None = None, user_errors: tuple[type[Exception], ..
         print_status("stopped before anything was done")
         outcome.code = 130
     except user_errors as error:
-        outcome.code = report_error(describe_os_error(error) or one_line(error), 2, program)
+        message = describe_os_error(error, outcome.output_dir) or one_line(error)
+        outcome.code = report_error(message, 2, program)
     except Exception as error:
         outcome.code = report_error(explain(error, outcome), 1, program)
 

@@ -6,12 +6,16 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import threading
 import time
 from pathlib import Path
 
 from lora_training.console import print_status
 from lora_training.errors import UserError, one_line
+
+UNFINISHED = re.compile(r"\.\d+\.\d+\..+")  # names of what is being written
 
 
 def sha256_of(file: Path) -> str:
@@ -47,9 +51,9 @@ def replace_file(source: Path, target: Path) -> None:
 def atomic_write(target: Path):
     """Gives a path to write a file or a folder to; `target` appears in one step, when all of it is written.
 
-    A folder takes no place but that of an empty folder.
+    A folder takes no place but that of an empty folder. Threads and processes may write the same file.
     """
-    part = target.with_name(f".{os.getpid()}.{target.name}")
+    part = target.with_name(f".{os.getpid()}.{threading.get_ident()}.{target.name}")
     try:
         yield part
         if part.is_dir() and target.is_dir():
@@ -60,6 +64,13 @@ def atomic_write(target: Path):
             shutil.rmtree(part)
         else:
             part.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes files below a folder that `atomic_write` was writing when its process was killed."""
+    for file in folder.rglob(".*"):
+        if UNFINISHED.fullmatch(file.name) and file.is_file():
+            file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -140,8 +151,10 @@ def read_config_file(file: str, flag: str = "--config", kind: type = dict):
     # an impossible date; lists in lists in lists
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{flag} {file}: not YAML or JSON: {one_line(error)}") from None
+    if values is None:
+        raise UserError(f"{flag} {file} is empty")
     if not isinstance(values, kind):
-        expected = "flag names and values" if kind is dict else "a list"
+        expected = "names and values" if kind is dict else "a list"
         raise UserError(f"{flag} {file}: expected {expected}, found {type(values).__name__}")
     return values
 

@@ -74,18 +74,20 @@ def fill_captions(examples: list[Example], args: argparse.Namespace) -> None:
     print_status(f"warning: {count} images have no caption and train on {instead} ({names})")
 
 
-def source_examples(args: argparse.Namespace, missing: list[str] | None = None) -> list[Example]:
+def source_examples(
+    args: argparse.Namespace, missing: list[str] | None = None, suffixes: set[str] = IMAGE_SUFFIXES
+) -> list[Example]:
     """All images of the folder or data set that the flags name, with the captions that they have.
 
-    missing: as `folder_examples` takes it.
+    missing, suffixes: as `folder_examples` takes them.
     """
     folder = Path(args.dataset_name or args.train_data_dir or args.instance_data_dir)
     if args.dataset_name and not is_image_folder(folder):
         return dataset_examples(args)
-    examples = folder_examples(folder, args.caption_column, missing, args.caption_per_line)
+    examples = folder_examples(folder, args.caption_column, missing, args.caption_per_line, suffixes)
     if not examples:
-        raise UserError(f"no images in {folder} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    return attach_masks(examples, folder, args.masked_loss)
+        raise UserError(f"no images in {folder} (looked for {', '.join(sorted(suffixes))})")
+    return attach_masks(examples, folder, args.masked_loss, suffixes)
 
 
 def is_image_folder(folder: Path) -> bool:

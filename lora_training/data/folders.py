@@ -37,14 +37,19 @@ class Example:
 
 
 def folder_examples(
-    folder: Path, caption_column: str | None, missing: list[str] | None = None, per_line: bool = False
+    folder: Path,
+    caption_column: str | None,
+    missing: list[str] | None = None,
+    per_line: bool = False,
+    suffixes: set[str] = IMAGE_SUFFIXES,
 ) -> list[Example]:
     """Images below a folder with captions from metadata files, or from a .txt or .caption beside each image.
 
-    per_line: each line of a text file is a caption, else the whole is one. Where both are there and differ,
-    the text file is taken, for it's what people edit; a named column wins over it. Files that the metadata
-    name and that are not there are an error, or are noted in `missing`, if it's given. A picture that is a
-    link is read wherever it leads; a folder that is one is not entered, which is said.
+    per_line: each line of a text file is a caption, else the whole is one. suffixes: of image files. Where
+    both are there and differ, the text file is taken, for it's what people edit; a named column wins over it.
+    Files that the metadata name and that are not there are an error, or are noted in `missing`, if it's
+    given. A picture that is a link is read wherever it leads; a folder that is one is not entered, which is
+    said.
     """
     folder = folder.resolve()
     files = files_below(folder)
@@ -52,7 +57,7 @@ def folder_examples(
     examples, edited, others = [], [], Counter()
     for file in files:
         suffix = file.suffix.lower()
-        if suffix not in IMAGE_SUFFIXES and file not in described:
+        if suffix not in suffixes and file not in described:
             if suffix not in TEXT_SUFFIXES:
                 others[printable(file.suffix or file.name)] += 1
             continue
