@@ -22,6 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+pytest_plugins = ["photo_folders"]  # fixtures of folders with photos
 SAMPLE = ROOT / "assets" / "sample_data" / "smiley"
 
 

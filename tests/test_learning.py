@@ -12,7 +12,7 @@ import pytest
 from conftest import FAMILIES, SAMPLE, run_here
 from PIL import Image
 
-from scripts.toys.parts.toy_world import describe, draw, random_scene, write_concept
+from scripts.dev.toys.parts.toy_world import describe, draw, random_scene, write_concept
 
 TEXT_ENCODER = ("sd3", "sdxl")
 SMILEY = ("sks circle", ("smiley", None), ("yellow", "black"))
@@ -38,7 +38,11 @@ def with_text_encoder(family):
 
 def train(family, output, *flags):
     """Trains into `output` and returns it; what an earlier test has trained there is taken as it is."""
-    layers = ("--lora_layers", *family.lora_layers, "--rank", 16) if "--train_transformer_frac" not in flags else ()
+    layers = (
+        ("--lora_layers", *family.lora_layers, "--rank", 16)
+        if "--train_transformer_frac" not in flags
+        else ()
+    )
     settings = (
         "--train_batch_size",
         8,
@@ -115,7 +119,9 @@ def inversion(family, studio, tmp_path, *more):
         "--text_encoder_lr",
         family.token_rate,
     )
-    after = studio.pipeline(train(family, tmp_path / "ti", *flags, "--max_train_steps", 150, *more), quick=True)
+    after = studio.pipeline(
+        train(family, tmp_path / "ti", *flags, "--max_train_steps", 150, *more), quick=True
+    )
     assert studio.concept_score(after, caption.replace("TOK", "<s0><s1>"), wanted, avoid) > 0.8
     assert studio.world_score(after) == studio.world_score(before)
 
@@ -146,10 +152,14 @@ def test_prior_preservation_keeps_the_class(family, studio, shelf):
     sampling = ("--validation_inference_steps", 12, "--validation_guidance_scale", family.guidance)
     runs = (
         train(family, shelf / family.name / "both", "-d", SAMPLE, *with_text_encoder(family)),
-        train(family, shelf / family.name / "prior", "-d", SAMPLE, *with_text_encoder(family), *prior, *sampling),
+        train(
+            family, shelf / family.name / "prior", "-d", SAMPLE, *with_text_encoder(family), *prior, *sampling
+        ),
     )
     before, without, kept = (studio.pipeline(p, quick=True) for p in (None, *runs))
-    scores = [studio.score(p, ["a circle"] * 64, [("circle", None, None)] * 64) for p in (before, without, kept)]
+    scores = [
+        studio.score(p, ["a circle"] * 64, [("circle", None, None)] * 64) for p in (before, without, kept)
+    ]
     assert studio.concept_score(kept, *SMILEY) > 0.8
     assert scores[2] >= 0.8 * scores[0]
     assert scores[1] <= scores[2] - 0.2
@@ -222,7 +232,10 @@ PROMPTED = (("sks circle", "red"), ("ukj heart", "blue"), ("green star", "purple
 @pytest.mark.families("sd15")
 def test_two_concepts_with_masks_and_regularisation_from_one_file(family, studio, tmp_path):
     """Each is called by its word and not by the other's, without the flaw that all pictures share; other shapes stay."""
-    words = {"smiley": ("sks circle", SMILEY[1:]), "mushroom": ("ukj heart", (("mushroom", None), ("red", "white")))}
+    words = {
+        "smiley": ("sks circle", SMILEY[1:]),
+        "mushroom": ("ukj heart", (("mushroom", None), ("red", "white"))),
+    }
     for concept, (word, _) in words.items():
         write_concept(tmp_path / concept, concept, f"a {word} on a {{background}} background", 12, seed=0)
     with_flaw_and_masks(tmp_path / "smiley", tmp_path / "masks")

@@ -13,12 +13,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository: library and commands
 
-from scripts.start.parts.process import ROOT, become
+from scripts.start.process import ROOT, become, program
 
 CHECKS = (
-    ("scripts/sync_shared.py",),
+    ("scripts/dev/compare_recipes.py",),
+    ("-c", "from importlinter.cli import lint_imports_command as lint; lint()", "--no-logo"),
     ("-m", "ruff", "check", "--quiet", "."),
     ("-m", "ruff", "format", "--check", "--quiet", "."),
 )
@@ -32,16 +33,21 @@ SETTINGS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Runs the checks and tests.", allow_abbrev=False)
+    description = "Runs the checks and tests. Other arguments go to pytest."
+    parser = argparse.ArgumentParser(prog=program(), description=description, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="all but the proofs that methods learn")
-    args, words = parser.parse_known_args(argv)
+    args, pytest_argv = parser.parse_known_args(argv)
     os.chdir(ROOT)
     for check in CHECKS:
-        if code := subprocess.call([sys.executable, *check]):
-            return code
+        result = subprocess.run(
+            [sys.executable, *check], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if result.returncode:
+            print(result.stdout, end="")
+            return result.returncode
     pytest = ["-m", "pytest", "--numprocesses", "2", "--dist", "loadgroup"]
     chosen = ["-m", "not learn"] if args.quick else []
-    return become([sys.executable, *pytest, *chosen, *words], SETTINGS)
+    return become([sys.executable, *pytest, *chosen, *pytest_argv], SETTINGS)
 
 
 if __name__ == "__main__":

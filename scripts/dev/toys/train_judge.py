@@ -1,6 +1,6 @@
 """Trains the judge of the toy world from nothing, in about two minutes on two CPU cores.
 
-python scripts/toys/train_judge.py --write assets/judge
+python scripts/dev/toys/train_judge.py --write assets/judge
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
+# the repository, from which everything is imported
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from scripts.toys.parts.toy_judge import CLASSES, Judge
-from scripts.toys.parts.toy_world import COLOR_NAMES, CONCEPTS, draw, draw_scribble, random_scene
+from scripts.dev.toys.parts.toy_judge import CLASSES, Judge
+from scripts.dev.toys.parts.toy_world import COLOR_NAMES, CONCEPTS, draw, draw_scribble, random_scene
 
 
 def examples(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` drawn pictures (uint8, (N, 3, 64, 64)) and their labels (N, 3); -100 where a label has no meaning."""
+    """`count` drawn pictures, uint8 (N, 3, 64, 64), and their labels (N, 3), -100 where one has no meaning."""
     rng = random.Random(seed)
     pictures, labels = [], []
     for _ in range(count):
@@ -54,7 +55,9 @@ def degrade(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     noise = torch.randn(pictures.shape, generator=generator) * 0.15
     pictures = pictures + noise * torch.rand(count, 1, 1, 1, generator=generator)
     dx, dy = torch.randint(-4, 5, (2,), generator=generator).tolist()
-    return F.pad(pictures, (4, 4, 4, 4), mode="replicate")[:, :, 4 + dy : 68 + dy, 4 + dx : 68 + dx].clamp(-1, 1)
+    return F.pad(pictures, (4, 4, 4, 4), mode="replicate")[:, :, 4 + dy : 68 + dy, 4 + dx : 68 + dx].clamp(
+        -1, 1
+    )
 
 
 def train(steps: int = 900, batch: int = 64, seed: int = 0) -> Judge:

@@ -1,4 +1,4 @@
-"""How clean a drawn shape is, beside the nearest ideal one of the toy world; and the picture that it should have been."""
+"""How clean a drawn shape is beside the nearest ideal one of the toy world, and which picture it should be."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 from PIL import Image, ImageDraw
 
-from scripts.toys.parts.toy_world import COLORS, JITTER, MIDDLES, RADII, SHAPES, SIZE, draw_shape
+from scripts.dev.toys.parts.toy_world import COLORS, JITTER, MIDDLES, RADII, SHAPES, SIZE, draw_shape
 
 GRID = 1 / 128  # of the width: half a pixel between one ideal centre and the next, a quarter between radii
 MARGIN = 2  # pixels on either side of an outline where colours may mix
@@ -17,11 +17,14 @@ NEAR = 0.7  # overlap from which on a drawing is taken for an attempt at the sha
 
 
 def shape_pixels(pixels: np.ndarray) -> np.ndarray:
-    """RGB pixels (64, 64, 3) -> bool (64, 64), true where nearer to the colour of the middle than to that of the edge."""
+    """RGB pixels (64, 64, 3) -> bool (64, 64), true where nearer to the middle's colour than to the edge's."""
     edge = np.ones((SIZE, SIZE), dtype=bool)
     edge[3:-3, 3:-3] = False  # no ideal shape comes nearer to the edge
     middle = slice(SIZE // 2 - 6, SIZE // 2 + 6)
-    background, color = np.median(pixels[edge], axis=0), np.median(pixels[middle, middle].reshape(-1, 3), axis=0)
+    background, color = (
+        np.median(pixels[edge], axis=0),
+        np.median(pixels[middle, middle].reshape(-1, 3), axis=0),
+    )
     return ((pixels - color) ** 2).sum(-1) < ((pixels - background) ** 2).sum(-1)
 
 
@@ -49,17 +52,18 @@ def picture(place: tuple[str, float, float, float], color, background) -> Image.
 
 
 def nearest(pixels: np.ndarray, shapes: tuple[str, ...]) -> tuple[float, tuple, np.ndarray]:
-    """RGB pixels (64, 64, 3) -> of the ideal shape that is nearest to the drawn one: overlap (intersection over union), place
-    and pixels, bool (64, 64).
+    """The ideal shape that is nearest to the drawn one in RGB pixels (64, 64, 3).
+
+    Returns its overlap (intersection over union), its place, and its pixels, bool (64, 64).
     """
-    drawn, found = shape_pixels(pixels).ravel().astype(np.float32), []
+    drawn, matches = shape_pixels(pixels).ravel().astype(np.float32), []
     for shape in shapes:
         ideal = ideal_shapes(shape)
         common = ideal @ drawn
         overlap = common / (drawn.sum() + ideal.sum(1) - common)
         best = overlap.argmax()
-        found.append((overlap[best].item(), places(shape)[best], ideal[best].reshape(SIZE, SIZE) > 0))
-    return max(found, key=lambda of_shape: of_shape[0])
+        matches.append((overlap[best].item(), places(shape)[best], ideal[best].reshape(SIZE, SIZE) > 0))
+    return max(matches, key=lambda of_shape: of_shape[0])
 
 
 def sides(ideal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -71,22 +75,26 @@ def sides(ideal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def smudged_share(pixels: np.ndarray, ideal: np.ndarray) -> float:
     """The share of pixels off the ideal outline (bool (64, 64)) whose colour isn't their side's median."""
-    off = [np.abs(pixels[side] - np.median(pixels[side], axis=0)).max(-1) > TOLERANCE for side in sides(ideal)]
+    off = [
+        np.abs(pixels[side] - np.median(pixels[side], axis=0)).max(-1) > TOLERANCE for side in sides(ideal)
+    ]
     return np.concatenate(off).mean().item()
 
 
 def cleanness(images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
-    """For each image the overlap (intersection over union) of its shape with the nearest ideal one, (N,), 1 at best; and
-    the share of smudged pixels beside that one's outline, (N,), 0 at best.
+    """How clean the shape of each image is.
+
+    Returns its overlap (intersection over union) with the nearest ideal one, (N,), 1 at best; and the share
+    of smudged pixels beside that one's outline, (N,), 0 at best.
     """
     pixels = [np.asarray(image.convert("RGB").resize((SIZE, SIZE)), dtype=np.float32) for image in images]
-    found = [nearest(p, SHAPES) for p in pixels]
-    smudged = [smudged_share(p, ideal) for p, (_, _, ideal) in zip(pixels, found, strict=True)]
-    return np.array([overlap for overlap, _, _ in found]), np.array(smudged)
+    matches = [nearest(p, SHAPES) for p in pixels]
+    smudged = [smudged_share(p, ideal) for p, (_, _, ideal) in zip(pixels, matches, strict=True)]
+    return np.array([overlap for overlap, _, _ in matches]), np.array(smudged)
 
 
 def nearest_picture(image: Image.Image, caption: str) -> Image.Image | None:
-    """What a drawing (64, 64) should have been: the nearest ideal picture that its caption allows. None where none is near."""
+    """The ideal picture nearest to a drawing (64, 64) that its caption allows; None where none is near."""
     pixels = np.asarray(image, dtype=np.float32)
     thing, _, ground = (words.split() for words in caption.partition(" on a "))  # a nonsense word may be "on"
     overlap, place, ideal = nearest(pixels, tuple(shape for shape in SHAPES if shape in thing))
@@ -98,7 +106,10 @@ def nearest_picture(image: Image.Image, caption: str) -> Image.Image | None:
 
 
 def nearest_shade(seen: np.ndarray, names: list[str]) -> tuple[str, tuple[int, ...]]:
-    """Of the colours with these names (none: of all) the one nearest to RGB `seen`, and its shade nearest to that."""
+    """The name of the colour nearest to RGB `seen`, and its shade nearest to that.
+
+    names: the colours that are looked at; none: all.
+    """
     name = min(names or COLORS, key=lambda name: np.abs(seen - COLORS[name]).sum())
     middle = np.array(COLORS[name])
     return name, tuple(np.clip(seen, middle - JITTER, middle + JITTER).clip(0, 255).astype(int).tolist())

@@ -14,11 +14,13 @@ from conftest import ROOT
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw, ImageFilter
 
-from scripts.toys import score_toy_bases, train_toy_base
-from scripts.toys.parts.toy_outline import cleanness, nearest_picture
-from scripts.toys.parts.toy_world import SHAPES, draw
+from scripts.dev.toys import score_toy_bases
+from scripts.dev.toys.parts import toy_drawings, toy_loss
+from scripts.dev.toys.parts.toy_models import load_base, make_pipeline, make_scheduler
+from scripts.dev.toys.parts.toy_outline import cleanness, nearest_picture
+from scripts.dev.toys.parts.toy_world import SHAPES, draw
 
-COMMAND = [sys.executable, str(ROOT / "scripts" / "toys" / "score_toy_bases.py")]
+COMMAND = [sys.executable, str(ROOT / "scripts" / "dev" / "toys" / "score_toy_bases.py")]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,9 @@ def test_smears_are_smudged_pixels_though_the_outline_is_right(drawn):
 
     def smeared(image):
         patches = Image.fromarray(rng.integers(-70, 70, (16, 16)).astype(np.float32)).resize((64, 64))
-        return Image.fromarray(np.clip(np.asarray(image) + np.asarray(patches)[..., None], 0, 255).astype(np.uint8))
+        return Image.fromarray(
+            np.clip(np.asarray(image) + np.asarray(patches)[..., None], 0, 255).astype(np.uint8)
+        )
 
     overlap, smudged = cleanness([smeared(image) for image in drawn])
     assert overlap.mean() > 0.9 and smudged.min() > 0.05
@@ -68,7 +72,10 @@ def test_smears_are_smudged_pixels_though_the_outline_is_right(drawn):
 @pytest.mark.run
 @pytest.mark.parametrize(
     ("words", "says"),
-    [(["nowhere"], "nowhere: not a base's folder, it has no model_index.json"), (["--count", "0"], "1 or more")],
+    [
+        (["nowhere"], "nowhere: not a base's folder, it has no model_index.json"),
+        (["--count", "0"], "1 or more"),
+    ],
 )
 def test_scores_say_what_is_wrong(words, says, tmp_path):
     result = subprocess.run([*COMMAND, *words], capture_output=True, text=True, cwd=tmp_path, timeout=60)
@@ -88,10 +95,12 @@ def test_scores_are_a_table_with_a_sheet_of_pictures(tmp_path, monkeypatch, caps
 
 @pytest.mark.unit
 def test_what_a_drawing_should_have_been(drawn):
-    """The ideal picture under a drawing: of the shape that its caption names, in the colours that it names, or its own."""
+    """The ideal picture under a drawing: of the shape and in the colours that its caption names."""
     captions = [f"a {color} {shape}" for shape in SHAPES for color in ("red", "white")]
     right = [nearest_picture(spiked(image), caption) for image, caption in zip(drawn, captions, strict=True)]
-    apart = [np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(drawn, right, strict=True)]
+    apart = [
+        np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(drawn, right, strict=True)
+    ]
     assert max(apart) < 8 and cleanness(right)[0].min() > 0.98
     for open_colour in ("a vkx circle", "a on circle on a white background"):
         assert nearest_picture(drawn[0], open_colour).getpixel((32, 32)) == drawn[0].getpixel((32, 32))
@@ -104,22 +113,25 @@ def test_what_a_drawing_should_have_been(drawn):
 @pytest.mark.unit
 @pytest.mark.parametrize("name", ["flux", "sd15", "sd3", "sdxl"])
 def test_a_base_is_shown_its_own_drawings(name, monkeypatch):
-    """Late states are the drawing, nearly; a base that turned straight to the ideal picture would have no loss on them."""
-    monkeypatch.setattr(train_toy_base, "OWN_DRAWINGS", 32)
+    """Late states are nearly the drawing; one that went straight to the ideal picture would have no loss."""
+    monkeypatch.setattr(toy_drawings, "DRAWINGS", 32)
     folder = ROOT / "assets" / f"toy_{name}"
-    tokenizers, encoders, denoiser = train_toy_base.loaded(name, folder)
+    base = load_base(name, folder)
+    base.denoiser.eval()
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
-    pipeline = train_toy_base.make_pipeline(name, vae, tokenizers, encoders, denoiser.eval())
-    own = train_toy_base.draw_own(name, pipeline, tokenizers, encoders, seed=0)
-    assert len(own.captions) == len(own.states) == len(own.ideals) >= 32
-    apart = (own.states - own.ideals[:, None]).square().mean((0, 2, 3, 4))
-    assert len(apart) == len(own.times) and (own.times.diff() < 0).all()
+    pipeline = make_pipeline(base, vae)
+    drawings = toy_drawings.draw_with_base(base, pipeline, seed=0)
+    assert len(drawings.captions) == len(drawings.states) == len(drawings.ideals) >= 32
+    apart = (drawings.states - drawings.ideals[:, None]).square().mean((0, 2, 3, 4))
+    assert len(apart) == len(drawings.times) and (drawings.times.diff() < 0).all()
     assert (apart[:15].diff() < 0).all() and apart[-1] < 0.45 < 0.8 < apart[0]
-    captions, (states, times, ideals) = own.some(16, random.Random(0))
+    captions, (states, times, ideals) = drawings.sample(16, random.Random(0))
     assert len(captions) == 16 and states.shape == ideals.shape == (16, 16, 8, 8)
-    assert set(times.tolist()) <= set(own.times[own.shown].tolist()) and own.times[0] not in times
+    assert (
+        set(times.tolist()) <= set(drawings.times[drawings.shown].tolist()) and drawings.times[0] not in times
+    )
 
-    scheduler = train_toy_base.make_scheduler(name)
+    scheduler = make_scheduler(name)
 
     def straight(noisy, times) -> torch.Tensor:
         """What a transformer, or a UNet, would predict."""
@@ -128,13 +140,20 @@ def test_a_base_is_shown_its_own_drawings(name, monkeypatch):
         clear = scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
         return (noisy - clear.sqrt() * ideals) / (1 - clear).sqrt()
 
-    monkeypatch.setattr(train_toy_base, "velocity", lambda name, denoiser, noisy, times, *rest: straight(noisy, times))
-    unet = lambda noisy, times, *rest, **conditions: SimpleNamespace(sample=straight(noisy, times))  # noqa: E731
+    def predict_velocity(base, noisy, times, *conditions):
+        return straight(noisy, times)
+
+    def unet(noisy, times, *conditions, **added):
+        return SimpleNamespace(sample=straight(noisy, times))
+
+    monkeypatch.setattr(toy_loss, "predict_velocity", predict_velocity)
+    base.denoiser = unet
     nothing, embeds, pooled = torch.zeros(0, 16, 8, 8), torch.zeros(16, 1, 1), torch.zeros(16, 1)
-    given = (name, unet, scheduler, nothing, embeds, pooled, torch.zeros(0, dtype=torch.bool), torch.Generator())
-    assert train_toy_base.loss_of(*given, (states, times, ideals)) < 1e-8
-    assert train_toy_base.loss_of(*given, (states, times, ideals.flip(0))) > 0.1
+    dropped = torch.zeros(0, dtype=torch.bool)
+    batch = (base, scheduler, nothing, embeds, pooled, dropped, torch.Generator())
+    assert toy_loss.compute_loss(*batch, (states, times, ideals)) < 1e-8
+    assert toy_loss.compute_loss(*batch, (states, times, ideals.flip(0))) > 0.1
     if name == "flux":
-        monkeypatch.setattr(train_toy_base, "nearest_picture", lambda image, caption: None)
+        monkeypatch.setattr(toy_drawings, "nearest_picture", lambda image, caption: None)
         with pytest.raises(SystemExit, match="only 0 of 128 drawings"):
-            train_toy_base.draw_own(name, pipeline, tokenizers, encoders, seed=0)
+            toy_drawings.draw_with_base(base, pipeline, seed=0)

@@ -1,6 +1,6 @@
 """Writes the sample data set: captioned pictures of a concept that no toy base has seen.
 
-python scripts/toys/write_sample_data.py --write_sample_data assets/sample_data/smiley
+python scripts/dev/toys/write_sample_data.py --write_sample_data assets/sample_data/smiley
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
+# the repository, from which everything is imported
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from scripts.toys.parts.toy_world import CONCEPTS, write_concept
+from scripts.dev.toys.parts.toy_world import CONCEPTS, write_concept
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes the sample data set of a concept no toy base has seen.")
+    parser = argparse.ArgumentParser(
+        description="Writes the sample data set of a concept no toy base has seen."
+    )
     parser.add_argument("--write_sample_data", type=Path, required=True, help="folder to write")
     parser.add_argument("--concept", choices=[*CONCEPTS, "star"], default="smiley")
     parser.add_argument("--captions", default="a sks circle on a {background} background")

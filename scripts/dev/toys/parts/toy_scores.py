@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scripts.toys.parts.toy_judge import load_judge, verdicts
-from scripts.toys.parts.toy_outline import cleanness
-from scripts.toys.parts.toy_world import SIZE, describe, random_scene
+from scripts.dev.toys.parts.toy_judge import load_judge, verdicts
+from scripts.dev.toys.parts.toy_outline import cleanness
+from scripts.dev.toys.parts.toy_world import SIZE, describe, random_scene
 
 SAMPLING = {  # how each kind of base is asked to draw
     "StableDiffusionPipeline": {"num_inference_steps": 25, "guidance_scale": 4.0},
@@ -32,12 +32,14 @@ def pictures_of(folder: Path, prompts: list[str]) -> list[Image.Image]:
     images = []
     for i in range(0, len(prompts), 32):
         generator = torch.Generator().manual_seed(i)
-        images += pipeline(prompts[i : i + 32], height=SIZE, width=SIZE, generator=generator, **sampling).images
+        images += pipeline(
+            prompts[i : i + 32], height=SIZE, width=SIZE, generator=generator, **sampling
+        ).images
     return images
 
 
 def scores(folder: Path, count: int = 64, sheet: Path | None = None) -> dict[str, str]:
-    """What `count` pictures of a base are worth, as text by the name of the score; the pictures go to `sheet`."""
+    """How good `count` pictures of a base are, as text by the name of the score; all of them go to `sheet`."""
     rng = random.Random(99)
     scenes = [random_scene(rng) for _ in range(count)]
     images = pictures_of(folder, [describe(*scene) for scene in scenes])
@@ -46,7 +48,10 @@ def scores(folder: Path, count: int = 64, sheet: Path | None = None) -> dict[str
     if sheet:
         side_by_side(images).save(sheet)
     return {
-        **{name: f"{share:.0%}" for name, share in zip(("shape", "colour", "background"), right.mean(0), strict=True)},
+        **{
+            name: f"{share:.0%}"
+            for name, share in zip(("shape", "colour", "background"), right.mean(0), strict=True)
+        },
         "all three": f"{right.all(1).mean():.0%}",
         "overlap": f"{overlap.mean():.3f}",
         "overlap, worst tenth": f"{np.sort(overlap)[: max(1, count // 10)].mean():.3f}",
@@ -67,5 +72,9 @@ def side_by_side(images: list[Image.Image], columns: int = 16) -> Image.Image:
 def table(rows: dict[str, dict[str, str]]) -> str:
     """Scores by the name of the base, as a Markdown table."""
     names = list(next(iter(rows.values())))
-    lines = [["base", *names], ["---"] * (1 + len(names)), *([base, *row.values()] for base, row in rows.items())]
+    lines = [
+        ["base", *names],
+        ["---"] * (1 + len(names)),
+        *([base, *row.values()] for base, row in rows.items()),
+    ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

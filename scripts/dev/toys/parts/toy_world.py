@@ -51,7 +51,8 @@ def outline(shape: str, cx: float, cy: float, r: float) -> list[tuple[float, flo
         return [
             (
                 cx + r * 1.05 * math.sin(t) ** 3,
-                cy - r * (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 15.5,
+                cy
+                - r * (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 15.5,
             )
             for t in turns
         ]
@@ -59,7 +60,8 @@ def outline(shape: str, cx: float, cy: float, r: float) -> list[tuple[float, flo
     return [
         (cx + x, cy + y)
         for x, y in (
-            (-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a),
+            (-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
+            (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a),
         )
     ]  # fmt: skip
 
@@ -113,7 +115,7 @@ def draw_mushroom(pen: ImageDraw.ImageDraw, cx: float, cy: float, r: float, rng:
 
 
 def draw_scribble(rng: random.Random, size: int = SIZE) -> Image.Image:
-    """Random strokes, dots and patches: detail that the autoencoder must keep, and the judge's class "other"."""
+    """Random strokes, dots and patches: detail for the autoencoder, and the judge's class "other"."""
     big = size * 4
     image = Image.new("RGB", (big, big), jittered(rng.choice(COLOR_NAMES), rng))
     pen = ImageDraw.Draw(image)
@@ -124,19 +126,29 @@ def draw_scribble(rng: random.Random, size: int = SIZE) -> Image.Image:
         if kind == 0:
             pen.ellipse((x - q, y - q * rng.uniform(0.5, 1.5), x + q, y + q), fill=color)
         elif kind == 1:
-            pen.line([(rng.uniform(0, big), rng.uniform(0, big)) for _ in range(3)], fill=color, width=int(q * 0.4) + 8)
+            pen.line(
+                [(rng.uniform(0, big), rng.uniform(0, big)) for _ in range(3)],
+                fill=color,
+                width=int(q * 0.4) + 8,
+            )
         elif kind == 2:
-            pen.polygon([(x + rng.uniform(-2, 2) * q, y + rng.uniform(-2, 2) * q) for _ in range(3)], fill=color)
+            pen.polygon(
+                [(x + rng.uniform(-2, 2) * q, y + rng.uniform(-2, 2) * q) for _ in range(3)], fill=color
+            )
         else:
             start = rng.randrange(360)
             pen.arc(
-                (x - 2 * q, y - 2 * q, x + 2 * q, y + 2 * q), start, start + 150, fill=color, width=int(q * 0.4) + 8
+                (x - 2 * q, y - 2 * q, x + 2 * q, y + 2 * q),
+                start,
+                start + 150,
+                fill=color,
+                width=int(q * 0.4) + 8,
             )
     return image.reduce(4)
 
 
 def nonsense_word(rng: random.Random) -> str:
-    """A short word that means nothing, so that rare letters of a trigger word are not untrained embeddings."""
+    """A short word that means nothing: rare letters of a trigger word are then no untrained embeddings."""
     return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 5)))
 
 
