@@ -1,4 +1,4 @@
-"""Machines that the tests don't have: a simulated Windows, devices that are chosen but not used, the batch files as text."""
+"""Machines that the tests don't have: a simulated Windows, devices that are chosen but not used."""
 
 import argparse
 import json
@@ -12,7 +12,18 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import FAMILIES, KINDS, ROOT, SAMPLE, load_script, losses, metrics, quick_flags, run_here, same_weights
+from conftest import (
+    FAMILIES,
+    KINDS,
+    ROOT,
+    SAMPLE,
+    load_script,
+    losses,
+    metrics,
+    quick_flags,
+    run_here,
+    same_weights,
+)
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,7 +39,9 @@ def windows(tmp_path_factory) -> tuple[Path, str]:
     photos = folder / "mes photos"
     photos.mkdir()
     for i, caption in enumerate(("日本の猫, un été", "a cat → left", "a ☃ in the snow", "plain")):
-        Image.radial_gradient("L").convert("RGB").rotate(30 * i).resize((96, 80 + 16 * i)).save(photos / f"猫 {i}.png")
+        Image.radial_gradient("L").convert("RGB").rotate(30 * i).resize((96, 80 + 16 * i)).save(
+            photos / f"猫 {i}.png"
+        )
         (photos / f"猫 {i}.txt").write_text(caption, encoding="utf-8")
     steps = ("--max_train_steps", 24, "--checkpointing_steps", 24)
 
@@ -36,7 +49,14 @@ def windows(tmp_path_factory) -> tuple[Path, str]:
         flags = quick_flags(FAMILIES["sd15"], folder / name, "-d", folder / "prepared", *steps, *words)
         return str(ROOT / "train_lora_sd15.py"), flags, options
 
-    pictures = ("--num_validation_images", 1, "--validation_inference_steps", 2, "--validation_prompt", "日本の猫")
+    pictures = (
+        "--num_validation_images",
+        1,
+        "--validation_inference_steps",
+        2,
+        "--validation_prompt",
+        "日本の猫",
+    )
     resumed = ("--resume_from_checkpoint", "latest", "--dataloader_num_workers", 1, "--report")
     plan = [
         (
@@ -121,7 +141,8 @@ def test_a_wish_becomes_what_the_machine_can_and_an_order_is_kept_or_refused(
     family, script, machine, wanted, ordered, monkeypatch, capsys
 ):
     device = pretend(machine, monkeypatch)
-    args = argparse.Namespace(mixed_precision=wanted, ordered={"mixed_precision"} if ordered else set())
+    explicit = {"mixed_precision"} if ordered else set()
+    args = argparse.Namespace(mixed_precision=wanted, command_line_flags=explicit, family=script.FAMILY)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     expected = CASES[machine, wanted, ordered][family.name == "flux"]
     if expected is None:
@@ -148,7 +169,11 @@ def test_a_mac_gets_its_gpu_and_what_it_has_no_kernels_for_is_told(monkeypatch, 
     try:
         args = script.parse_args([*flags, "--config", str(preset)])
         accelerator = script.start_accelerator(args)
-        assert (accelerator.device.type, accelerator.mixed_precision, args.optimizer) == ("mps", "bf16", "adamw")
+        assert (accelerator.device.type, accelerator.mixed_precision, args.optimizer) == (
+            "mps",
+            "bf16",
+            "adamw",
+        )
         said = capsys.readouterr().out
         assert "for fp16 is not this machine's" in said and "--optimizer adamw8bit is not possible" in said
         for wish in (["--optimizer", "adamw8bit"], ["--use_8bit_adam"], ["--quantize_base", "nf4"]):
@@ -161,7 +186,9 @@ def test_a_mac_gets_its_gpu_and_what_it_has_no_kernels_for_is_told(monkeypatch, 
 @pytest.mark.families("sd15")
 def test_a_recipes_fp16_trains_on_the_cpu_and_a_flags_is_refused(family, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"mixed_precision": "fp16", "use_8bit_adam": True, "max_train_steps": 1}))
+    recipe.write_text(
+        yaml.safe_dump({"mixed_precision": "fp16", "use_8bit_adam": True, "max_train_steps": 1})
+    )
     flags = ("-d", SAMPLE, "--config", recipe, "--max_train_steps", 1)
     assert run_here(family, tmp_path / "x", *flags) == 0
     assert "the frozen base in float32, for fp16 is not this machine's" in capsys.readouterr().out
@@ -206,7 +233,10 @@ def test_a_step_has_no_float64(family, script, tmp_path, monkeypatch):
         (script.Meter, "log"),
     ):
         monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
-    assert run_here(family, tmp_path / "x", "-d", SAMPLE, "--max_train_steps", 2, "--mixed_precision", "bf16") == 0
+    assert (
+        run_here(family, tmp_path / "x", "-d", SAMPLE, "--max_train_steps", 2, "--mixed_precision", "bf16")
+        == 0
+    )
     assert not mode.found
 
 
@@ -227,23 +257,18 @@ def test_peak_memory_in_each_systems_unit(system, monkeypatch):
 
 def test_commands_are_those_of_the_systems_own_shell(monkeypatch, tmp_path):
     script = load_script("train_lora_sd15.py")
-    words = ("run_lora_infer", "infer_lora.py", [], Path("output/it's mine"), "--prompt", "a cat")
+    words = (ROOT, "run_lora_infer", "infer_lora.py", [], Path("output/it's mine"), "--prompt", "a cat")
     monkeypatch.chdir(ROOT)
-    assert shlex.split(script.command(*words)) == ["bash", "run_lora_infer.sh", "output/it's mine", "--prompt", "a cat"]
+    assert shlex.split(script.command(*words)) == [
+        "bash",
+        "run_lora_infer.sh",
+        "output/it's mine",
+        "--prompt",
+        "a cat",
+    ]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "platform", "win32")
     assert script.command(*words).endswith("""infer_lora.py "output/it's mine" --prompt "a cat\"""")
-
-
-@pytest.mark.parametrize("wrapper", sorted(p.stem for p in ROOT.glob("run_*.bat")))
-def test_a_batch_file_starts_what_its_bash_twin_starts(wrapper):
-    """By reading: no Windows is here. Arguments and exit code are handed on, from any folder, with lines as Windows has them."""
-    text = (ROOT / f"{wrapper}.bat").read_bytes().decode("ascii")
-    assert text.lower().startswith("@echo off") and "%~dp0" in text and "%*" in text
-    programs = re.findall(r"[\w./]+\.py", (ROOT / f"{wrapper}.sh").read_text())
-    for program in re.findall(r"[\w.\\/]+\.py", text):
-        assert (ROOT / program.replace("\\", "/")).is_file()
-    assert not programs or any(Path(p).name in text for p in programs)
 
 
 def test_what_is_prepared_can_be_copied_to_windows():

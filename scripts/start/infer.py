@@ -5,20 +5,28 @@ python scripts/start/infer.py [flags of infer_lora.py]
 
 from __future__ import annotations
 
-import os
 import runpy
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for imports
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository: library and commands
 
-from scripts.start.parts.env_file import export, settings_of
-from scripts.start.parts.process import ROOT, program
+from lora_training.launch import help
+from lora_training.launch.arguments import has_flag
+from scripts.start.process import ROOT, program
 
 
 def main(argv: list[str] | None = None) -> None:
-    export(settings_of(ROOT / ".env", os.environ))
-    sys.argv = [program(), *(sys.argv[1:] if argv is None else argv)]
+    argv = sys.argv[1:] if argv is None else argv
+    if has_flag(argv, "--help -h"):
+        help.allow_missing_lazy_loader()
+        from lora_training.inference.arguments import parse_arguments
+
+        parse_arguments(["--help"], "infer_lora.py")
+    from lora_training.launch.env_file import load_env_file
+
+    load_env_file(ROOT / ".env")
+    sys.argv = [program(), *argv]
     runpy.run_path(str(ROOT / "infer_lora.py"), run_name="__main__")
 
 

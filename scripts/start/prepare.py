@@ -1,4 +1,4 @@
-"""Starts prepare_dataset.py with the settings of .env: what run_prepare_dataset.sh and run_prepare_dataset.bat do.
+"""Starts prepare_dataset.py with the settings of .env: what run_prepare_dataset.sh and .bat do.
 
     python scripts/start/prepare.py [flags of prepare_dataset.py]
 
@@ -7,35 +7,28 @@
 
 from __future__ import annotations
 
-import os
 import runpy
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, from which everything is imported
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository: library and commands
 
-from scripts.start.parts import olive
-from scripts.start.parts.env_file import export, settings_of
-from scripts.start.parts.process import ROOT, complain, program
-from scripts.start.parts.words import StartError, read_values, taken
+from lora_training import exits
+from lora_training.launch.env_file import load_env_file
+from lora_training.launch.olive import preparation_arguments
+from scripts.start.process import ROOT, program
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
-    export(settings_of(ROOT / ".env", os.environ))
-    try:
-        (file,), others = taken(words, "--config")
-        values = read_values(file) if file else None
-        if olive.is_workflow(values):
-            workflow = olive.translate(values, file)
-            if not workflow.prepare:
-                raise StartError(f"{file} has no pre_process_data_config with steps: there is nothing to prepare")
-            print("\n".join(workflow.notes), flush=True)
-            words = [*workflow.prepare, *others]
-    except StartError as error:
-        return complain(str(error))
-    sys.argv = [program(), *words]
-    runpy.run_path(str(ROOT / "scripts" / "dataset" / "prepare_dataset.py"), run_name="__main__")
+    argv = sys.argv[1:] if argv is None else argv
+    load_env_file(ROOT / ".env")
+    with exits.exit_code(program()) as outcome:
+        argv, notes = preparation_arguments(argv)
+    if outcome.code:
+        return outcome.code
+    print("".join(f"{note}\n" for note in notes), end="", flush=True)
+    sys.argv = [program(), *argv]
+    runpy.run_path(str(ROOT / "scripts/dataset/prepare_dataset.py"), run_name="__main__")
     return 0
 
 
