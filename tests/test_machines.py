@@ -271,14 +271,6 @@ def test_commands_are_those_of_the_systems_own_shell(monkeypatch, tmp_path):
     assert script.command(*words).endswith("""infer_lora.py "output/it's mine" --prompt "a cat\"""")
 
 
-def test_what_is_prepared_can_be_copied_to_windows():
-    from scripts.parts.files import portable
-
-    assert portable("day 1/cat: the movie?") == "day 1/cat_ the movie_"
-    assert portable("con/aux.x/LPT1/console. ") == "_con/_aux.x/_LPT1/console"
-    assert portable("plain/猫 3") == "plain/猫 3"
-
-
 def test_rows_wait_while_a_spreadsheet_holds_them(monkeypatch, tmp_path):
     """Windows locks a file that is open elsewhere: training goes on, and the rows are written when it is free."""
     script = load_script("train_lora_sd15.py")
