@@ -84,7 +84,7 @@ def decide(argv: list[str], settings: dict) -> Start:
     if not config:
         argv = [*env_arguments(argv, settings), *argv]
     (model,), _ = take_flags(argv, MODEL_FLAGS)
-    start = Start("", argv, launch_config, launch_argv)
+    start = Start("", [], launch_config, launch_argv)
     values, olive_flags = read_config_file(config) if config else {}, {}
     if olive.is_workflow(values):
         workflow = olive.translate_workflow(values, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -138,3 +139,12 @@ def test_mistakes_at_the_start_are_one_line(argv, message):
     with pytest.raises(UserError) as error:
         decide(argv, {})
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_decides_imports_neither_torch_nor_diffusers():
+    modules = sorted(file.stem for file in (ROOT / "lora_training" / "launch").glob("[!_]*.py"))
+    imports = "; ".join(f"import lora_training.launch.{name}" for name in modules)
+    program = (
+        f"import sys; {imports}; sys.exit(bool({{'torch', 'diffusers', 'accelerate'}} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
