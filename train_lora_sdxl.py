@@ -177,7 +177,7 @@ def compute_loss(
 def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: argparse.Namespace) -> dict:
     """Prompts -> one encoder's {"hidden": (B, L, D)}, as the pipeline encodes them.
 
-    L is --max_token_length + 2. The hidden states are those of the layer before the last, or --clip_skip before.
+    L is --max_token_length + 2. The hidden states are the last but one layer's, or --clip_skip before that.
     The second encoder adds its projection, "pooled" (B, P). Differentiable in the text encoder.
     """
     chunks = args.max_token_length // 75
