@@ -4,7 +4,7 @@
 # dependencies = [
 #   "torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "peft==0.21.2",
 #   "accelerate==1.15.0", "bitsandbytes==0.50.2", "safetensors==0.8.0", "pillow==13.0.0",
-#   "pydantic==2.14.3", "pyyaml==6.0.3", "lazy-loader==0.5",
+#   "pydantic==2.14.3", "pyyaml==6.0.3", "lazy-loader==0.6",
 # ]
 # ///
 """Draws images with a trained LoRA.
