@@ -189,7 +189,8 @@ PRIOR_AND_CACHE_RULES = (
     rule("cache_latents", lambda a: a.color_jitter is not None or a.random_rotation,
          "{flag} can't be combined with --color_jitter or --random_rotation: they change each image each"
          " time"),
-    rule("train_text_encoder train_text_encoder_ti shuffle_tags tag_dropout", lambda a: a.cache_text_embeddings,
+    rule("train_text_encoder train_text_encoder_ti shuffle_tags tag_dropout",
+         lambda a: a.cache_text_embeddings,
          "--cache_text_embeddings can't be combined with {flag}: the embeddings change"),
     no_effect("cache_folder", lambda a: not a.cache_latents and (trains_text(a) or varies_captions(a)),
               "without --cache_latents or captions whose embeddings can't change"),

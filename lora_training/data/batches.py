@@ -70,7 +70,7 @@ class BatchPlan:
         return range(start, min(start + self.round_repeats, self.sets[index].repeats))
 
     def epoch(self, epoch: int, round_number: int = 0) -> list[list[Slot]]:
-        """The global batches of an epoch, or of one of its rounds if its repeats are many thousands, in order."""
+        """The global batches of an epoch, in order, or of one of its rounds where there are several."""
         if self.cached[0] == (epoch, round_number):
             return self.cached[1]
         rng = random.Random(stable_seed(self.seed, "order", epoch, *([round_number] if round_number else [])))

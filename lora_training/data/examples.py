@@ -22,7 +22,7 @@ DATASET_FILES = (".arrow", ".parquet", "dataset_dict.json", "state.json", "datas
 
 
 def load_sets(args: argparse.Namespace) -> tuple[list[Example], list[Example], list[tuple[int, int]]]:
-    """(examples to learn, examples of the class, buckets (width, height)) of every set that the flags name."""
+    """(examples to learn, examples of the class, buckets (width, height)) of the sets that the flags name."""
     sets = args.sets or [args]
     buckets = list(dict.fromkeys(size for set_args in sets for size in bucket_sizes(set_args)))
     learned, of_class = [], []

@@ -1,1 +1,1 @@
-"""What makes a step small and fast: frozen and quantised layers, fused LoRA products, block swap, checkpointing, graphs."""
+"""What makes a step small and fast: frozen layers, fused LoRA products, block swap, checkpointing, graphs."""
