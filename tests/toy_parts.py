@@ -9,6 +9,7 @@ from conftest import ROOT, SAMPLE, training_data
 from PIL import Image
 
 from lora_training.base_model.components import Components
+from lora_training.base_model.reading import import_class
 from lora_training.data.folders import Example
 from lora_training.data.image_store import prepare_examples
 
@@ -26,6 +27,12 @@ def toy_base(recipe) -> Path:
 def components_of(recipe, *flags, dtype=torch.float32) -> Components:
     """The parts of a family's toy base, on the CPU."""
     return Components(toy_base(recipe), arguments(recipe, *flags), dtype, torch.device("cpu"))
+
+
+def empty_denoiser(config: dict) -> torch.nn.Module:
+    """The denoiser of a configuration, without weights."""
+    with torch.device("meta"):
+        return import_class("diffusers", config["_class_name"]).from_config(config)
 
 
 def data_of(recipe, folder, size, bucket, *flags, captions=("a",), of_class=False):
