@@ -23,6 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+pytest_plugins = ["photo_folders"]  # its fixtures: folders of photos, small models that describe them
 SAMPLE = ROOT / "assets" / "sample_data" / "smiley"
 
 
@@ -107,6 +108,7 @@ FLUX = Family(
     token_caption="purple TOK",  # CLIP's pooled vector tells Flux the shape, hardly the colour
 )
 FAMILIES = {family.name: family for family in (SD15, SDXL, SD3, FLUX)}
+QUICKEST = FLUX  # its runs take the least time: for runs in which the family plays no part
 KINDS = ("flux", "sdxl")  # one transformer and one UNet, where these two take different paths
 
 

@@ -165,14 +165,14 @@ def verdict_row(run: RunFolder, label: str, page_folder: Path) -> list[str]:
 
 def settings_section(runs: list[RunFolder]) -> str:
     """The settings that aren't the same in all runs; one that a run's folder doesn't tell is a dash."""
-    told = [run.settings.values for run in runs if run.settings.values]
-    if len(told) < 2:
+    known = [run.settings.values for run in runs if run.settings.values]
+    if len(known) < 2:
         return ""
     rows = []
-    for name in sorted(set().union(*told) - SETTINGS_OF_EACH_RUN):
-        values = [settings[name] for settings in told if name in settings]
+    for name in sorted(set().union(*known) - SETTINGS_OF_EACH_RUN):
+        values = [settings[name] for settings in known if name in settings]
         differs = any(not is_same_setting(values[0], value) for value in values[1:])
-        if differs or len(values) < len(told):
+        if differs or len(values) < len(known):
             rows.append([escape(name), *(setting_cell(run.settings.values, name) for run in runs)])
     body = table(["setting", *run_labels(runs)], rows) or "<p>The settings are the same.</p>"
     explanation = "All others are the same in each run that tells them."
