@@ -52,11 +52,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 try:
-    import lazy_loader as lazy
-
     from lora_training import require_interface
 
     require_interface(1)
+    from lora_training.libraries import import_libraries, load_lazily
 except ImportError as error:
     way_out = "`pip install` the project's folder, or copy lora_training from it along"
     sys.exit(f"{Path(__file__).name}: error: {error}: {way_out}")
@@ -65,7 +64,6 @@ from lora_training import base_model, cli, data, exits, lora, optim, report, tex
 from lora_training.console import print_status, progress
 from lora_training.errors import UserError
 from lora_training.families import FLUX as FAMILY
-from lora_training.libraries import import_libraries
 from lora_training.seeds import stable_seed
 from lora_training.signals import StopSignal
 
@@ -77,7 +75,7 @@ if TYPE_CHECKING:
     from lora_training.optim import TrainedPart
     from lora_training.training import MetricsLogger, Run
 
-torch = lazy.load("torch")
+torch = load_lazily("torch")
 
 LORA_TARGETS = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import sys
+import types
 import warnings
 
+import lazy_loader
+
 from lora_training.console import print_status, progress
+
+
+def load_lazily(name: str) -> types.ModuleType:
+    """A module that is imported when something of it is first used.
+
+    In a worker process, which multiprocessing.spawn starts, it is imported now: what the process is sent
+    begins with modules of torch, and a package that isn't loaded yet would load its own ones twice.
+    """
+    if "multiprocessing.spawn" in sys.modules:
+        return importlib.import_module(name)
+    return lazy_loader.load(name)
 
 
 def import_libraries(title: str) -> None:
