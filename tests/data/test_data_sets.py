@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import pytest
-from conftest import FAMILIES, quick_flags
+from conftest import SDXL, run_here
 from toy_parts import captioned_folder
 
 from lora_training.data.batches import BatchPlan
@@ -35,7 +35,7 @@ def run_up_to_the_text(recipe, monkeypatch, output, *flags):
         raise UserError("the data have been read")
 
     monkeypatch.setattr(recipe, "load_text", load_text)
-    assert recipe.main(quick_flags(FAMILIES["sdxl"], output, *flags)) == 2
+    assert run_here(SDXL, output, *flags) == 2
     return runs[0]
 
 
@@ -113,7 +113,7 @@ def test_what_is_wrong_with_sets_is_said(recipe, tmp_path, capsys):
         f"- {folder}": "unknown key",
         "train_data_dir: x": "expected a list",
     }
-    argv = ["-m", FAMILIES["sdxl"].base, "--dataset_config", str(tmp_path / "sets.yaml")]
+    argv = ["-m", SDXL.base, "--dataset_config", str(tmp_path / "sets.yaml")]
     for text, message in messages.items():
         (tmp_path / "sets.yaml").write_text(text)
         assert recipe.main(argv) == 2
