@@ -368,4 +368,4 @@ class ScriptView:
 
     def __delattr__(self, name: str) -> None:
         """Undoes what was set: monkeypatch asks for it where an object hasn't the name itself."""
-        setattr(self, name, vars(self)["originals"].pop(name))
+        setattr(self, name, vars(self)["originals"][name])
