@@ -286,13 +286,11 @@ def same_weights(a: Path, b: Path) -> bool:
 # ---- pictures ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def pictures(tmp_path) -> Path:
-    """A folder with seven captioned pictures of different sizes."""
+def write_pictures(folder: Path) -> Path:
+    """Makes a folder with seven captioned pictures of different sizes."""
     from scripts.dev.toys.parts.toy_world import describe, draw, random_scene
 
-    boxes = {1: (0, 0, 96, 64), 2: (0, 0, 60, 96)}
-    folder, rng = tmp_path / "pictures", random.Random(1)
+    boxes, rng = {1: (0, 0, 96, 64), 2: (0, 0, 60, 96)}, random.Random(1)
     folder.mkdir()
     for number in range(7):
         scene = random_scene(rng)
@@ -302,6 +300,12 @@ def pictures(tmp_path) -> Path:
         image.save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(describe(*scene))
     return folder
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder with seven captioned pictures of different sizes."""
+    return write_pictures(tmp_path / "pictures")
 
 
 @pytest.fixture

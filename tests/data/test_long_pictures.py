@@ -1,4 +1,4 @@
-"""Of a picture that is far longer than its bucket only a window is scaled, which shows what the whole would."""
+"""Of a picture far longer than its bucket only a window is scaled, which shows what the whole would."""
 
 from __future__ import annotations
 

@@ -30,14 +30,10 @@ METADATA = {  # content; captions by file, or the words of the error
     "NUL": (b'{"file_name": "a\\u0000b.png"}', "line 1: no file_name can be"),
     "a surrogate": (b'{"file_name": "\\udcff.png"}', "line 1: no file_name can be"),
     "no object": (b'{"file_name": "0.png"}\n"a"\n', "line 2: no file_name"),
-    "no file_name": (b'{"text": "x"}', "line 1: no file_name"),
-    "cut JSON": (b'{"file_name": ', "line 1: not JSON"),
     "deep JSON": (b"\n" + b"[" * 100_000, "line 2: not JSON"),
     "a dictionary as caption": (b'{"file_name": "0.png", "text": {"en": "a"}}', "line 1: a caption is text"),
-    "a file that is not there": (b'{"file_name": "missing.png", "text": "x"}', "there is no such file"),
     "a folder": (b'{"file_name": "."}', "there is no such file"),
     "an absolute path": (b'{"file_name": "/etc/passwd"}', "line 1: file_name '/etc/passwd' leads out"),
-    "out of the folder": (b'{"file_name": "../secret.png", "text": "x"}', "leads out of the data folder"),
     "out and in again": (b'{"file_name": "../../x/0.png"}', "leads out"),
 }
 
@@ -61,6 +57,21 @@ def test_odd_metadata(uncaptioned, case):
     else:
         captions = {example.name: example.captions for example in folder_examples(uncaptioned, None)}
         assert {name: captions[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"file_name": "../secret.png", "text": "x"}', "leads out of the data folder"),
+        ('{"file_name": "missing.png", "text": "x"}', "there is no such file"),
+        ('{"file_name": ', "line 1: not JSON"),
+        ('{"text": "x"}', "no file_name"),
+    ],
+)
+def test_metadata_that_lies(uncaptioned, row, reason):
+    (uncaptioned / "metadata.jsonl").write_text(row)
+    with pytest.raises(UserError, match=reason):
+        folder_examples(uncaptioned, None)
 
 
 def test_a_long_field_and_a_wrong_line_of_csv(pictures):
