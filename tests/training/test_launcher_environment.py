@@ -21,7 +21,8 @@ def set_variables(monkeypatch, **variables):
         "ACCELERATE_MIXED_PRECISION",
         "ACCELERATE_DYNAMO_BACKEND",
     ):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what the training sets is undone too
+        monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
 
