@@ -176,5 +176,6 @@ def stored_weights(folder: Path) -> int:
     count = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
-            count += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+            names = weights.keys()
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
     return count

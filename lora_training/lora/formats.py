@@ -121,7 +121,8 @@ def neighbours_norms(family: Family, folder: Path, state: dict, config: dict) ->
     shared = {original_name(family, name, config) for name in trained}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as shard:
-            matrices = (key for key in shard.keys() if len(shard.get_slice(key).get_shape()) == 2)  # noqa: SIM118
+            names = shard.keys()
+            matrices = (key for key in names if len(shard.get_slice(key).get_shape()) == 2)
             layers = {key.removesuffix(".weight") for key in matrices if key.endswith(".weight")}
             for name in layers - trained:
                 if original_name(family, name, config) in shared:
