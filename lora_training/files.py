@@ -143,13 +143,17 @@ def read_config_file(file: str, flag: str = "--config", kind: type = dict):
 
     Errors: UserError that names the flag if it is anything else.
     """
-    import yaml
-
     try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))  # JSON is YAML too
+        text = Path(file).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{flag} {file}: {error.strerror}") from None
-    # no UTF-8; an impossible date; lists in lists in lists
+    except ValueError as error:  # no UTF-8
+        raise UserError(f"{flag} {file}: not YAML or JSON: {one_line(error)}") from None
+    import yaml  # not before the file is known to be there
+
+    try:
+        values = yaml.safe_load(text)  # JSON is YAML too
+    # an impossible date; lists in lists in lists
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{flag} {file}: not YAML or JSON: {one_line(error)}") from None
     if values is None:
