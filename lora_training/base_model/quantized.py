@@ -40,7 +40,8 @@ def load_quantized(
             with reading_base(file):
                 opened = safe_open(folder / file, framework="pt")
             with opened as shard:
-                sizes = {name: math.prod(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+                names = shard.keys()
+                sizes = {name: math.prod(shard.get_slice(name).get_shape()) for name in names}
                 for name in sorted(sizes, key=lambda name: ("block" in name, sizes[name]), reverse=True):
                     tensor = shard.get_tensor(name)
                     load_tensor(model, name, tensor, quantize, dtype, device, target_device)
