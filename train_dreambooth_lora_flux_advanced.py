@@ -192,9 +192,9 @@ def compute_loss(
     guidance = None
     if denoiser.config.guidance_embeds:
         guidance = torch.full((count,), args.guidance_scale, device=latents.device)
-    packed = base_model.pack_latents(noisy_latents)  # (B, C, H, W) -> (B, H/2 * W/2, 4C)
+    packed = base_model.pack_latents(noisy_latents).to(denoiser.dtype)  # (B, C, H, W) -> (B, H/2 * W/2, 4C)
     model_pred = denoiser(
-        hidden_states=packed.to(denoiser.dtype),
+        hidden_states=packed,
         timestep=batch["timesteps"] / scheduler.config.num_train_timesteps,
         guidance=guidance,
         pooled_projections=embeds["pooled_prompt_embeds"],

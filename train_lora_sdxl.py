@@ -140,11 +140,11 @@ def compute_loss(
     input_noise = noise
     if args.input_perturbation:
         input_noise = noise + args.input_perturbation * batch["perturbation"]
-    noisy_latents = scheduler.add_noise(latents, input_noise, timesteps)
+    noisy_latents = scheduler.add_noise(latents, input_noise, timesteps).to(denoiser.dtype)
     # size and crop conditioning, (height, width) each, (B, 6): https://arxiv.org/abs/2307.01952 section 2.2
     time_ids = torch.cat([batch["original_size"], batch["crop_top_left"], batch["target_size"]], dim=1)
     output = denoiser(
-        noisy_latents.to(denoiser.dtype),
+        noisy_latents,
         timesteps,
         embeds["prompt_embeds"],
         added_cond_kwargs={
