@@ -1,7 +1,8 @@
 """A plain LoRA loop for comparison: what a short example script does, all of it in every step.
 
-Written for the benchmark, after the public structure of the field's example scripts: every model stays on the device, the
-VAE and the text encoder run in each step, accelerate wraps model, optimizer and loader. It is no copy of any of them.
+Written for the benchmark, after the public structure of the field's example scripts: every model stays on the
+device, the VAE and the text encoder run in each step, accelerate wraps model, optimizer and loader. It is no
+copy of any of them.
 """
 
 import argparse
@@ -75,7 +76,8 @@ def main() -> None:
     while step < args.max_train_steps:
         for batch in loader:
             with accelerator.accumulate(unet):
-                latents = vae.encode(batch["pixels"].to(dtype)).latent_dist.sample() * vae.config.scaling_factor
+                latents = vae.encode(batch["pixels"].to(dtype)).latent_dist.sample()
+                latents = latents * vae.config.scaling_factor
                 noise = torch.randn_like(latents)
                 timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device)
                 hidden = text_encoder(batch["ids"])[0]

@@ -1,4 +1,4 @@
-"""Small models of the classes that prepare_dataset.py uses, made from configurations, that can tell colours apart."""
+"""Small models of the classes that prepare_dataset.py uses, which can tell colours apart."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 
 
 def words_tokenizer(words: list[str], begin: bool = False, **special: str):
-    """A tokenizer that knows whole words; `begin` puts <s> first, `special` names more tokens, as Florence-2 wants."""
+    """A tokenizer that knows whole words.
+
+    begin: put <s> first; special: more tokens by the names that Florence-2 wants.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -64,8 +67,9 @@ def make_blip2(folder: Path) -> Path:
         vision_config=t.Blip2VisionConfig(**size, image_size=32, patch_size=16).to_dict(),
         qformer_config=t.Blip2QFormerConfig(**size, encoder_hidden_size=32, vocab_size=16).to_dict(),
         text_config=t.OPTConfig(
-            vocab_size=len(tokenizer), hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2,
-            word_embed_proj_dim=32, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=len(tokenizer), hidden_size=32, ffn_dim=64, num_hidden_layers=1,
+            num_attention_heads=2, word_embed_proj_dim=32, max_position_embeddings=64, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2,
         ).to_dict(),
         num_query_tokens=4,
         image_token_index=4,
@@ -83,7 +87,7 @@ def make_blip2(folder: Path) -> Path:
 
 
 def make_florence2(folder: Path) -> Path:
-    """A Florence-2 that answers the task <DETAILED_CAPTION> with "a COLOUR picture in detail", for red and blue."""
+    """A Florence-2 that answers <DETAILED_CAPTION> with "a COLOUR picture in detail", for red and blue."""
     import transformers as t
 
     torch.manual_seed(0)
@@ -91,13 +95,14 @@ def make_florence2(folder: Path) -> Path:
     tokenizer = words_tokenizer(words, image_token="<image>")
     config = t.Florence2Config(
         vision_config={
-            "depths": [1, 1, 1, 1], "embed_dim": [8, 8, 16, 16], "num_heads": [1, 1, 2, 2], "num_groups": [1, 1, 2, 2],
-            "window_size": 2, "projection_dim": 32, "drop_path_rate": 0.0,
+            "depths": [1, 1, 1, 1], "embed_dim": [8, 8, 16, 16], "num_heads": [1, 1, 2, 2],
+            "num_groups": [1, 1, 2, 2], "window_size": 2, "projection_dim": 32, "drop_path_rate": 0.0,
         },
         text_config=t.BartConfig(
             vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64,
-            decoder_ffn_dim=64, encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=64,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
+            decoder_ffn_dim=64, encoder_attention_heads=2, decoder_attention_heads=2,
+            max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            decoder_start_token_id=2, forced_eos_token_id=2,
         ).to_dict(),
         image_token_id=4,
     )  # fmt: skip
@@ -105,9 +110,10 @@ def make_florence2(folder: Path) -> Path:
     images = t.CLIPImageProcessorPil(size={"height": 64, "width": 64}, do_center_crop=False)
     images.image_seq_length = 5
     processor = t.Florence2Processor(images, tokenizer)
-    batch = dict(processor(images=colour_pictures("red", "blue"), text=["<DETAILED_CAPTION>"] * 2, return_tensors="pt"))
-    answers = tokenizer([f"<s> a {c} picture in detail </s>" for c in ("red", "blue")], return_tensors="pt").input_ids
-    teach(model, batch | {"labels": answers})
+    pictures, tasks = colour_pictures("red", "blue"), ["<DETAILED_CAPTION>"] * 2
+    batch = dict(processor(images=pictures, text=tasks, return_tensors="pt"))
+    answers = [f"<s> a {colour} picture in detail </s>" for colour in ("red", "blue")]
+    teach(model, batch | {"labels": tokenizer(answers, return_tensors="pt").input_ids})
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -128,16 +134,16 @@ def make_git(folder: Path) -> Path:
     model = t.GitForCausalLM(config)
     images = t.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     processor = t.GitProcessor(images, tokenizer)
-    words = tokenizer([f"<s> a {c} picture </s>" for c in COLOURS], return_tensors="pt")
+    texts = tokenizer([f"<s> a {c} picture </s>" for c in COLOURS], return_tensors="pt")
     pixels = images(colour_pictures(), return_tensors="pt").pixel_values
-    teach(model, dict(words) | {"pixel_values": pixels, "labels": words.input_ids})
+    teach(model, dict(texts) | {"pixel_values": pixels, "labels": texts.input_ids})
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
 
 def make_vit(folder: Path) -> Path:
-    """A vision encoder with GPT-2, saved as such models are: image processor and tokenizer without a processor."""
+    """A vision encoder with GPT-2, saved as such models are: without a processor that holds both."""
     import transformers as t
 
     torch.manual_seed(0)
@@ -163,7 +169,9 @@ def make_vit(folder: Path) -> Path:
 
 
 def make_tagger(folder: Path, batch: str | int = "batch_size") -> Path:
-    """A tagger's two files. The ONNX graph: means of the 448 x 448 BGR picture, then a linear layer and a sigmoid."""
+    """A tagger's two files. Its ONNX graph takes the means of a 448 x 448 BGR picture, then a linear layer
+    and a sigmoid.
+    """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
