@@ -21,53 +21,55 @@ pytestmark = [pytest.mark.run, pytest.mark.xdist_group("processes")]
 
 # parts of a run, each slowed once, and what must be on the screen meanwhile
 SLOW = {
-    "import_libraries": "importing",
-    "snapshot_download": "downloading some/base",
-    "look_at": "images",
-    "from_pretrained": "loading vae",
-    "encode_image": "latents",
-    "encode_prompts": "captions for clip_l",
-    "add_lora": "adding the LoRA",
-    "Probe.evaluate": "probes of the base",
-    "sampled_latents": "control pictures",
-    "init_trackers": "starting the trackers",
-    "decoded": "control pictures",
-    "sample_images": "pictures at step 0",
-    "backward": "training",
-    "write_weights": "training",
-    "comparison_sheet": "writing the results",
+    "lora_training.libraries:import_training_libraries": "importing",
+    "huggingface_hub:snapshot_download": "downloading some/base",
+    "lora_training.data.image_store:measure_example": "images",
+    "diffusers:AutoencoderKL.from_pretrained": "loading vae",
+    "lora_training.base_model.vae:encode_pixels": "latents",
+    "recipe:encode_prompts": "captions for clip_l",
+    "lora_training.lora.adapters:add_lora": "adding the LoRA",
+    "lora_training.validation.probes:Probe.evaluate": "probes of the base",
+    "lora_training.validation.drawing:draw_latents": "control pictures",
+    "accelerate:Accelerator.init_trackers": "starting the trackers",
+    "lora_training.validation.drawing:decode_latents": "control pictures",
+    "lora_training.validation.drawing:draw_images": "pictures at step 0",
+    "recipe:backward": "training",
+    "lora_training.training.weights:write_weights": "training",
+    "lora_training.validation.comparison:comparison_image": "writing the results",
 }
 SLOWED = """
-import importlib.util, json, sys, time
-spec = importlib.util.spec_from_file_location("slowed_script", {script!r})
-script = importlib.util.module_from_spec(spec)
-sys.modules["slowed_script"] = script
-spec.loader.exec_module(script)
-script.waiting.appears_after = 0.2
-import accelerate, diffusers, huggingface_hub
-huggingface_hub.snapshot_download = lambda *given, **options: {base!r}
-owners = {{"snapshot_download": huggingface_hub, "init_trackers": accelerate.Accelerator}}
-owners |= {{"from_pretrained": diffusers.AutoencoderKL}}
+import functools, importlib, importlib.util, json, sys, time
+sys.path.insert(0, {root!r})
+spec = importlib.util.spec_from_file_location("recipe", {script!r})
+recipe = sys.modules["recipe"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(recipe)
+from lora_training.console import progress
+progress.appears_after = 0.2
+import huggingface_hub
+huggingface_hub.snapshot_download = lambda *arguments, **options: {base!r}
 
 def slow(place):
-    owner, name = owners.get(place, script), place
-    if "." in place:
-        owner, name = getattr(script, place.split(".")[0]), place.split(".")[1]
-    original, waited = getattr(owner, name), []
+    module, path = place.split(":")
+    *owners, name = path.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    original, begins = getattr(owner, name), []
 
-    def slowly(*given, **options):
-        if not waited:
-            waited.append(time.time())
+    def slowly(*arguments, **options):
+        if not begins:
+            begins.append(time.time())
             time.sleep(0.5)
             with open({log!r}, "a") as log:
-                log.write(json.dumps([place, waited[0], time.time()]) + "\\n")
-        return original(*given, **options)
+                log.write(json.dumps([place, begins[0], time.time()]) + "\\n")
+        return original(*arguments, **options)
 
     setattr(owner, name, slowly)
+    for other, loaded in list(sys.modules.items()):  # those that have imported it by its name
+        if other.startswith(("lora_training", "recipe")) and vars(loaded).get(name) is original:
+            setattr(loaded, name, slowly)
 
 for place in {places!r}:
     slow(place)
-main = script.main
+main = recipe.main
 """
 
 
@@ -76,7 +78,8 @@ def test_no_part_of_a_run_is_silent_in_a_terminal(tmp_path):
     from ready_process import start
 
     family, log = FAMILIES["sd15"], tmp_path / "slowed.jsonl"
-    code = SLOWED.format(script=str(ROOT / family.script), base=family.base, log=str(log), places=list(SLOW))
+    files = {"root": str(ROOT), "script": str(ROOT / family.script), "base": family.base, "log": str(log)}
+    code = SLOWED.format(**files, places=list(SLOW))
     (tmp_path / "slowed.py").write_text(code)
     pictures = ("--num_validation_images", 1, "--validation_inference_steps", 2, "--cache_latents")
     flags = quick_flags(
