@@ -51,12 +51,12 @@ def test_a_flags_type_gives_a_value_within_its_limits_or_refuses(name, text):
 
 
 @seldom
-@given(flag=st.sampled_from(sorted(FLAGS)), words=st.lists(texts, max_size=3))
-@example(flag="--masked_loss", words=[""])
-@example(flag="--initializer_concept", words=["\0"])
-@example(flag="--dry_run", words=["", " "])
-def test_any_flag_with_any_words_is_taken_or_refused_in_a_line(flag, words):
-    argv = ["-m", "nowhere/base", "-d", str(SAMPLE), flag, *words]
+@given(flag=st.sampled_from(sorted(FLAGS)), arguments=st.lists(texts, max_size=3))
+@example(flag="--masked_loss", arguments=[""])
+@example(flag="--initializer_concept", arguments=["\0"])
+@example(flag="--dry_run", arguments=["", " "])
+def test_any_flag_with_any_words_is_taken_or_refused_in_a_line(flag, arguments):
+    argv = ["-m", "nowhere/base", "-d", str(SAMPLE), flag, *arguments]
     try:
         args = RECIPES["sd15"].parse_args(argv)
     except UserError as error:
