@@ -1,1 +1,1 @@
-"""What runs before or after training. Commands stand in a folder for each job; `parts/` holds what they are made of."""
+"""Commands for what comes before or after training; what they know is in lora_training."""

@@ -9,7 +9,10 @@ from pathlib import Path
 from lora_training.families import FAMILIES
 
 MARKS = ("<!-- attacks: begin -->", "<!-- attacks: end -->")
-COLUMNS = ("what", "family", "cases", "done (0)", "error of one line (2)", "error of one line (1)", "failed")
+COLUMNS = (
+    *("what", "family", "cases", "done (0)"),
+    *("one-line error, input (2)", "one-line error, machine (1)", "failed"),
+)
 
 
 def read_results(file: Path, seed: int) -> dict[str, dict]:

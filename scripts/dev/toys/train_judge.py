@@ -23,7 +23,7 @@ from scripts.dev.toys.parts.toy_world import COLOR_NAMES, CONCEPTS, draw, draw_s
 
 
 def examples(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` drawn pictures, uint8 (N, 3, 64, 64), and their labels (N, 3), -100 where one has no meaning."""
+    """`count` drawn pictures, uint8 (N, 3, 64, 64), and their labels (N, 3), -100 where there is none."""
     rng = random.Random(seed)
     pictures, labels = [], []
     for _ in range(count):

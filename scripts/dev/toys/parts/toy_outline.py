@@ -1,4 +1,4 @@
-"""How clean a drawn shape is beside the nearest ideal one of the toy world, and which picture it should be."""
+"""How clean a drawn shape is beside the nearest ideal one of the toy world, and what it should have been."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEAR = 0.7  # overlap from which on a drawing is taken for an attempt at the sha
 
 
 def shape_pixels(pixels: np.ndarray) -> np.ndarray:
-    """RGB pixels (64, 64, 3) -> bool (64, 64), true where nearer to the middle's colour than to the edge's."""
+    """RGB pixels (64, 64, 3) -> bool (64, 64), true where nearer to the middle's colour than the edge's."""
     edge = np.ones((SIZE, SIZE), dtype=bool)
     edge[3:-3, 3:-3] = False  # no ideal shape comes nearer to the edge
     middle = slice(SIZE // 2 - 6, SIZE // 2 + 6)

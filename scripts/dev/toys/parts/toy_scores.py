@@ -39,7 +39,7 @@ def pictures_of(folder: Path, prompts: list[str]) -> list[Image.Image]:
 
 
 def scores(folder: Path, count: int = 64, sheet: Path | None = None) -> dict[str, str]:
-    """How good `count` pictures of a base are, as text by the name of the score; all of them go to `sheet`."""
+    """How good `count` pictures of a base are, as text by the name of the score; `sheet` gets all of them."""
     rng = random.Random(99)
     scenes = [random_scene(rng) for _ in range(count)]
     images = pictures_of(folder, [describe(*scene) for scene in scenes])
