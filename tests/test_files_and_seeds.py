@@ -22,6 +22,7 @@ def test_cache_entries_belong_to_their_content(tmp_path):
     cache.store({"moments": torch.ones(2)}, "image", "vae")
     assert torch.equal(cache.load("image", "vae")["moments"], torch.ones(2))
     assert cache.load("image", "other vae") is None
+    assert cache.damaged == 0  # it has a file of its own
     file = next((tmp_path / "latents").iterdir())
     file.write_bytes(b"broken")
     assert cache.load("image", "vae") is None
