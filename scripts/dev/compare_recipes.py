@@ -2,8 +2,8 @@
 
     python scripts/dev/compare_recipes.py [FOLDER]
 
-A function of a family's own, or one that some families don't have, is on one of the two lists below. Exit
-code 1 if another one differs: a diff is printed.
+A function that makes a family, or that some families don't have, is on one of the two lists below. Exit code 1
+if another one differs: a diff is printed.
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-OWN = {  # what makes a family: these may differ
+MAY_DIFFER = {  # what makes a family
     *("add_family_args", "draw_noise", "compute_loss", "encode_prompts", "join_embeds", "negative_embeds"),
     *("check_base", "idle_layers", "token_encoders"),
 }
-OF_SOME = {"draw_level", "position_ids"}  # not all families have these
+MAY_BE_ABSENT = {"draw_level", "position_ids"}  # not all families have these
 
 
 def functions_of(recipe: Path) -> dict[str, str]:
     """{name: source} of a script's functions."""
     source = recipe.read_text(encoding="utf-8")
+    lines = source.splitlines()
     functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    return {node.name: ast.get_source_segment(source, node) for node in functions}
+    return {node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in functions}
 
 
 def compare(recipes: list[Path]) -> list[str]:
-    """Lines that say what differs between the recipes and should not; the first recipe is the measure."""
+    """Lines that say what differs between the recipes and should not; the first one is the reference."""
     functions = {recipe.name: functions_of(recipe) for recipe in recipes}
     lines = []
     for name in dict.fromkeys(name for sources in functions.values() for name in sources):
         with_it = {recipe: sources[name] for recipe, sources in functions.items() if name in sources}
-        if name not in OF_SOME and len(with_it) < len(recipes):
+        if name not in MAY_BE_ABSENT and len(with_it) < len(recipes):
             without = [recipe for recipe in functions if recipe not in with_it]
             lines.append(f"{name}: not in {', '.join(without)}")
-        if name in OWN:
+        if name in MAY_DIFFER:
             continue
         (first, text), *others = with_it.items()
         for other, other_text in others:

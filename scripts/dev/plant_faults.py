@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     baseline_help = "don't run the tests without a fault"
     add("--no_baseline", dest="baseline", action="store_false", help=baseline_help)
     results_file = ROOT / "build" / "planted_faults.jsonl"
-    add("--results", type=Path, default=results_file, metavar="FILE", help="where results are kept")
+    add("--results", type=Path, default=results_file, metavar="FILE", help="results, added as they come")
     add("--table", type=Path, metavar="FILE", help="write the table of all results into this file")
     args = parser.parse_args(argv)
     faults = choose_faults(args.only)

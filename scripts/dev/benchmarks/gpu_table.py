@@ -80,13 +80,13 @@ def describe_measurement(machine: dict, settings: dict) -> str:
 
 def table_row(row: dict, machine: dict) -> str:
     """A case's row."""
-    ours, programs = row["ours"], [row.get(program) for program in PROGRAMS]
-    if "error" in ours:
-        return f"| {row['case']} | {ours['error']} |" + " |" * (len(COLUMNS) - 2)
+    project, programs = row["ours"], [row.get(program) for program in PROGRAMS]
+    if "error" in project:
+        return f"| {row['case']} | {project['error']} |" + " |" * (len(COLUMNS) - 2)
     family, size, batch, _ = parse_case(row["case"])
     work, peak = TFLOP.get(f"{family}:{size}"), peak_tflops(machine)
-    speed = work * batch / ours["ms"] * 1e3 if work else None
-    speedup = row["plain"]["ms"] / ours["ms"] if "ms" in row.get("plain", {}) else None
+    speed = work * batch / project["ms"] * 1e3 if work else None
+    speedup = row["plain"]["ms"] / project["ms"] if "ms" in row.get("plain", {}) else None
     cells = [
         row["case"],
         " / ".join(format_result(results, "ms", ".1f") for results in programs),
@@ -94,8 +94,8 @@ def table_row(row: dict, machine: dict) -> str:
         "–" if speed is None else f"{speed:.0f}",
         "–" if speed is None or peak is None else f"{speed / peak:.0%}",
         " / ".join(format_result(results, "GiB", ".1f") for results in programs),
-        format_result(ours, "cosine", ".4f"),
-        format_result(ours, "cosine_to_plain", ".4f"),
+        format_result(project, "cosine", ".4f"),
+        format_result(project, "cosine_to_plain", ".4f"),
         str(EXPECTED.get(row["case"], "–")),
     ]
     return f"| {' | '.join(cells)} |"

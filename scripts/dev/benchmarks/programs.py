@@ -91,11 +91,11 @@ def trying(flags: list[str], program: str):
 def keep_attention(checkpoint):
     """torch's checkpoint function, as one that doesn't compute attention a second time."""
     library = torch.utils.checkpoint
-    kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in ATTENTIONS]
+    saved_ops = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in ATTENTIONS]
 
     def keeping(*inputs, context_fn=library.noop_context_fn, **options):
         def contexts():
-            selective = library.create_selective_checkpoint_contexts(kept)
+            selective = library.create_selective_checkpoint_contexts(saved_ops)
             return tuple(nested(*pair) for pair in zip(selective, context_fn(), strict=True))
 
         return checkpoint(*inputs, context_fn=contexts, **options)

@@ -26,7 +26,7 @@ class GradientsRecorded(BaseException):
 
 @dataclass
 class FirstSteps:
-    """What a run's first steps were given, and the gradients by step."""
+    """The inputs of a run's first step, and the gradients by step."""
 
     batch: dict | None = None
     embeds: dict | None = None

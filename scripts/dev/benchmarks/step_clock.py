@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 
-STEPS = 100_003  # what every program is told to train; the bar of this length is that of its steps
+STEPS = 100_003  # what every program is to train; the bar of this length is that of its steps
 TRACED_STEPS = 3
 
 

@@ -37,8 +37,8 @@ def faulty_texts(fault: Fault, root: Path) -> dict[Path, str]:
     for file in files:
         text = file.read_text(encoding="utf-8")
         if text.count(fault.old) != 1:
-            found = f"stands {text.count(fault.old)} times in {file.relative_to(root)}, not once"
-            raise UserError(f"{fault.name}: {fault.old!r} {found}")
+            problem = f"stands {text.count(fault.old)} times in {file.relative_to(root)}, not once"
+            raise UserError(f"{fault.name}: {fault.old!r} {problem}")
         texts[file] = text.replace(fault.old, fault.new)
     return texts
 
