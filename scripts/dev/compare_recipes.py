@@ -2,8 +2,8 @@
 
     python scripts/dev/compare_recipes.py [FOLDER]
 
-A function that makes a family, or that some families don't have, is on one of the two lists below. Exit code 1
-if another one differs: a diff is printed.
+A function that makes a family, or that some families don't have, is on one of the two lists below. Exit
+code 1 if another one differs: a diff is printed.
 """
 
 from __future__ import annotations
