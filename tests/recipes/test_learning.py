@@ -1,9 +1,12 @@
-"""Each method brings something that the base has never seen, as the judge sees it in 64 images with fixed seeds.
+"""Each method brings something that the base has never seen, as the judge sees it in 64 images.
 
-LoRA is proven for every family, over a base of another precision in each (in float32, the other proofs train them all);
-each other method for one UNet and one transformer, so that every kind of text encoder learns in one of them; test_runs.py
-runs each method for every family. Steps are those that the toys need with some to spare.
+LoRA is proven for every family, over a base of another precision in each (in float32, the other proofs train
+them all); each other method for one UNet and one transformer, so that every kind of text encoder learns in
+one of them; test_training_modes.py runs each method for every family. Steps are those that the toys need with
+some to spare.
 """
+
+from __future__ import annotations
 
 import random
 
@@ -20,7 +23,10 @@ UNKNOWN = 16  # images of what is not known: a score below a tenth leaves room f
 
 
 def pytest_generate_tests(metafunc):
-    """For the families of the test's mark; one group per family, so that a worker takes a family and shares its runs."""
+    """For the families of the test's mark.
+
+    One group per family, so that a worker takes a family and shares its runs.
+    """
     mark = metafunc.definition.get_closest_marker("families")
     names = mark.args if mark else sorted(FAMILIES)
     marks = {n: [pytest.mark.learn, pytest.mark.xdist_group(f"learn-{n}")] for n in names}
@@ -28,7 +34,10 @@ def pytest_generate_tests(metafunc):
 
 
 def with_text_encoder(family):
-    """The flags of a run that trains the text encoders too; prior preservation adds as many pictures to each batch."""
+    """The flags of a run that trains the text encoders too.
+
+    Prior preservation adds as many pictures to each batch.
+    """
     rate, text_rate, steps = family.text_rates
     return (
         *("--train_text_encoder", "--text_encoder_lr", text_rate, "--learning_rate", rate),
@@ -38,28 +47,17 @@ def with_text_encoder(family):
 
 def train(family, output, *flags):
     """Trains into `output` and returns it; what an earlier test has trained there is taken as it is."""
-    layers = (
-        ("--lora_layers", *family.lora_layers, "--rank", 16)
-        if "--train_transformer_frac" not in flags
-        else ()
-    )
-    settings = (
-        "--train_batch_size",
-        8,
-        "--cache_latents",
-        "--lr_scheduler",
-        "cosine",
-        "--max_train_steps",
-        family.steps,
-    )
-    rate = ("--learning_rate", family.learning_rate, "--logging_steps", 50)
+    has_lora = "--train_transformer_frac" not in flags
+    layers = ("--lora_layers", *family.lora_layers, "--rank", 16) if has_lora else ()
+    settings = ("--train_batch_size", 8, "--cache_latents", "--lr_scheduler", "cosine")
+    settings += ("--max_train_steps", family.steps, "--learning_rate", family.learning_rate)
     if not (output / "README.md").exists():
-        assert run_here(family, output, *layers, *settings, *rate, *flags) == 0
+        assert run_here(family, output, *layers, *settings, "--logging_steps", 50, *flags) == 0
     return output
 
 
-# The base's precision while a LoRA is trained on it (it is drawn with the base as it was), and rates and steps that leave room
-# on either side of what is asked
+# the base's precision while a LoRA is trained on it (it is drawn with the base as it was), and rates and
+# steps that leave room on either side of what is asked
 LORA_RUNS = {
     "flux": (
         *("--quantize_base", "nf4", "--mixed_precision", "bf16", "--weighting_scheme", "logit_normal"),
@@ -94,12 +92,12 @@ def test_pivotal_tuning_learns(family, studio, tmp_path):
     data = tmp_path / "data"
     write_concept(data, "smiley", "a TOK circle on a {background} background", 12, seed=0)
     before = studio.pipeline(None, quick=True)
-    word, wanted, avoid = SMILEY
-    assert studio.concept_score(before, "TOK circle", wanted, avoid, UNKNOWN) < 0.1
+    _, target, avoid = SMILEY
+    assert studio.concept_score(before, "TOK circle", target, avoid, UNKNOWN) < 0.1
     steps = ("--max_train_steps", family.steps + 50)  # half of them for the tokens
     flags = ("-d", data, "--train_text_encoder_ti", "--text_encoder_lr", family.token_rate, *steps)
     after = studio.pipeline(train(family, tmp_path / "pivotal", *flags), quick=True)
-    assert studio.concept_score(after, "<s0><s1> circle", wanted, avoid) > 0.8
+    assert studio.concept_score(after, "<s0><s1> circle", target, avoid) > 0.8
     assert studio.world_score(after) >= studio.world_score(before) - 0.1
 
 
@@ -107,22 +105,13 @@ def inversion(family, studio, tmp_path, *more):
     """Two new tokens alone find what the base can draw, and every prompt without them is left alone."""
     data, caption = tmp_path / "data", family.token_caption
     write_concept(data, "star", f"a {caption} on a {{background}} background", 12, seed=0)
-    wanted, avoid = ("star", "purple"), ("purple",)
+    target, avoid = ("star", "purple"), ("purple",)
     before = studio.pipeline(None, quick=True)
-    assert studio.concept_score(before, caption, wanted, avoid, UNKNOWN) < 0.1
-    flags = (
-        "-d",
-        data,
-        "--train_text_encoder_ti",
-        "--train_transformer_frac",
-        0,
-        "--text_encoder_lr",
-        family.token_rate,
-    )
-    after = studio.pipeline(
-        train(family, tmp_path / "ti", *flags, "--max_train_steps", 150, *more), quick=True
-    )
-    assert studio.concept_score(after, caption.replace("TOK", "<s0><s1>"), wanted, avoid) > 0.8
+    assert studio.concept_score(before, caption, target, avoid, UNKNOWN) < 0.1
+    flags = ("-d", data, "--train_text_encoder_ti", "--train_transformer_frac", 0)
+    flags += ("--text_encoder_lr", family.token_rate, "--max_train_steps", 150, *more)
+    after = studio.pipeline(train(family, tmp_path / "ti", *flags), quick=True)
+    assert studio.concept_score(after, caption.replace("TOK", "<s0><s1>"), target, avoid) > 0.8
     assert studio.world_score(after) == studio.world_score(before)
 
 
@@ -138,53 +127,39 @@ def test_textual_inversion_with_t5_finds_what_the_base_can_draw(family, studio, 
 
 @pytest.mark.families(*TEXT_ENCODER)
 def test_prior_preservation_keeps_the_class(family, studio, shelf):
-    """The class is what its prompt draws: "a circle". The run without prior preservation is otherwise the same."""
-    prior = (
-        "--with_prior_preservation",
-        "--class_prompt",
-        "a circle",
-        "--num_class_images",
-        32,
-        "--prior_loss_weight",
-        2,
-    )
-    prior += ("--class_data_dir", shelf / family.name / "class", "--sample_batch_size", 32)
-    sampling = ("--validation_inference_steps", 12, "--validation_guidance_scale", family.guidance)
-    runs = (
-        train(family, shelf / family.name / "both", "-d", SAMPLE, *with_text_encoder(family)),
-        train(
-            family, shelf / family.name / "prior", "-d", SAMPLE, *with_text_encoder(family), *prior, *sampling
-        ),
-    )
-    before, without, kept = (studio.pipeline(p, quick=True) for p in (None, *runs))
-    scores = [
-        studio.score(p, ["a circle"] * 64, [("circle", None, None)] * 64) for p in (before, without, kept)
-    ]
-    assert studio.concept_score(kept, *SMILEY) > 0.8
+    """The class is what its prompt draws: "a circle".
+
+    The run without prior preservation is otherwise the same.
+    """
+    folder = shelf / family.name
+    flags = ("-d", SAMPLE, *with_text_encoder(family))
+    prior = ("--with_prior_preservation", "--class_prompt", "a circle", "--prior_loss_weight", 2)
+    prior += ("--num_class_images", 32, "--class_data_dir", folder / "class", "--sample_batch_size", 32)
+    prior += ("--validation_inference_steps", 12, "--validation_guidance_scale", family.guidance)
+    runs = (train(family, folder / "both", *flags), train(family, folder / "prior", *flags, *prior))
+    before, without, preserved = (studio.pipeline(output, quick=True) for output in (None, *runs))
+    circles = (["a circle"] * 64, [("circle", None, None)] * 64)
+    scores = [studio.score(pipeline, *circles) for pipeline in (before, without, preserved)]
+    assert studio.concept_score(preserved, *SMILEY) > 0.8
     assert scores[2] >= 0.8 * scores[0]
     assert scores[1] <= scores[2] - 0.2
 
 
-KEPT = {"sdxl": (2, 2e-3), "flux": (1, 2e-3)}  # --preserve_weight and learning rate: docs/preservation.md
+PRESERVED = {"sdxl": (2, 2e-3), "flux": (1, 2e-3)}  # --preserve_weight, learning rate: docs/preservation.md
 
 
-@pytest.mark.families(*KEPT)
+@pytest.mark.families(*PRESERVED)
 def test_a_class_is_kept_without_class_images(family, studio, tmp_path):
-    """As with prior preservation: at the same steps without it "a circle" is a smiley, too (a score under 0.1)."""
-    weight, rate = KEPT[family.name]
-    kept = (
-        "--preserve_class",
-        "circle",
-        "--preserve_weight",
-        weight,
-        "--max_train_steps",
-        250,
-        "--learning_rate",
-        rate,
-    )
-    output = train(family, tmp_path / "kept", "-d", SAMPLE, "--trigger_word", "sks", *kept)
+    """As with prior preservation: at the same steps without it "a circle" is a smiley, too (a score under
+    0.1).
+    """
+    weight, rate = PRESERVED[family.name]
+    flags = ("-d", SAMPLE, "--trigger_word", "sks", "--preserve_class", "circle", "--preserve_weight", weight)
+    flags += ("--max_train_steps", 250, "--learning_rate", rate)
+    output = train(family, tmp_path / "preserved", *flags)
     before, after = studio.pipeline(None, quick=True), studio.pipeline(output, quick=True)
-    scores = [studio.score(p, ["a circle"] * 64, [("circle", None, None)] * 64) for p in (before, after)]
+    circles = (["a circle"] * 64, [("circle", None, None)] * 64)
+    scores = [studio.score(pipeline, *circles) for pipeline in (before, after)]
     concept = studio.concept_score(after, *SMILEY)
     assert concept > 0.8 and scores[1] >= 0.8 * scores[0], (concept, scores)
 
@@ -208,17 +183,17 @@ def bars(pictures) -> float:
 
 @pytest.mark.families("sd15")
 def test_a_mask_keeps_a_flaw_out(family, studio, tmp_path):
-    """All pictures share a black bar at their lower edge; masks of the smiley keep it out of what is learned."""
+    """All pictures share a black bar at their lower edge; masks of the smiley keep it out of the LoRA."""
     data, masks = tmp_path / "data", tmp_path / "masks"
     write_concept(data, "smiley", "a sks circle on a {background} background", 12, seed=0)
     with_flaw_and_masks(data, masks)
-    found = {}
+    shares = {}
     for name, flags in {"plain": (), "masked": ("--masked_loss", masks, "--unmasked_weight", 0)}.items():
         output = train(family, tmp_path / name, "-d", data, *flags, "--max_train_steps", 300)
         pipeline = studio.pipeline(output, quick=True)
-        found[name] = bars(studio.draw(pipeline, ["a sks circle on a red background"] * 16))
+        shares[name] = bars(studio.draw(pipeline, ["a sks circle on a red background"] * 16))
     assert studio.concept_score(pipeline, *SMILEY) > 0.8
-    assert found["plain"] > 0.8 and found["masked"] == 0, found
+    assert shares["plain"] > 0.8 and shares["masked"] == 0, shares
 
 
 TWO_CONCEPTS = """
@@ -231,12 +206,15 @@ PROMPTED = (("sks circle", "red"), ("ukj heart", "blue"), ("green star", "purple
 
 @pytest.mark.families("sd15")
 def test_two_concepts_with_masks_and_regularisation_from_one_file(family, studio, tmp_path):
-    """Each is called by its word and not by the other's, without the flaw that all pictures share; other shapes stay."""
-    words = {
+    """Each is called by its word and not by the other's, without the flaw that all pictures share.
+
+    Other shapes stay.
+    """
+    concepts = {
         "smiley": ("sks circle", SMILEY[1:]),
         "mushroom": ("ukj heart", (("mushroom", None), ("red", "white"))),
     }
-    for concept, (word, _) in words.items():
+    for concept, (word, _) in concepts.items():
         write_concept(tmp_path / concept, concept, f"a {word} on a {{background}} background", 12, seed=0)
     with_flaw_and_masks(tmp_path / "smiley", tmp_path / "masks")
     with_flaw_and_masks(tmp_path / "mushroom", tmp_path / "mushroom", "-mask")
@@ -254,9 +232,9 @@ def test_two_concepts_with_masks_and_regularisation_from_one_file(family, studio
     steps = ("--max_train_steps", 350, "--train_batch_size", 6, "--learning_rate", 5e-3)
     output = train(family, tmp_path / "out", *sets, *shown, *steps)
     before, after = studio.pipeline(None, quick=True), studio.pipeline(output, quick=True)
-    for concept, (word, seen) in words.items():
-        assert studio.concept_score(after, word, *seen) > 0.8, concept
-        other = next(own for name, (_, own) in words.items() if name != concept)
+    for concept, (word, target) in concepts.items():
+        assert studio.concept_score(after, word, *target) > 0.8, concept
+        other = next(target for name, (_, target) in concepts.items() if name != concept)
         assert studio.concept_score(after, word, *other, UNKNOWN) < 0.1, concept
         assert bars(studio.draw(after, [f"a {word} on a blue background"] * 16)) == 0, concept
     assert studio.world_score(after, "star") >= studio.world_score(before, "star") - 0.1
