@@ -113,23 +113,18 @@ KINDS = ("flux", "sdxl")  # one transformer and one UNet, where these two take d
 
 
 def load_script(name: str):
-    """A script as a module, loaded by its path; a recipe with the libraries that it trains with."""
+    """A training script as a module, loaded by its path, with the libraries that it trains with."""
     key = Path(name).stem + "_under_test"
     if key not in sys.modules:
+        from lora_training.console import progress
+        from lora_training.libraries import import_training_libraries
+
         spec = importlib.util.spec_from_file_location(key, ROOT / name)
         module = importlib.util.module_from_spec(spec)
         sys.modules[key] = module
         spec.loader.exec_module(module)
-        if hasattr(module, "FAMILY"):
-            from lora_training.console import progress
-            from lora_training.libraries import import_training_libraries
-
-            import_training_libraries()
-            progress.appears_after = 60.0  # a busy machine's bars are no lines that tests wait for
-            if not os.environ.get("NO_VIEW"):
-                from script_view import ScriptView
-
-                sys.modules[key] = ScriptView(module)
+        import_training_libraries()
+        progress.appears_after = 60.0  # a busy machine's bars are no lines that tests wait for
     return sys.modules[key]
 
 
