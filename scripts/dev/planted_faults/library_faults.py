@@ -107,6 +107,9 @@ IN_THE_LIBRARY = (
     ("rows of size 1", "text/tokens.py", "token rows",
      "generator=generator) * table.std()",
      "generator=generator)", "test_new_tokens_are_as_large_as_the_table"),
+    ("a step past the pivot", "training/run.py", "token rows",
+     "and step < part.last_step for part",
+     "and step <= part.last_step for part", "test_text_moves_up_to_the_pivot"),
     # LoRA, optimizer, clipping, average, schedule
     ("alpha ignored", "lora/adapters.py", "LoRA",
      "lora_alpha=args.lora_alpha,",

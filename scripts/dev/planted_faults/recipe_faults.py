@@ -42,9 +42,6 @@ IN_ALL_RECIPES = (
     ("first caption always", "captions",
      "caption = rng.choice(captions)",
      "caption = captions[0]", "test_caption_draws"),
-    ("a step past the pivot", "token rows",
-     "for part in run.parts if step < part.last_step]",
-     "for part in run.parts if step <= part.last_step]", "test_text_moves_up_to_the_pivot"),
 )
 IN_ONE_RECIPE = (
     # SD 1.5

@@ -29,7 +29,7 @@ def results_table(results: dict[str, dict], faults: tuple[Fault, ...]) -> str:
     rows = ["| where | part | fault | the test that saw it |", "| --- | --- | --- | --- |"]
     for fault in tried:
         test = short_name(results[fault.name]["caught"])
-        rows.append(f"| {fault.files} | {fault.part} | {fault.name} | {test} |")
+        rows.append(f"| `{fault.files}` | {fault.part} | {fault.name} | {test} |")
     caught = sum(bool(results[fault.name]["caught"]) for fault in tried)
     return f"{caught} of {len(tried)} planted faults are caught.\n\n" + "\n".join(rows)
 
