@@ -204,8 +204,8 @@ def quick_flags(family: Family, output: Path, *flags: object) -> list[str]:
 
 def without_flag(argv: list[str], flag: str) -> list[str]:
     """A command line without a flag and its value, such as one that quick_flags sets."""
-    place = argv.index(flag)
-    return argv[:place] + argv[place + 2 :]
+    index = argv.index(flag)
+    return argv[:index] + argv[index + 2 :]
 
 
 def run_here(family: Family, output: Path, *flags: object) -> int:

@@ -1,7 +1,7 @@
 """A training of SD 1.5 in which some functions wait for half a second at their first call.
 
 Run by ready_process.py for test_progress.py. The environment says SLOWED, a JSON list of functions (as in
-SLOW there), and SLOWED_LOG, a file that gets a line [place, begin, end] for each.
+SLOW there), and SLOWED_LOG, a file that gets a line [function, begin, end] for each.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ LIBRARIES = {
 }
 
 
-def owner_of(place: str):
-    """The module or class that a place begins with."""
-    if place in LIBRARIES:
-        return LIBRARIES[place]
-    if place.startswith("recipe."):
+def owner_of(function: str):
+    """The module or class that a function's path begins with."""
+    if function in LIBRARIES:
+        return LIBRARIES[function]
+    if function.startswith("recipe."):
         return recipe
-    module, _, class_name = place.rpartition(".")[0].partition(":")
+    module, _, class_name = function.rpartition(".")[0].partition(":")
     owner = importlib.import_module(f"lora_training.{module}")
     return getattr(owner, class_name) if class_name else owner
 
 
-def slow_down(place: str) -> None:
+def slow_down(function: str) -> None:
     """Makes the first call of a function wait, and logs when it has waited."""
-    owner, name = owner_of(place), place.rpartition(".")[2]
+    owner, name = owner_of(function), function.rpartition(".")[2]
     original, begins = getattr(owner, name), []
 
     def slow(*arguments, **options):
@@ -52,7 +52,7 @@ def slow_down(place: str) -> None:
             begins.append(time.time())
             time.sleep(WAIT)
             with open(os.environ["SLOWED_LOG"], "a") as log:
-                log.write(json.dumps([place, begins[0], time.time()]) + "\n")
+                log.write(json.dumps([function, begins[0], time.time()]) + "\n")
         return original(*arguments, **options)
 
     setattr(owner, name, slow)
@@ -63,6 +63,6 @@ def main(argv: list[str]) -> int:
     base, *flags = argv
     progress.appears_after = 0.2
     huggingface_hub.snapshot_download = lambda *arguments, **options: base
-    for place in json.loads(os.environ["SLOWED"]):
-        slow_down(place)
+    for function in json.loads(os.environ["SLOWED"]):
+        slow_down(function)
     return recipe.main(flags)

@@ -85,7 +85,7 @@ def test_base_that_is_not_there_or_another_family(family, tmp_path, capsys):
 
 
 VELOCITY = {"prediction_type": "v_prediction"}
-MARKS = {  # what a single file holds, its metadata; what its scheduler is told
+MARKS = {  # what a single file holds, its metadata; the scheduler's settings
     "epsilon": ({}, {}, {}),
     "v_pred": ({"v_pred": torch.tensor([])}, {}, VELOCITY),
     "both": (

@@ -26,7 +26,7 @@ def test_command_line_wins_over_config_file(recipe, tmp_path):
     assert (args.rank, args.resolution, args.center_crop, args.learning_rate) == (2, [64, 128], True, 3e-4)
 
 
-CONFIGS = {  # text of a configuration; words of the line, or None if it is taken
+CONFIGS = {  # text of a configuration; what the line says, or None if it is taken
     "rank: [4, 8]": "rank takes one value",
     "run_name: {a: b}": "run_name takes one value",
     "learning_rate: [1e-4]": "learning_rate takes one value",

@@ -17,7 +17,7 @@ from lora_training.errors import UserError
 pytestmark = pytest.mark.faults
 
 HEAVY = ("accelerate", "datasets", "diffusers", "numpy", "peft", "PIL", "torch", "transformers", "yaml")
-WRONG = [  # flags, and words of the line
+WRONG = [  # flags, and what the line says
     (["--lerning_rate", "1"], "did you mean --learning_rate"),
     (["--train_data_dir", "nowhere"], "--train_data_dir nowhere: no such folder"),
     (["-d", ".", "--rank", "0"], "--lora_r/-r: 0 is below 1"),
@@ -84,7 +84,7 @@ def answers(tmp_path_factory):
 
 
 @pytest.mark.xdist_group("refused flags")
-@pytest.mark.parametrize("number", range(len(WRONG)), ids=[words for _, words in WRONG])
+@pytest.mark.parametrize("number", range(len(WRONG)), ids=[reason for _, reason in WRONG])
 def test_wrong_arguments_are_one_line_before_anything_heavy_is_imported(number, answers):
     """What is tested is why a script answers within half a second, and not how fast the machine is."""
     code, printed, line, heavy = answers("sdxl")[number]
@@ -167,10 +167,10 @@ def test_flags_of_a_family_that_cannot_be_meant(name, flags, reason, capsys):
     assert reason in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [("", ""), (" ",), ("\t", "x")])
-def test_words_that_belong_to_no_flag(recipe, tmp_path, capsys, words):
+@pytest.mark.parametrize("strays", [("", ""), (" ",), ("\t", "x")])
+def test_words_that_belong_to_no_flag(recipe, tmp_path, capsys, strays):
     with pytest.raises(SystemExit) as end:
-        recipe.parse_args(quick_flags(FAMILIES["sdxl"], tmp_path / "x", "-d", SAMPLE, "--dry_run", *words))
+        recipe.parse_args(quick_flags(FAMILIES["sdxl"], tmp_path / "x", "-d", SAMPLE, "--dry_run", *strays))
     assert end.value.code == 2 and "unknown flag" in capsys.readouterr().err
 
 

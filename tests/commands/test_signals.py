@@ -21,14 +21,14 @@ pytestmark = pytest.mark.faults
     [OSError("can't open file"), RuntimeError("a"), None],
     ids=["OSError", "RuntimeError", "none"],
 )
-@pytest.mark.parametrize("place", ["import_class", "prepare_examples", "add_trained_parts"])
+@pytest.mark.parametrize("function", ["import_class", "prepare_examples", "add_trained_parts"])
 def test_a_signal_is_answered_whatever_a_library_makes_of_it(
-    tmp_path, monkeypatch, capsys, place, library_error
+    tmp_path, monkeypatch, capsys, function, library_error
 ):
     """Some turn every exception into one of their own; some go on as if nothing had been."""
     owners = {"import_class": components, "prepare_examples": data}
-    owner = owners.get(place) or load_script(QUICKEST.script)
-    original = getattr(owner, place)
+    owner = owners.get(function) or load_script(QUICKEST.script)
+    original = getattr(owner, function)
 
     def interrupted(*arguments):
         try:
@@ -40,7 +40,7 @@ def test_a_signal_is_answered_whatever_a_library_makes_of_it(
                 raise library_error from None
         return original(*arguments)
 
-    monkeypatch.setattr(owner, place, interrupted)
+    monkeypatch.setattr(owner, function, interrupted)
     assert run_here(QUICKEST, tmp_path / "x", "-d", SAMPLE, "--max_train_steps", 9) == 143
     printed = capsys.readouterr()
     assert "error" not in printed.err and "Traceback" not in printed.err + printed.out

@@ -13,7 +13,7 @@ from lora_training.errors import UserError
 
 pytestmark = pytest.mark.faults
 
-METADATA = {  # content; captions by file, or the words of the error
+METADATA = {  # content; captions by file, or what the error says
     "a line separator in a caption": (
         '{"file_name": "0.png", "text": "a\u2028b"}\n'.encode(),
         {"0.png": ["a b"]},

@@ -22,6 +22,7 @@ from lora_training.data.samples import TrainingData
 from lora_training.errors import UserError
 
 pytestmark = pytest.mark.faults
+TROUBLED = pytest.mark.xdist_group("troubled pictures")  # whose tests share a run
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,7 @@ def troubled_run(troubled) -> tuple[str, dict[Path, bytes]]:
     return printed.getvalue(), files
 
 
+@TROUBLED
 def test_troubled_folder_trains_and_says_what_was_left_out(troubled_run):
     printed, _ = troubled_run
     assert "no_image.png is left out: not an image" in printed
@@ -68,15 +70,18 @@ def test_troubled_folder_trains_and_says_what_was_left_out(troubled_run):
     assert "12 images" in printed
 
 
+@TROUBLED
 def test_originals_are_never_changed(troubled, troubled_run):
     _, files = troubled_run
     assert files == {file: file.read_bytes() for file in troubled.iterdir()}
 
 
+@TROUBLED
 def test_huge_picture_is_left_out(troubled_run):
     assert "huge.png is left out" in troubled_run[0]
 
 
+@TROUBLED
 def test_colour_modes_and_rotation(troubled):
     def load(name):
         return decode_image((troubled / name).read_bytes())

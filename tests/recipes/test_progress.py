@@ -75,10 +75,10 @@ def test_no_part_of_a_run_is_silent_in_a_terminal(tmp_path):
     text = "".join(part for _, part in parts)
     assert process.exitcode == 0, text[-3000:]
     waits = [json.loads(line) for line in log.read_text().splitlines()]
-    assert {place for place, _, _ in waits} == set(SLOW)
-    for place, begin, end in waits:
+    assert {function for function, _, _ in waits} == set(SLOW)
+    for function, begin, end in waits:
         meanwhile = "".join(part for at, part in parts if begin + 0.15 < at < end)
-        assert SLOW[place] in meanwhile, (place, meanwhile)
+        assert SLOW[function] in meanwhile, (function, meanwhile)
     for line in re.split(r"[\r\n]+", text):  # lines stand alone: none begins or ends in a bar
         assert not NEVER_IN_A_BAR.search(line), line
 

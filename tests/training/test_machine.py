@@ -33,13 +33,13 @@ def test_peak_memory_in_each_systems_unit(system, monkeypatch):
 
 
 def test_commands_are_those_of_the_systems_own_shell(monkeypatch, tmp_path):
-    words = (ROOT, "run_lora_infer", "infer_lora.py", [], Path("output/it's mine"), "--prompt", "a cat")
+    arguments = (ROOT, "run_lora_infer", "infer_lora.py", [], Path("output/it's mine"), "--prompt", "a cat")
     monkeypatch.chdir(ROOT)
-    argv = shlex.split(command_line(*words))
+    argv = shlex.split(command_line(*arguments))
     assert argv == ["bash", "run_lora_infer.sh", "output/it's mine", "--prompt", "a cat"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "platform", "win32")
-    assert command_line(*words).endswith("""infer_lora.py "output/it's mine" --prompt "a cat\"""")
+    assert command_line(*arguments).endswith("""infer_lora.py "output/it's mine" --prompt "a cat\"""")
 
 
 def test_rows_wait_while_a_spreadsheet_holds_them(monkeypatch, tmp_path):

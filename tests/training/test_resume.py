@@ -28,8 +28,8 @@ CASES = {
     "ema, text encoder, dropout": (*EMA, "--train_text_encoder", "--lora_dropout", 0.2),
     "8-bit": ("--optimizer", "adamw8bit"),
     "schedule-free": ("--optimizer", "schedulefree"),
-    "past the pivot": (*TOKENS, "--train_text_encoder_ti_frac", 0.4),
-    "before the pivot": (*TOKENS, "--train_text_encoder_ti_frac", 0.8),
+    "past the pivot": (*TOKENS, "--train_text_encoder_ti_frac", 0.25),
+    "before the pivot": (*TOKENS, "--train_text_encoder_ti_frac", 0.75),
     "at the pivot": (*TOKENS, "--train_text_encoder_ti_frac", 0.5),
     "lokr, ema": ("--lora_type", "lokr", *EMA, "--gradient_checkpointing"),
     "buckets, repeats": ("--aspect_ratio_buckets", "auto", "--repeats", 2, "--train_batch_size", 2),
@@ -60,16 +60,16 @@ def forget_results(output):
 
 @pytest.mark.parametrize(("family", "case"), PAIRS)
 def test_resumed_run_equals_unbroken_run(family, pictures, tmp_path, case):
-    flags = ("-d", pictures, *CASES[case], "--max_train_steps", 6, "--checkpointing_steps", 3)
+    flags = ("-d", pictures, *CASES[case], "--max_train_steps", 4, "--checkpointing_steps", 2)
     whole, broken = tmp_path / "whole" / "x", tmp_path / "broken" / "x"
     assert run_here(family, whole, *flags) == 0
     shutil.copytree(whole, broken)
-    shutil.rmtree(broken / "checkpoint-6")  # as if the run had died between steps 3 and 6
+    shutil.rmtree(broken / "checkpoint-4")  # as if the run had died between steps 2 and 4
     forget_results(broken)
     assert run_here(family, broken, *flags, *LATEST) == 0
     assert same_weights(whole, broken)
     assert losses(broken) == losses(whole)
-    assert [row["step"] for row in metrics(broken)] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in metrics(broken)] == [1, 2, 3, 4]
 
 
 @pytest.mark.xdist_group("processes")
