@@ -18,6 +18,11 @@ from lora_training.errors import UserError, one_line
 UNFINISHED = re.compile(r"\.\d+\.\d+\..+")  # names of what is being written
 
 
+def output_name(output_dir: str | Path) -> str:
+    """The name of an output folder, after which its files are named."""
+    return Path(output_dir).resolve().name
+
+
 def sha256_of(file: Path) -> str:
     """SHA-256 of a file."""
     with file.open("rb") as stream:

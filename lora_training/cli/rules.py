@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_training.cli.defaults import optimizer_of
+from lora_training.files import output_name
 
 if TYPE_CHECKING:
     import argparse
@@ -113,11 +114,6 @@ def data_folder_with(a: argparse.Namespace, folder: str | None) -> Path | None:
     data = [Path(d).resolve() for d in (a.train_data_dir, a.instance_data_dir, a.dataset_name) if d]
     inside = (d for d in data if folder and d.is_dir() and Path(folder).resolve().is_relative_to(d))
     return next(inside, None)
-
-
-def output_name(a: argparse.Namespace) -> str:
-    """The name of the output folder, after which files are named."""
-    return Path(a.output_dir or "").resolve().name
 
 
 def trackers(a: argparse.Namespace) -> set[str]:
@@ -271,11 +267,11 @@ LOSS_AND_OPTIMIZER_RULES = (
          "{flag} takes four numbers (brightness contrast saturation hue) or none"),
 )
 OUTPUT_RULES = (
-    always(lambda a: output_name(a).lower() == "pytorch_lora_weights",
+    always(lambda a: output_name(a.output_dir or "").lower() == "pytorch_lora_weights",
            "--output_dir {a.output_dir}: the LoRA for other tools would have the name of diffusers' file;"
            " choose"
            " another"),
-    always(lambda a: len(os.fsencode(output_name(a))) > 239,
+    always(lambda a: len(os.fsencode(output_name(a.output_dir or ""))) > 239,
            "--output_dir {a.output_dir}: the last folder's name is too long for files that are named after"
            " it (239"
            " bytes)"),

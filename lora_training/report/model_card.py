@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_training.adapter_names import LORA_TYPES
+from lora_training.files import output_name
 
 if TYPE_CHECKING:
     from lora_training.families import Family
@@ -20,7 +20,7 @@ def model_card(run: Run, has_comparison: bool, verdict: dict | None) -> str:
     args = run.args
     paragraphs = [
         f"---\n{hub_metadata(run)}\n---",
-        f"# {args.run_name or output_name(run)}",
+        f"# {args.run_name or output_name(args.output_dir)}",
         f"{result_kind(run)} for {args.family.title}, base `{args.pretrained_model_name_or_path}`.",
         "![before and after](comparison.png)" if has_comparison else "",
         "\n".join(f"- {line}" for line in (verdict["text"], *verdict["warnings"])) if verdict else "",
@@ -29,11 +29,6 @@ def model_card(run: Run, has_comparison: bool, verdict: dict | None) -> str:
         training_line(run),
     ]
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
-
-
-def output_name(run: Run) -> str:
-    """The name of the output folder, after which files are named."""
-    return Path(run.args.output_dir).resolve().name
 
 
 def result_kind(run: Run) -> str:
@@ -78,7 +73,7 @@ def training_line(run: Run) -> str:
 
 def usage_lines(run: Run) -> list[str]:
     """Python lines that load the base, the LoRA and the new tokens with diffusers."""
-    args, name, pipeline = run.args, output_name(run), run.args.family.pipeline_class
+    args, name, pipeline = run.args, output_name(run.args.output_dir), run.args.family.pipeline_class
     lines = ["import torch", f"from diffusers import {pipeline}"]
     lines += ["from safetensors.torch import load_file"] if run.token_rows else []
     lines.append(f"pipeline = {pipeline}.from_pretrained({args.pretrained_model_name_or_path!r})")

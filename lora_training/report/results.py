@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lora_training.adapter_names import LORA_TYPES
 from lora_training.console import print_status
 from lora_training.errors import UserError, one_line
-from lora_training.files import staging_folder
+from lora_training.files import output_name, staging_folder
 from lora_training.report.model_card import model_card
 from lora_training.training.weights import save_merged
 from lora_training.validation.comparison import comparison_image
@@ -95,7 +95,7 @@ def push_to_hub(args: argparse.Namespace) -> None:
     """
     from huggingface_hub import create_repo, upload_folder
 
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    name = args.hub_model_id or output_name(args.output_dir)
     try:
         upload_folder(
             repo_id=create_repo(name, exist_ok=True, token=args.hub_token).repo_id,

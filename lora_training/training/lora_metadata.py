@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_training.files import output_name
 from lora_training.lora.metadata import base_versions
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def kohya_fields(run: Run, alpha: float, rank: int) -> dict[str, object]:
         "ss_network_args": None if is_lora else json.dumps({"algo": args.lora_type}),
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
-        "ss_output_name": output_name(run),
+        "ss_output_name": output_name(run.args.output_dir),
         "ss_base_model": base,
         "ss_sd_model_name": base,
         "ss_resolution": image_size(run),
@@ -87,7 +88,7 @@ def dataset_fields(run: Run) -> dict[str, object]:
 
 def modelspec_fields(run: Run) -> dict[str, object]:
     """What https://github.com/Stability-AI/ModelSpec asks for, but for what follows from the base."""
-    args, name = run.args, output_name(run)
+    args, name = run.args, output_name(run.args.output_dir)
     values = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": args.run_name or name,
@@ -99,11 +100,6 @@ def modelspec_fields(run: Run) -> dict[str, object]:
         tokens = [f"{''.join(tokens)} for {word}" for word, tokens in run.abstractions.items()]
         values["modelspec.usage_hint"] = f"new tokens, of {name}_emb.safetensors: {', '.join(tokens)}"
     return values
-
-
-def output_name(run: Run) -> str:
-    """The name of the output folder, which its files have, too."""
-    return Path(run.args.output_dir).resolve().name
 
 
 def image_size(run: Run) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 
 from lora_training.console import print_status, progress
 from lora_training.errors import UserError
-from lora_training.files import atomic_write, last_checkpoint_note, read_metrics
+from lora_training.files import atomic_write, last_checkpoint_note, output_name, read_metrics
 
 if TYPE_CHECKING:
     from lora_training.optim.parts import TrainedPart
@@ -172,7 +172,7 @@ def start_trackers(run: Run) -> None:
         name: value if isinstance(value, int | float | str) else str(value)
         for name, value in settings.items()
     }
-    run_name = args.run_name or Path(args.output_dir).resolve().name
+    run_name = args.run_name or output_name(args.output_dir)
     options = {"wandb": {"name": run_name, "dir": args.output_dir}}
     with progress("starting the trackers"):
         run.accelerator.init_trackers(f"lora-{args.family.name}", config=config, init_kwargs=options)

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING
 
 from lora_training.console import QUIET, print_status
 from lora_training.errors import UserError
-from lora_training.files import list_checkpoints
+from lora_training.files import list_checkpoints, output_name
 from lora_training.signals import default_signals_afterwards
 from lora_training.training.summary import RESULTS, print_summary
 
@@ -165,7 +165,7 @@ def is_finished(args: argparse.Namespace) -> bool:
 
 def result_files(output: Path) -> list[Path]:
     """Where a run's results are, or will be."""
-    return [output / pattern.format(name=output.resolve().name) for pattern in RESULTS.values()]
+    return [output / pattern.format(name=output_name(output)) for pattern in RESULTS.values()]
 
 
 def changed_settings(recorded: dict, args: argparse.Namespace) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lora_training.console import print_status
 from lora_training.data.captions import prepend_trigger
 from lora_training.errors import one_line
+from lora_training.files import output_name
 
 if TYPE_CHECKING:
     import argparse
@@ -39,7 +40,7 @@ def print_summary(args: argparse.Namespace, processes: int = 1, stopped_at: int 
         print_advice(output)
     for title, pattern in RESULTS.items():
         folder = weights_folder if pattern.endswith("safetensors") else output
-        file = folder / pattern.format(name=output.resolve().name)
+        file = folder / pattern.format(name=output_name(output))
         if file.is_file():
             print_status(f"{title:12}{file}")
     prompt = one_line(example_prompt(args)) or "a picture"

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lora_training.base_model.reading import import_class
 from lora_training.errors import UserError
-from lora_training.files import last_checkpoint_note, staging_folder
+from lora_training.files import last_checkpoint_note, output_name, staging_folder
 from lora_training.lora.adapters import lora_state
 from lora_training.lora.formats import (
     kohya_state,
@@ -44,7 +44,7 @@ def write_weights(run: Run, folder: Path, dtype: torch.dtype) -> None:
     dtype: of the LoRA; embeddings are float32. Errors: UserError for weights that aren't finite.
     """
     check_finite(run)
-    name = Path(run.args.output_dir).resolve().name
+    name = output_name(run.args.output_dir)
     if run.lora_modules:
         write_lora(run, folder, name, dtype)
     if run.token_rows:
