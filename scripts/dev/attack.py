@@ -40,8 +40,9 @@ from scripts.dev.attacks.damaged_files import attack_by_damage
 from scripts.dev.attacks.forked_program import compile_program, run_program
 from scripts.dev.attacks.forked_runs import Case, preload, run_cases
 from scripts.dev.attacks.kills import attack_by_kills
-from scripts.dev.attacks.results import append_result, read_results, results_table, write_table
+from scripts.dev.attacks.results import read_results, results_table, write_table
 from scripts.dev.attacks.runs import prepare_runs
+from scripts.dev.result_files import append_result
 
 KINDS = {"configurations": attack_configuration, "files": attack_by_damage, "kills": attack_by_kills}
 

@@ -26,7 +26,8 @@ from scripts.dev.planted_faults import planting
 from scripts.dev.planted_faults.fault import Fault
 from scripts.dev.planted_faults.library_faults import LIBRARY_FAULTS
 from scripts.dev.planted_faults.recipe_faults import RECIPE_FAULTS
-from scripts.dev.planted_faults.results import append_result, read_results, results_table, write_table
+from scripts.dev.planted_faults.results import read_results, results_table, write_table
+from scripts.dev.result_files import append_result
 
 FAULTS = (*RECIPE_FAULTS, *LIBRARY_FAULTS)
 

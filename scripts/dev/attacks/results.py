@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from lora_training.families import FAMILIES
+from scripts.dev.result_files import replace_between
 
 MARKS = ("<!-- attacks: begin -->", "<!-- attacks: end -->")
 COLUMNS = (
@@ -19,11 +20,6 @@ def read_results(file: Path, seed: int) -> dict[str, dict]:
     """{case: its result with this seed} of a file of results."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return {row["name"]: row for row in map(json.loads, lines) if row["seed"] == seed}
-
-
-def append_result(file: Path, row: dict) -> None:
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
 
 
 def results_table(rows: list[dict], kinds: list[str]) -> str:
@@ -49,5 +45,4 @@ def table_row(kind: str, family: str, results: list[dict]) -> str:
 def write_table(page: Path, table: str) -> None:
     """Puts the table between the marks of a page."""
     text = page.read_text(encoding="utf-8")
-    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-    page.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}", encoding="utf-8")
+    page.write_text(replace_between(text, MARKS, table), encoding="utf-8")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_training.errors import UserError
 from scripts.dev.benchmarks.cases import FLUX, parse_case
+from scripts.dev.result_files import replace_between
 
 # Of one picture's forward and backward pass at rank 4, without what checkpointing computes twice: by the
 # count in docs/step.md
@@ -113,6 +114,4 @@ def write_table(file: Path, text: str) -> None:
     page = file.read_text(encoding="utf-8")
     if any(page.count(mark) != 1 for mark in MARKS) or page.index(MARKS[0]) > page.index(MARKS[1]):
         raise UserError(f"--table {file}: has no {MARKS[0].strip()} … {MARKS[1].strip()} for it")
-    before, rest = page.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    file.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+    file.write_text(replace_between(page, MARKS, text), encoding="utf-8")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from scripts.dev.planted_faults.fault import Fault
+from scripts.dev.result_files import replace_between
 
 MARKS = ("<!-- planted faults: begin -->", "<!-- planted faults: end -->")
 
@@ -16,11 +17,6 @@ def read_results(file: Path) -> dict[str, dict]:
         return {}
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return {row["fault"]: row for row in rows}
-
-
-def append_result(file: Path, row: dict) -> None:
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
 
 
 def results_table(results: dict[str, dict], faults: tuple[Fault, ...]) -> str:
@@ -42,10 +38,6 @@ def short_name(node: str) -> str:
 def write_table(page: Path, table: str) -> None:
     """Puts the table between its marks in a page; without them, at its end."""
     text = page.read_text(encoding="utf-8") if page.is_file() else "# Reliability\n"
-    section = f"{MARKS[0]}\n{table}\n{MARKS[1]}"
-    if MARKS[0] in text:
-        begin, end = text.index(MARKS[0]), text.index(MARKS[1]) + len(MARKS[1])
-        text = text[:begin] + section + text[end:]
-    else:
-        text = f"{text.rstrip()}\n\n## Planted faults\n\n{section}\n"
-    page.write_text(text, encoding="utf-8")
+    if MARKS[0] not in text:
+        text = f"{text.rstrip()}\n\n## Planted faults\n\n{MARKS[0]}\n{MARKS[1]}\n"
+    page.write_text(replace_between(text, MARKS, table), encoding="utf-8")
