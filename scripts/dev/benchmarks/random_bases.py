@@ -40,11 +40,11 @@ def write_base(family: str, folder: Path, tiny: bool, shallow: bool) -> None:
 
 
 def write_diffusers_config(folder: Path, class_name: str, config: dict) -> None:
-    """Writes config.json of a denoiser or VAE."""
+    """Writes config.json of a denoiser or VAE, with the class's own values for what `config` doesn't say."""
     import diffusers
 
-    config = {"_class_name": class_name, "_diffusers_version": diffusers.__version__} | config
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with torch.device("meta"):
+        getattr(diffusers, class_name)(**config).save_config(folder)
 
 
 def write_text_encoder_config(folder: Path, class_name: str, config: dict, shallow: bool) -> None:
