@@ -1,4 +1,4 @@
-"""Files written in one step, checkpoints found, text files read."""
+"""Files written in one step, checkpoints found, settings and headers read."""
 
 from __future__ import annotations
 
@@ -178,6 +178,19 @@ def read_json_file(file: Path) -> dict:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: damaged ({one_line(error)})") from None
+
+
+def read_safetensors_header(file: Path) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:
+    """(metadata, {tensor: (type, shape)}) of a safetensors file, no tensor of it read; types such as "BF16".
+
+    Errors: SafetensorError or OSError for another kind of file, or a damaged one.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, "np") as opened:
+        tensors = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        types = {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in tensors.items()}
+        return opened.metadata() or {}, types
 
 
 def read_text_file(file: str, flag: str) -> str:

@@ -25,7 +25,7 @@ from lora_training.console import progress  # noqa: E402
 
 WAIT = 0.5  # seconds
 LIBRARIES = {
-    "huggingface_hub.snapshot_download": huggingface_hub,
+    "DiffusionPipeline.download": diffusers.DiffusionPipeline,
     "Accelerator.init_trackers": accelerate.Accelerator,
     "AutoencoderKL.from_pretrained": diffusers.AutoencoderKL,
 }
@@ -62,7 +62,8 @@ def main(argv: list[str]) -> int:
     """Trains with the base of argv[0], as if it were downloaded, and the flags after it."""
     base, *flags = argv
     progress.appears_after = 0.2
-    huggingface_hub.snapshot_download = lambda *arguments, **options: base
+    huggingface_hub.hf_hub_download = lambda name, file, **_: f"{base}/{file}"
+    diffusers.DiffusionPipeline.download = lambda *_, **__: base
     for function in json.loads(os.environ["SLOWED"]):
         slow_down(function)
     return recipe.main(flags)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 
 from lora_training.base_model.quantized import load_quantized
 from lora_training.base_model.reading import fingerprint, import_class, read_json, reading_base
-from lora_training.base_model.sources import download
+from lora_training.base_model.sources import download_vae
 from lora_training.console import QUIET, progress
 from lora_training.errors import UserError
 from lora_training.memory.block_swap import swap_blocks
@@ -53,7 +51,7 @@ class Components:
                 return path
         if Path(name).exists() or name.startswith((".", "/", "~")):
             raise UserError(f"{flag} {name}: no config.json of a VAE there")
-        return download(name, flag, ["config.json", "*.safetensors"], self.args)
+        return download_vae(name, flag, self.args.cache_dir)
 
     def has(self, name: str) -> bool:
         """Whether the base has the part at all: SD3 comes without its T5, too."""
@@ -114,12 +112,11 @@ class Components:
         folder, variant = self.folder_of(name), self.args.variant
         if variant and not any(variant in file.name for file in folder.iterdir()):
             variant = None  # a part that comes in one precision only
+        options = {"variant": variant, "dtype": dtype, "output_loading_info": True}
         with progress(f"loading {name}"):
-            model = import_class(*self.index[name]).from_pretrained(folder, variant=variant, dtype=dtype)
-        stored = stored_weights(folder)
-        missing = sum(p.numel() for p in model.parameters()) - stored
-        if stored and missing > 0:  # the libraries would draw them at random
-            raise UserError(f"{missing:,} of its weights are missing")
+            model, report = import_class(*self.index[name]).from_pretrained(folder, **options)
+        if missing := sorted(report["missing_keys"]):  # the libraries would draw them at random
+            raise UserError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
         return model.requires_grad_(False).eval().to(device)
 
     def training_scheduler(self):
@@ -169,13 +166,3 @@ class Components:
         if args.enable_xformers_memory_efficient_attention:
             denoiser.enable_xformers_memory_efficient_attention()
         return denoiser
-
-
-def stored_weights(folder: Path) -> int:
-    """How many numbers the safetensors files of a folder hold."""
-    count = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            names = weights.keys()
-            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
-    return count

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import struct
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_training.errors import UserError, one_line
 from lora_training.families import FAMILIES
+from lora_training.files import read_safetensors_header
 
 if TYPE_CHECKING:
     import torch
@@ -64,22 +64,19 @@ def family_of_index(text: str) -> str | None:
         raise ValueError(f"model_index.json is damaged ({error})") from None
 
 
-def tensor_types(checkpoint: Path) -> dict[str, tuple[str, int]]:
-    """{name: (dtype, number of dimensions)} of a checkpoint's tensors.
+def tensor_types(checkpoint: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{name: (dtype, shape)} of a checkpoint's tensors.
 
-    The dtype is as safetensors spells it: "F32", "BF16". Errors: those of json, struct or torch, for
-    what is no checkpoint or holds more than tensors.
+    The dtype is as safetensors spells it: "F32", "BF16". Errors: those of safetensors or torch, for what is
+    no checkpoint or holds more than tensors.
     """
     if checkpoint.suffix == ".safetensors":
-        with checkpoint.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        return {name: (t["dtype"], len(t["shape"])) for name, t in header.items() if name != "__metadata__"}
+        return read_safetensors_header(checkpoint)[1]
     import torch
 
     spelling = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     tensors = read_pickled_tensors(checkpoint, "meta")
-    return {name: (spelling.get(t.dtype, str(t.dtype)), t.dim()) for name, t in tensors.items()}
+    return {name: (spelling.get(t.dtype, str(t.dtype)), tuple(t.shape)) for name, t in tensors.items()}
 
 
 def read_pickled_tensors(checkpoint: Path, device: str = "cpu") -> dict[str, torch.Tensor]:

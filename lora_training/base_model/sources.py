@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 
 from lora_training.base_model.reading import fingerprint, import_class, read_json
 from lora_training.console import progress
 from lora_training.errors import UserError, one_line
-from lora_training.files import replace_file
+from lora_training.files import atomic_write, read_safetensors_header
 from lora_training.libraries import import_model_libraries
 
 if TYPE_CHECKING:
     import argparse
 
     from lora_training.families import Family
+
+BASE_FLAG = "--pretrained_model_name_or_path"
+UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")  # of pipelines, by training
+# of a VAE's repository: some hold the same weights in other layouts too
+VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
 def resolve_base(args: argparse.Namespace) -> Path:
@@ -28,38 +33,61 @@ def resolve_base(args: argparse.Namespace) -> Path:
 
     Errors: UserError for what is no base, or one of another family.
     """
-    flag, name, family = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, args.family
+    name, family = args.pretrained_model_name_or_path, args.family
     path = Path(name)
-    parts = [family.denoiser, *(part for pair in family.text_encoders.values() for part in pair)]
     if path.is_dir():
         if not (path / "model_index.json").is_file():
-            raise UserError(f"{flag} {name}: no model_index.json in this folder")
-        index = read_json(path / "model_index.json")
-        if not index.keys() >= set(parts):
-            raise UserError(f"{flag} {name} is a {index.get('_class_name')}, not {family.title}")
+            raise UserError(f"{BASE_FLAG} {name}: no model_index.json in this folder")
+        check_index(path / "model_index.json", name, family)
         return path
     if path.is_file():
         return unpack_single_file(path, family, args.cache_dir)
     if path.suffix in (".safetensors", ".ckpt") or name.startswith((".", "/", "~")):
-        raise UserError(f"{flag} {name}: no such file or folder")
-    variant = f".{args.variant}" if args.variant else ""
-    endings = (".json", ".txt", ".model", f"{variant}.safetensors", f"{variant}*-of-*.safetensors")
-    patterns = [f"{part}/*{ending}" for part in (*parts, "vae", "scheduler") for ending in endings]
-    return download(name, flag, ["model_index.json", *patterns], args)
+        raise UserError(f"{BASE_FLAG} {name}: no such file or folder")
+    return download_base(name, family, args)
 
 
-def download(name: str, flag: str, patterns: list[str], args: argparse.Namespace) -> Path:
-    """The local folder of a repository of the hub with the files of `patterns`.
+def check_index(file: Path, name: str, family: Family) -> None:
+    """Errors: UserError if a model_index.json is another family's."""
+    index = read_json(file)
+    parts = {family.denoiser, *(part for pair in family.text_encoders.values() for part in pair)}
+    if not index.keys() >= parts:
+        raise UserError(f"{BASE_FLAG} {name} is a {index.get('_class_name')}, not {family.title}")
 
-    Errors: UserError that names the flag.
+
+def download_base(name: str, family: Family, args: argparse.Namespace) -> Path:
+    """The local folder of a base of the hub: its parts that are used, each in one variant.
+
+    Errors: UserError for one that can't be had, or of another family, of which only its index is downloaded.
     """
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
+
+    options = {"revision": args.revision, "cache_dir": args.cache_dir}
+    dropped = [part for flag, parts in family.dropped_parts.items() if vars(args)[flag] for part in parts]
+    unused = dict.fromkeys([*UNUSED_PARTS, *dropped])
+    with reading_hub(BASE_FLAG, name):
+        index = Path(hf_hub_download(name, "model_index.json", **options))
+    check_index(index, name, family)
+    with reading_hub(BASE_FLAG, name):
+        options |= {"variant": args.variant, "use_safetensors": True}
+        return Path(DiffusionPipeline.download(name, **options, **unused))
+
+
+def download_vae(name: str, flag: str, cache_dir: str | None) -> Path:
+    """The local folder of a VAE's repository on the hub. Errors: UserError that names the flag."""
     from huggingface_hub import snapshot_download
 
-    revision = args.revision if flag == "--pretrained_model_name_or_path" else None
-    options = {"revision": revision, "cache_dir": args.cache_dir, "allow_patterns": patterns}
+    with reading_hub(flag, name):
+        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=VAE_FILES))
+
+
+@contextlib.contextmanager
+def reading_hub(flag: str, name: str) -> Iterator[None]:
+    """Says what is downloaded inside, and names the flag if it can't be had. Errors: UserError."""
     try:
         with progress(f"downloading {name}"):
-            return Path(snapshot_download(name, **options))
+            yield
     except Exception as error:  # the hub's client raises a dozen kinds; all mean that it can't be had
         reason = f"neither a local path nor to be had from the hub ({one_line(error)})"
         raise UserError(f"{flag} {name}: {reason}") from None
@@ -78,10 +106,9 @@ def unpack_single_file(path: Path, family: Family, cache_dir: str | None = None)
     pipeline = read_single_file(path, family)
     if settings := prediction_settings(path):
         pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **settings)
-    unfinished = folder.with_name(folder.name + ".part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    pipeline.save_pretrained(unfinished)
-    replace_file(unfinished, folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder) as unfinished:
+        pipeline.save_pretrained(unfinished)
     return folder
 
 
@@ -114,8 +141,7 @@ def prediction_settings(path: Path) -> dict:
     """
     if path.suffix != ".safetensors":
         return {}
-    with safe_open(path, framework="pt") as file:
-        names, metadata = set(file.keys()), file.metadata() or {}
+    metadata, names = read_safetensors_header(path)
     stated = {metadata.get(f"modelspec.{key}", "").lower() for key in ("prediction_type", "predict_key")}
     settings = {}
     if "v_pred" in names or stated & {"v", "v_prediction"}:

@@ -129,7 +129,7 @@ def checkpoint_dtype(checkpoint: Path) -> torch.dtype:
 
 def matrix_types(checkpoint: Path) -> set[str]:
     """The dtypes of a checkpoint's matrices and convolutions, as safetensors spells them."""
-    return {dtype for dtype, dimensions in tensor_types(checkpoint).values() if dimensions > 1}
+    return {dtype for dtype, shape in tensor_types(checkpoint).values() if len(shape) > 1}
 
 
 def check_finite(checkpoint: Path, pipeline: DiffusionPipeline) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_training.console import print_status
 from lora_training.errors import UserError, one_line
-from lora_training.files import list_checkpoints
+from lora_training.files import list_checkpoints, read_safetensors_header
 from lora_training.inference.arguments import path_exists
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -62,19 +62,17 @@ def select_checkpoints(path: str, selection: str | int | list[int]) -> dict[str,
     return selected
 
 
-def read_header(file: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
+def read_header(file: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
     """(metadata, {key: shape}) of a .safetensors file, its tensors unread. Errors: UserError if damaged."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(file, "np") as opened:
-            shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
-            metadata = dict(opened.metadata() or {})
+        metadata, tensors = read_safetensors_header(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a safetensors file, or damaged ({one_line(error, 100)})") from None
-    if not shapes:
+    if not tensors:
         raise UserError(f"{file}: holds no tensors")
-    return metadata, shapes
+    return metadata, {key: shape for key, (_, shape) in tensors.items()}
 
 
 def read_training(path: str) -> dict[str, object]:

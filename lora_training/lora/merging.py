@@ -7,7 +7,6 @@ import shutil
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_training.base_model.family_detection import detect_family, read_pickled_tensors
@@ -15,7 +14,7 @@ from lora_training.base_model.original_layout import DENOISER_PREFIX, TEXT_PREFI
 from lora_training.base_model.released_models import denoiser_config
 from lora_training.errors import UserError, one_line
 from lora_training.families import FAMILIES
-from lora_training.files import atomic_write
+from lora_training.files import atomic_write, read_safetensors_header
 from lora_training.lora.low_rank import LoraLayer, LycorisLayer, apply_delta
 from lora_training.lora.reading import Lora, read_lora
 from lora_training.lora.single_file import denoiser_places, single_file
@@ -172,9 +171,7 @@ def merge_folder(base: Path, target: Path, merger: Merger) -> None:
             raise UserError(f"{base / part}: no .safetensors weights")
         for file in files:
             tensors = merge_part_file(part, base / part / file.name, merger)
-            with safe_open(file, "pt") as opened:
-                metadata = opened.metadata()
-            save_file(tensors, file, metadata=metadata)
+            save_file(tensors, file, metadata=read_safetensors_header(file)[0] or None)
 
 
 def merge_part_file(part: str, file: Path, merger: Merger) -> dict[str, torch.Tensor]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from lora_training.console import QUIET, print_status
 from lora_training.errors import UserError
@@ -58,31 +59,50 @@ def temporary_output(args: argparse.Namespace) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked_output(args: argparse.Namespace) -> Iterator[None]:
-    """Makes the folders of a run and holds the output folder's lock, which names the process.
+    """Makes the folders of a run and holds the output folder's lock; a file beside it names the process.
 
-    The system releases a lock when its process ends, however it ends, so a dead run's can be taken. Errors:
-    UserError if a folder can't be used, or another run writes to it.
+    A lock goes when its process ends, however it ends, so a dead run's can be taken. Errors: UserError if a
+    folder can't be used, or another run writes to it.
     """
     make_folders(args)
     if QUIET:  # the first process has the lock
         yield
         return
-    import platform
-
-    file = Path(args.output_dir, ".lock")
-    with file.open("a+", encoding="utf-8", errors="replace") as lock:
-        if not acquire_lock(lock):
-            lock.seek(0)
-            owner = lock.read().strip()
-            raise UserError(f"--output_dir {args.output_dir}: another run writes there ({owner})")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        lock.flush()
+    output = Path(args.output_dir)
+    owner = output / ".lock_owner"
+    with contextlib.ExitStack() as locks:
+        hold_lock(locks, output, owner)
+        process, started = f"process {os.getpid()}", time.strftime("%Y-%m-%d %H:%M:%S")
+        owner.write_text(f"{process} on {socket.gethostname()} since {started}", encoding="utf-8")
         try:
             yield
         finally:
-            with contextlib.suppress(PermissionError):  # Windows removes no open file
-                file.unlink(missing_ok=True)
+            for file in (owner, output / ".lock"):
+                with contextlib.suppress(PermissionError):  # Windows removes no open file
+                    file.unlink(missing_ok=True)
+
+
+def hold_lock(locks: contextlib.ExitStack, output: Path, owner: Path) -> None:
+    """Takes a folder's lock: the system's, or a file that stands for one where a network disk has none.
+
+    owner: the file that names the process. Errors: UserError if another run has the lock.
+    """
+    from filelock import FileLock, SoftFileLock, Timeout
+
+    marker = output / ".soft_lock"
+    for lock, advice in (
+        (FileLock(output / ".lock", timeout=0), ""),
+        (SoftFileLock(marker, timeout=0), f"; if it has ended, remove {marker}"),
+    ):
+        try:
+            locks.enter_context(lock)
+            return
+        except Timeout:
+            process = owner.read_text(encoding="utf-8") if owner.is_file() else "it has just begun"
+            raise UserError(f"--output_dir {output}: another run writes there ({process}){advice}") from None
+        except OSError as error:
+            problem = error
+    raise problem
 
 
 def make_folders(args: argparse.Namespace) -> None:
@@ -104,29 +124,6 @@ def make_folders(args: argparse.Namespace) -> None:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"--{flag} {folder} can't be written to: {reason}") from None
-
-
-def acquire_lock(file: IO[str]) -> bool:
-    """Takes the system's lock of an open file; returns whether no other living process has it.
-
-    On a file system without locks it's always taken, with a note.
-    """
-    try:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            import msvcrt
-
-            file.seek(1 << 20)  # beyond the text, which others read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the loader's processes
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        problem = "this file system has no locks"
-        print_status(f"note: {problem}: see that no second run writes to the output folder")
-    return True
 
 
 def is_finished(args: argparse.Namespace) -> bool:

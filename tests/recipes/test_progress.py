@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.run, pytest.mark.xdist_group("processes")]
 
 SLOW = {  # functions of a run, each slowed once, and what must be on the screen meanwhile
     "libraries.import_training_libraries": "importing",
-    "huggingface_hub.snapshot_download": "downloading some/base",
+    "DiffusionPipeline.download": "downloading some/base",
     "data.image_store.measure_example": "images",
     "AutoencoderKL.from_pretrained": "loading vae",
     "data.latents.encode_pixels": "latents",

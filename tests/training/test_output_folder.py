@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -31,12 +32,15 @@ pytestmark = pytest.mark.faults
 
 @contextlib.contextmanager
 def lock_holder(folder: Path):
-    """A process that holds the lock of a folder, as a run does."""
+    """A process that holds the lock of a folder, as a run does, and has forked another one."""
     code = (
-        "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX)\n"
-        "f.write('process 7 on host since noon'); f.flush(); print('held', flush=True); time.sleep(60)"
+        "import os, sys, time\nfrom pathlib import Path\nfrom filelock import FileLock\n"
+        "folder = Path(sys.argv[1]); lock = FileLock(folder / '.lock'); lock.acquire()\n"
+        "(folder / '.lock_owner').write_text('process 7 on host since noon')\n"
+        "os.fork() and print('held', flush=True)\n"
+        "time.sleep(5)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder / ".lock")], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE)
     assert process.stdout.readline()
     yield process
     process.kill()
@@ -50,12 +54,39 @@ def test_a_lock_holds_while_its_process_lives(recipe, tmp_path):
             locked_output(args).__enter__()
         process.kill()
         process.wait()
-        with locked_output(args):  # a dead process is taken over from
-            assert f"process {os.getpid()}" in (tmp_path / ".lock").read_text()
+        with locked_output(args):  # a dead process is taken over from, though one that it forked lives
+            assert f"process {os.getpid()}" in (tmp_path / ".lock_owner").read_text()
     (tmp_path / ".lock").write_text("process 3 on another machine")  # left by a crash of the machine
     with locked_output(args):
         pass
-    assert not (tmp_path / ".lock").exists()
+    assert not any(tmp_path.glob(".*lock*"))
+
+
+def test_a_disk_without_locks_has_a_file_for_one(recipe, tmp_path, monkeypatch):
+    """As a network disk without a lock service; a dead process is taken over from there too."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    args = arguments(recipe, "-o", tmp_path)
+    with (
+        locked_output(args),
+        pytest.raises(
+            UserError,
+            match=r"another run writes there .process \d+ on .*; if it has ended, remove .*soft_lock",
+        ),
+    ):
+        locked_output(args).__enter__()
+    assert not any(tmp_path.glob(".*lock*"))
+    code = (
+        "import os, sys; from filelock import SoftFileLock\n"
+        "lock = SoftFileLock(sys.argv[1]); lock.acquire(); os._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / ".soft_lock")])
+    assert (tmp_path / ".soft_lock").exists()
+    with locked_output(args):
+        pass
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])

@@ -138,10 +138,11 @@ def random_weights(device):
 
     real_open = safetensors.safe_open
 
-    def from_pretrained(cls, folder, *_, subfolder=None, dtype=None, torch_dtype=None, **__):
+    def from_pretrained(cls, folder, *_, subfolder=None, dtype=None, torch_dtype=None, **options):
         dtype = dtype or torch_dtype
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
-        return random_model(cls, Path(folder) / (subfolder or ""), dtype, device)
+        model = random_model(cls, Path(folder) / (subfolder or ""), dtype, device)
+        return (model, {"missing_keys": []}) if options.get("output_loading_info") else model
 
     def safe_open(file, *rest, **options):
         return real_open(file, *rest, **options) if Path(file).exists() else RandomFile(Path(file), device)
