@@ -8,11 +8,8 @@ import shutil
 import struct
 from pathlib import Path
 
-ODD_JSON = (
-    None, True, False, 0, -1, 1.5, 1e308, float("nan"), float("inf"), 2**70, "", "x", "\ud800", "a\u0000b",
-    "../../x", "/", [], {}, [[]], [None], {"a": {}}, {"": 1}, [1, "a"], "x" * 5000, "0", "-1", "1e999",
-    ["a", "b"], "{", "None", "null", "\u2028", "...",
-)  # fmt: skip
+from scripts.dev.attacks.odd_values import odd_values
+
 OTHER_TEXTS = (
     "", "null", "[]", "{}", "[" * 50_000, '{"a": 1}', "a: 1", "\x00" * 100, "text", "\n\n", "- a\n- b\n",
     "&a [*a]", "!!python/name:os.system", "a: &x [*x]", "{a: b",
@@ -87,14 +84,14 @@ def wrong_content(value: object, rng: random.Random) -> object:
     for _ in range(rng.choice((1, 1, 2, 3))):
         paths = paths_inside(value)
         if not paths:
-            return rng.choice(ODD_JSON)
+            return rng.choice(odd_values("JSON"))
         *parents, last = rng.choice(paths)
         container = value
         for key in parents:
             container = container[key]
         kind = rng.random()
         if kind < 0.65:
-            container[last] = rng.choice(ODD_JSON)
+            container[last] = rng.choice(odd_values("JSON"))
         elif kind < 0.9 or isinstance(container, list):
             del container[last]
         else:

@@ -1,19 +1,9 @@
-"""Values of flags for attack.py: good ones, borderline ones, and hostile ones.
+"""Values of flags for attack.py: good ones, with which a tiny run goes on to its steps, and borderline ones.
 
-With good ones a tiny run goes on to its steps. These are tables; random_flags.py draws from them.
+These are tables; random_flags.py draws from them, and from odd_values.py.
 """
 
 WORDS = ("a", "circle", "sks", "a red circle", "TOK", "a, b, c")
-ODD_WORDS = (
-    "", " ", "\t", "a\nb", "a\u2028b", "🎉", "字" * 50, "e\u0301", "{flag}", "{0}", "%s", "%", "--x", "-",
-    "a=b", "'", '"', "..", ".", "/", "~", "$HOME", "C:\\a", "none", "null", "true", "0", "nan",
-    "word " * 2000, "x" * 300, "a" * 5000, "\u202eabc", "\ufeffa", "\x7f", "\x1b[31m", "\udcff", "<s0>",
-    "<|endoftext|>", ",", ",,", "a,,b", "a,a", "(", "[a", "*",
-)  # fmt: skip
-ODD_NUMBERS = (
-    "-1", "0", "-0.0", "1e400", "-inf", "nan", "x", "", " ", "1_0", "１", "1²", "9" * 30, "1.5", "0x10",
-    "1,5", "1e-320",
-)  # fmt: skip
 BY_TYPE = {  # the name of argparse's type: good values, borderline ones
     "count": (("1", "2", "3"), ("1", "2147483647", "2147483648", "+1", " 2")),
     "whole number": (("0", "1", "2"), ("0", "2147483647", "1000", "-0")),
@@ -117,13 +107,13 @@ BY_NAME = {
     "logging_dir": (("logs", "other"), ("../up", "", "/dev/null", "{lora}", "x" * 300)),
     "report_to": (("none", "tensorboard"), ("x", "", ",", "none,tensorboard", "tensorboard,tensorboard",
         "tensorboard,", "mlflow", "None")),
-    "trigger_word": (("sks", "smiley"), ODD_WORDS),
+    "trigger_word": (("sks", "smiley"), ()),
     "tag_separator": ((", ", " "), ("", "a", "\n", " ,", "a red circle")),
-    "token_abstraction": (("circle", "TOK"), ODD_WORDS),
-    "initializer_concept": (("a", "red circle"), ODD_WORDS),
+    "token_abstraction": (("circle", "TOK"), ()),
+    "initializer_concept": (("a", "red circle"), ()),
     "caption_column": (("text",), ("x", "file_name", "", "0", "text,caption")),
     "image_column": (("image",), ("x", "text", "")),
-    "class_prompt": (("a circle",), ODD_WORDS), "preserve_class": (("circle",), ODD_WORDS),
+    "class_prompt": (("a circle",), ()), "preserve_class": (("circle",), ()),
     "local_rank": (("-1", "0"), ("1", "100", "-5")),
     "prodigy_beta3": (("0.9",), ("0", "1", "0.99999")),
     "color_jitter": (("", "0.1 0.1 0.1 0.05"), ("1", "0 0 0 0", "1e9 0 0 0", "0 0 0 1e9", "0.1 0.1 0.1 x",
@@ -132,7 +122,7 @@ BY_NAME = {
     "blocks_to_swap": (("0", "1"), ("2", "100", "2147483647")),
     "clip_skip": (("1",), ("2", "50")), "max_sequence_length": (("77", "16"), ("1", "2", "512", "513", "0")),
     "guidance_scale": (("1", "3.5"), ("0", "1e9")), "hub_model_id": (("a/b",), ("", "a/b/c", "..", "a b")),
-    "run_name": (("a",), ODD_WORDS),
+    "run_name": (("a",), ()),
     "revision": (("main",), ("x",)), "variant": (("fp16",), ("x", "../x", "")),
     "dataset_split": (("train",), ("test", "train[:2]", "train[", "x")),
     "min_timestep": (("0", "10"), ("999", "1000", "500")),
@@ -145,10 +135,6 @@ BY_NAME = {
     "snr_gamma": (("5",), ("0", "1e9", "1e-30")), "input_perturbation": (("0.1",), ("1e9",)),
     "huber_c": (("0.1",), ("0", "1e9", "1e-30")),
 }  # fmt: skip
-ODD_YAML = (
-    [], {}, [[1]], {"a": 1}, None, True, False, 1.5, -1, "", [None], [True, 1], "2001-01-01", 1e400, [[]],
-    [1, "a"], {1: 2},
-)  # fmt: skip
 PROMPTS = (
     "a circle\n", "a circle --n bad --w 64 --h 64 --d 3 --s 1 --l 2\n# x\n", "a --w 63\n", "--n x\n", "",
     "a --q 1\n", "a --s 0\n", "a --d\n", "a --n\n", "a --s 1 --s 2\n", "\n\n", "a --w 64 --w\n",

@@ -13,11 +13,9 @@ from scripts.dev.attacks.flag_values import (
     BY_TYPE,
     CAPPED,
     EXCLUDED,
-    ODD_NUMBERS,
-    ODD_WORDS,
-    ODD_YAML,
     WORDS,
 )
+from scripts.dev.attacks.odd_values import odd_values
 
 UNKNOWN_KEYS = (1, None, "learning_rat", "a b", "help", "", "-m", "_", "sets", "seed ")
 
@@ -27,13 +25,14 @@ def values_of(action: argparse.Action) -> tuple[tuple[str, ...], tuple[str, ...]
     name = action.option_strings[0].removeprefix("--")
     if name in BY_NAME:
         good, odd = BY_NAME[name]
-        return good, (*odd, *ODD_NUMBERS) if name in CAPPED else (*odd, *ODD_WORDS[:6])
+        others = odd_values("bad count" if name in CAPPED else "text")
+        return good, (*odd, *others[: len(odd) + 3])
     if action.choices:
-        return tuple(map(str, action.choices)), (*ODD_WORDS, str(action.choices[0]).upper())
+        return tuple(map(str, action.choices)), (*odd_values("text"), str(action.choices[0]).upper())
     if action.type is None:
-        return WORDS, ODD_WORDS
+        return WORDS, tuple(odd_values("text"))
     good, borderline = BY_TYPE[action.type.__name__]
-    return good, (*borderline, *borderline, *ODD_NUMBERS)
+    return good, (*borderline * 50, *odd_values("number"))
 
 
 def draw_flag(action: argparse.Action, rng: random.Random, odd: bool) -> list[str]:
@@ -80,7 +79,7 @@ def to_config(argv: list[str], rng: random.Random) -> dict:
         elif key is not None:
             add_value(values, key, parse_value(argument, rng))
     if values and rng.random() < 0.33:
-        values[rng.choice(list(values))] = rng.choice(ODD_YAML)
+        values[rng.choice(list(values))] = rng.choice(odd_values("JSON"))
     if rng.random() < 0.05:
         values[rng.choice(UNKNOWN_KEYS)] = 1
     return values

@@ -7,7 +7,6 @@ scaling; otherwise the loss does not see outlines.
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lora_training.files import atomic_write
 from scripts.dev.toys.parts.toy_families import LATENT_CHANNELS
 from scripts.dev.toys.parts.toy_world import SIZE, draw, draw_scribble, random_scene
 
@@ -65,9 +65,8 @@ def world_latents(vae, work: Path, seed: int, device: str) -> tuple[torch.Tensor
     file = work / f"world_{seed}.pt"
     if not file.exists():
         pictures, scenes = world_pictures(12000, seed)
-        part = file.with_suffix(f".{os.getpid()}")
-        torch.save({"latents": encode_pictures(vae, pictures, device).cpu(), "scenes": scenes}, part)
-        part.rename(file)
+        with atomic_write(file) as part:
+            torch.save({"latents": encode_pictures(vae, pictures, device).cpu(), "scenes": scenes}, part)
     world = torch.load(file, weights_only=True)
     return world["latents"].to(device) * vae.config.scaling_factor, world["scenes"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from lora_training.files import atomic_write
 from scripts.dev.toys.parts import toy_drawings
 from scripts.dev.toys.parts.toy_autoencoder import world_latents
 from scripts.dev.toys.parts.toy_drawings import draw_with_base
@@ -109,8 +110,8 @@ class BaseTraining:
             "ema": self.ema.state_dict(),
             "step": step,
         }
-        torch.save(state, file.with_suffix(".part"))
-        file.with_suffix(".part").rename(file)
+        with atomic_write(file) as part:
+            torch.save(state, part)
 
     def step(self, step: int) -> torch.Tensor:
         """One step; returns its loss."""
