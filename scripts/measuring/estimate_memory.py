@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -23,34 +24,14 @@ from lora_training.families import FAMILIES
 from lora_training.libraries import import_training_libraries
 
 ROOT = Path(__file__).resolve().parents[2]
-# GiB at most in a step, by `count_step.py --project . --case CASE` (bf16, cached latents, rank 4, AdamW)
-COUNTED = {
-    "sd15:512:1": 2.31,
-    "sd15:512:4": 4.39,
-    "sd15:512:1:gradient_checkpointing": 1.83,
-    "sd15:768:6:rank=32": 11.15,
-    "sd15:512:4:gradient_checkpointing,rank=16": 2.53,
-    "sd15:768:16:rank=64": 27.34,
-    "sdxl:1024:1": 9.40,
-    "sdxl:1024:1:gradient_checkpointing": 5.52,
-    "sdxl:1024:1:gradient_checkpointing,optimizer=adamw8bit": 5.49,
-    "sdxl:1024:1:gradient_checkpointing,optimizer=prodigy,rank=16": 6.02,
-    "sdxl:1024:4:gradient_checkpointing,rank=32,optimizer=adamw8bit": 7.90,
-    "sdxl:1024:8:rank=64": 43.11,
-    "sd3:1024:1": 11.45,
-    "sd3:1024:1:gradient_checkpointing": 5.25,
-    "sd3:1024:4:gradient_checkpointing,rank=16,optimizer=adamw8bit": 7.16,
-    "sd3:1024:8:rank=64": 60.07,
-    "flux:1024:1:gradient_checkpointing": 24.45,
-    "flux:1024:1": 46.71,
-    "flux:512:1:gradient_checkpointing": 23.07,
-    "flux:512:1": 30.49,
-    "flux:1024:4:gradient_checkpointing,rank=32": 32.11,
-    "flux:512:1:gradient_checkpointing,quantize_base=nf4": 6.80,
-    "flux:1024:1:gradient_checkpointing,quantize_base=fp8": 13.57,
-    "flux:1024:1:gradient_checkpointing,quantize_base=nf4": 8.18,
-    "flux:1024:1:gradient_checkpointing,quantize_base=int8": 13.52,
-}
+COUNTS = ROOT / "scripts" / "dev" / "step_counter" / "counts.json"
+
+
+def counted_cases() -> dict[str, float]:
+    """{case: GiB at most in a step} of the training scripts, as count_step.py has counted them."""
+    counts = json.loads(COUNTS.read_text(encoding="utf-8"))["released"]
+    peaks = {case: programs["project"]["peak"] for case, programs in counts.items() if "project" in programs}
+    return {case: round(peak / 2**30, 2) for case, peak in peaks.items()}
 
 
 def recipe_of(family: str):
@@ -116,7 +97,7 @@ def preset_rows() -> list[str]:
 def count_rows() -> list[str]:
     """A Markdown table with a row for each case that was counted."""
     rows = ["| case | counted GiB | by formula | |", "| --- | --- | --- | --- |"]
-    for case, counted in COUNTED.items():
+    for case, counted in counted_cases().items():
         estimated = estimate_case(case).step
         rows.append(f"| {case} | {counted:.2f} | {estimated:.2f} | {estimated / counted - 1:+.1%} |")
     return rows

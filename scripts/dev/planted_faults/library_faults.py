@@ -15,6 +15,7 @@ CLIPPING = "test_all_parts_are_clipped_by_one_norm"
 RESUMED = "test_resumed_run_equals_unbroken_run"
 DAMAGED = "test_damaged_checkpoint_is_named_and_the_one_before_taken -k sdxl"
 METADATA = "test_accumulated_batches_are_averaged"
+COUNTS = "test_no_step_needs_more_than_before"
 
 # fmt: off
 IN_THE_LIBRARY = (
@@ -176,6 +177,13 @@ IN_THE_LIBRARY = (
     ("resolution turned", "training/lora_metadata.py", "metadata",
      '"{}x{}".format(*image_size(run)),',
      '"{}x{}".format(*image_size(run)[::-1]),', METADATA),
+    # what a step costs
+    ("input copied", "memory/lora_products.py", "cost",
+     "hidden = torch.mm(x, group.down.t())",
+     "hidden = torch.mm(x.clone(), group.down.t())", COUNTS),
+    ("wait for the gradients", "optim/guard.py", "cost",
+     "not self.scale.is_cuda else True",
+     "not self.scale.is_cuda else bool(self.finite)", COUNTS),
 )
 # fmt: on
 

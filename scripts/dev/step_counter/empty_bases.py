@@ -61,14 +61,15 @@ def load_without_content() -> None:
     import diffusers
     import transformers
 
-    def load(cls, pretrained_model_name_or_path, *_, subfolder=None, dtype=None, torch_dtype=None, **__):
+    def load(cls, pretrained_model_name_or_path, *_, subfolder=None, dtype=None, torch_dtype=None, **options):
         dtype = dtype or torch_dtype
         with torch.device("meta"):
             model = empty_model(cls, Path(pretrained_model_name_or_path) / (subfolder or ""))
         model = (model.to(dtype) if isinstance(dtype, torch.dtype) else model).to_empty(device="cpu")
         if isinstance(model, transformers.PreTrainedModel):
             model.tie_weights()
-        return model.eval()
+        model.eval()
+        return (model, {"missing_keys": []}) if options.get("output_loading_info") else model
 
     diffusers.ModelMixin.from_pretrained = classmethod(load)
     transformers.PreTrainedModel.from_pretrained = classmethod(load)
