@@ -18,9 +18,15 @@ import torch
 from PIL import Image
 
 from scripts.dev.benchmarks import example_script, plain_loop, programs, project_script
-from scripts.dev.benchmarks.cases import SAME_RESULT, has_example, parse_case, without_same_result_flags
+from scripts.dev.benchmarks.cases import (
+    SAME_RESULT,
+    common_argv,
+    has_example,
+    parse_case,
+    without_same_result_flags,
+)
 from scripts.dev.benchmarks.random_bases import random_weights, write_base
-from scripts.dev.benchmarks.step_clock import Clock, StepsTimed, watching
+from scripts.dev.benchmarks.step_clock import STEPS, Clock, StepsTimed, watching
 
 
 class Bench:
@@ -113,7 +119,7 @@ class Bench:
     def start(self, program: str, case: str, work: Path, base: Path, clock: Clock) -> None:
         """Runs a program until the clock ends it."""
         family, _, _, flags = parse_case(case)
-        argv = self.argv(case, work / program, work / "pictures", base)
+        argv = common_argv(parse_case(case), work / program, base, work / "pictures", STEPS)
         if program == "example":
             script = self.args.examples / example_script.EXAMPLES[family]
             example_script.run_example(script, argv, flags)
@@ -124,11 +130,6 @@ class Bench:
         else:
             self.record = project_script.FirstSteps()
             project_script.run_project_script(settings, clock, self.record)
-
-    def argv(self, case: str, output: Path, pictures: Path, base: Path) -> list[str]:
-        """The arguments of a program that don't depend on the case's flags."""
-        _, size, batch, _ = parse_case(case)
-        return programs.common_argv(output, base, pictures, size, batch)
 
     @contextlib.contextmanager
     def surroundings(self, output: io.StringIO):
@@ -160,7 +161,9 @@ class Bench:
         try:
             with tempfile.TemporaryDirectory() as work, self.surroundings(io.StringIO()):
                 base = self.make_inputs(case, Path(work))["ours"]
-                argv = self.argv(case, Path(work) / "ours", Path(work) / "pictures", base)
+                argv = common_argv(
+                    parse_case(case), Path(work) / "ours", base, Path(work) / "pictures", STEPS
+                )
                 with programs.trying(flags, "ours"):
                     settings = project_script.parse_arguments(family, argv, flags)
                     project_script.run_project_script(settings, clock, record, only_gradients=True)

@@ -1,8 +1,9 @@
-"""What measure_gpu.py measures: cases, written family:size:batch[:flag[=value],...]."""
+"""Cases of measure_gpu.py and count_step.py: family:size:batch[:flag[=value],...], and their arguments."""
 
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import NamedTuple
 
 from lora_training.errors import UserError
@@ -53,6 +54,25 @@ def parse_case(text: str) -> Case:
     """ "flux:512:1:compile,rank=8" -> the case."""
     family, size, batch, *flags = text.split(":", 3)
     return Case(family, int(size), int(batch), [flag for flag in (flags or [""])[0].split(",") if flag])
+
+
+def common_argv(case: Case, output: Path, base: Path, pictures: Path, steps: int) -> list[str]:
+    """The arguments that the project's scripts and diffusers' examples share; without the case's flags."""
+    argv = ["--pretrained_model_name_or_path", base, "--output_dir", output, "--resolution", case.size]
+    argv += ["--instance_data_dir", pictures, "--instance_prompt", "a picture"]
+    argv += ["--train_batch_size", case.batch, "--mixed_precision", "bf16", "--cache_latents"]
+    argv += ["--max_train_steps", steps, "--rank", 4, "--seed", 0]
+    return [str(argument) for argument in argv]
+
+
+def flags_to_argv(flags: list[str]) -> list[str]:
+    """["rank=8", "compile"] -> arguments of a command line; without TRIALS."""
+    return [argument for flag in flags if flag not in TRIALS for argument in f"--{flag}".split("=", 1)]
+
+
+def example_flags(flags: list[str]) -> list[str]:
+    """The same flags as diffusers' examples spell them."""
+    return ["use_8bit_adam" if flag == "optimizer=adamw8bit" else flag for flag in flags]
 
 
 def choose_cases(texts: list[str] | None, tiny: bool) -> list[str]:

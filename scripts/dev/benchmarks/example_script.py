@@ -13,7 +13,8 @@ from unittest.mock import MagicMock, patch
 import numpy as np
 import torch
 
-from scripts.dev.benchmarks.programs import flags_to_argv, fresh_process
+from scripts.dev.benchmarks.cases import example_flags, flags_to_argv
+from scripts.dev.benchmarks.programs import fresh_process
 
 EXAMPLES = {  # those that train the same layers and can cache latents
     "sd15": "advanced_diffusion_training/train_dreambooth_lora_sd15_advanced.py",
@@ -28,9 +29,8 @@ def run_example(script: Path, argv: list[str], flags: list[str]) -> None:
     import diffusers
     from PIL import Image  # noqa: F401  (before a stand-in for torchvision is there)
 
-    flags = ["use_8bit_adam" if flag == "optimizer=adamw8bit" else flag for flag in flags]
     learning_rate = ["--learning_rate", "1"] if "optimizer=prodigy" in flags else []
-    argv = [*argv, *flags_to_argv(flags), *learning_rate]
+    argv = [*argv, *flags_to_argv(example_flags(flags)), *learning_rate]
     encode = diffusers.AutoencoderKL.encode
 
     # SD3's script with --cache_latents and bf16 gives a float32 VAE bfloat16 pixels

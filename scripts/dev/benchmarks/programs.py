@@ -1,4 +1,4 @@
-"""What the measured programs have in common: their command line, what a case tries, a fresh process.
+"""What the measured programs have in common: what a case tries, a fresh process.
 
 The programs are the project's training script (project_script.py), a plain loop (plain_loop.py), and
 diffusers' example script (example_script.py). Each is to train STEPS steps on a base of random weights, and
@@ -10,31 +10,15 @@ from __future__ import annotations
 import contextlib
 import gc
 import signal
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
 from lora_training.training import base as run_base
-from scripts.dev.benchmarks.cases import TRIALS
 from scripts.dev.benchmarks.random_bases import draw_tensor
-from scripts.dev.benchmarks.step_clock import STEPS
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ATTENTIONS = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
-
-
-def common_argv(output: Path, base: Path, pictures: Path, size: int, batch: int) -> list[str]:
-    """The arguments that the project's scripts and diffusers' examples share."""
-    argv = ["--pretrained_model_name_or_path", base, "--output_dir", output, "--resolution", size]
-    argv += ["--instance_data_dir", pictures, "--instance_prompt", "a picture", "--train_batch_size", batch]
-    argv += ["--mixed_precision", "bf16", "--cache_latents", "--max_train_steps", STEPS]
-    return [str(argument) for argument in [*argv, "--rank", 4, "--seed", 0]]
-
-
-def flags_to_argv(flags: list[str]) -> list[str]:
-    """["rank=8", "compile"] -> arguments of a command line; without TRIALS."""
-    return [argument for flag in flags if flag not in TRIALS for argument in f"--{flag}".split("=", 1)]
 
 
 def flatten(gradients: dict[str, torch.Tensor]) -> torch.Tensor:

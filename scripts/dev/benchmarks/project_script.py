@@ -13,7 +13,8 @@ from lora_training import training
 from lora_training.base_model import quantized
 from lora_training.libraries import import_training_libraries
 from lora_training.lora import adapters
-from scripts.dev.benchmarks.programs import flags_to_argv, flatten, fresh_process, initialize_lora
+from scripts.dev.benchmarks.cases import flags_to_argv
+from scripts.dev.benchmarks.programs import flatten, fresh_process, initialize_lora
 from scripts.dev.benchmarks.step_clock import Clock
 from scripts.dev.recipes import load_recipe
 

@@ -58,7 +58,7 @@ def run(make_program: Callable[[Path], Program], work: Path) -> dict:
     pretend_cuda(meter)
     program.prepare()
     sys.argv = [str(program.script), *program.argv]
-    sys.path.insert(0, str(program.script.parent))
+    sys.path = [str(program.script.parent), *sys.path]  # as Python itself does
     os.chdir(work)
     problem = "the program ended before its step could be counted"
     try:

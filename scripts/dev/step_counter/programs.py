@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lora_training.families import FAMILIES
 from scripts.dev import ROOT
-from scripts.dev.benchmarks.cases import Case
+from scripts.dev.benchmarks.cases import Case, common_argv, example_flags, flags_to_argv
 from scripts.dev.benchmarks.example_script import EXAMPLES, torchvision_stand_ins
 from scripts.dev.step_counter.empty_bases import load_without_content
 
@@ -29,33 +29,24 @@ class Program(NamedTuple):
     prepare: Callable[[], None] = lambda: None  # in its process, before it starts
 
 
-def common_argv(case: Case, work: Path) -> list[str]:
-    """The arguments that the project's scripts and diffusers' examples share."""
-    argv = ["--pretrained_model_name_or_path", work / "base", "--output_dir", work / "output"]
-    argv += ["--instance_data_dir", work / "pictures", "--instance_prompt", "a picture"]
-    argv += ["--resolution", case.size, "--train_batch_size", case.batch, "--mixed_precision", "bf16"]
-    argv += ["--cache_latents", "--max_train_steps", STEPS, "--rank", 4, "--seed", 0]
-    if "optimizer=prodigy" in case.flags:
-        argv += ["--learning_rate", 1]
-    return [str(argument) for argument in argv]
-
-
-def flags_to_argv(flags: list[str]) -> list[str]:
-    """["rank=8", "compile"] -> arguments of a command line."""
-    return [argument for flag in flags for argument in f"--{flag}".split("=", 1)]
+def case_argv(case: Case, work: Path, *argv: str, flags: list[str]) -> list[str]:
+    """A command line of the project's scripts or of diffusers' examples."""
+    rate = ["--learning_rate", "1"] if "optimizer=prodigy" in case.flags else []
+    common = common_argv(case, work / "output", work / "base", work / "pictures", STEPS)
+    return [*common, *rate, *argv, *flags_to_argv(flags)]
 
 
 def project_program(case: Case, work: Path) -> Program:
     """The project's training script."""
-    argv = [*common_argv(case, work), "--report_to", "none", "--num_validation_images", "0"]
+    quiet = ("--report_to", "none", "--num_validation_images", "0")
     script = ROOT / FAMILIES[case.family].training_script
-    return Program(script, [*argv, *flags_to_argv(case.flags)], ROOT, prepare=load_without_content)
+    argv = case_argv(case, work, *quiet, flags=case.flags)
+    return Program(script, argv, ROOT, prepare=load_without_content)
 
 
 def example_program(case: Case, work: Path, folder: Path) -> Program:
     """diffusers' example script that trains the same layers. folder: diffusers' examples."""
-    flags = ["use_8bit_adam" if flag == "optimizer=adamw8bit" else flag for flag in case.flags]
-    argv = [*common_argv(case, work), "--report_to", "tensorboard", *flags_to_argv(flags)]
+    argv = case_argv(case, work, "--report_to", "tensorboard", flags=example_flags(case.flags))
     return Program(folder / EXAMPLES[case.family], argv, folder, prepare=prepare_example)
 
 
