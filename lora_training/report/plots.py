@@ -72,8 +72,16 @@ class Plot:
 
     @property
     def problems(self) -> list[str]:
-        """What the curves don't show."""
-        return find_problems(self)
+        """What the curves don't show: values that aren't finite, or lie beyond the top."""
+        problems = []
+        lost = {step for curve in self.curves for step, value in curve.points if not math.isfinite(value)}
+        if steps := sorted(lost):
+            few = ", ".join(map(str, steps[:6])) + (", …" if len(steps) > 6 else "")
+            problems.append(f"Not finite at step {few}: the red triangles.")
+        highest, step = max((value, step) for curve in self.curves for step, value in curve.finite)
+        if highest > value_range(self)[1]:
+            problems.append(f"Highest at step {step}, beyond the top: {self.format(highest)}.")
+        return problems
 
 
 class Scale:
@@ -242,16 +250,3 @@ def value_at(points: Points, steps: list[int], step: int, formatter: Callable[[f
     """The value at a step, or the last one before it. steps: those of the points."""
     i = bisect_right(steps, step)
     return formatter(points[i - 1][1]) if i else "–"
-
-
-def find_problems(plot: Plot) -> list[str]:
-    """What the curves don't show: values that aren't finite, or lie beyond the top."""
-    problems = []
-    steps = sorted({s for curve in plot.curves for s, value in curve.points if not math.isfinite(value)})
-    if steps:
-        few = ", ".join(map(str, steps[:6])) + (", …" if len(steps) > 6 else "")
-        problems.append(f"Not finite at step {few}: the red triangles.")
-    highest, step = max((value, step) for curve in plot.curves for step, value in curve.finite)
-    if highest > value_range(plot)[1]:
-        problems.append(f"Highest at step {step}, beyond the top: {plot.format(highest)}.")
-    return problems
