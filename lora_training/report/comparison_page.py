@@ -5,45 +5,29 @@ It reads nothing but the output folders; what a run lacks is left out.
 
 from __future__ import annotations
 
-from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_training.errors import UserError
-from lora_training.html_page import page_head, write_page
-from lora_training.report import layout
+from lora_training.html_page import write_page
 from lora_training.report.curves import ABOUT
-from lora_training.report.formatting import format_setting, format_whole_percent, is_same_setting
-from lora_training.report.layout import NumberCell, link, section, table
-from lora_training.report.pictures import PagePictures
-from lora_training.report.plots import Curve, Plot, format_percent, format_value, plot_figure, smoothed
+from lora_training.report.formatting import format_setting, format_whole_percent, is_same_setting, link
+from lora_training.report.pictures import PagePictures, Tile
+from lora_training.report.plots import Curve, Plot, format_percent, format_value, smoothed
 from lora_training.report.run_folder import read_run_folder
-from lora_training.report.samples import NO_PICTURE, seed_title, step_title
+from lora_training.report.samples import seed_title, step_title
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from lora_training.report.run_folder import RunFolder, Sample
 
 MOST_ROWS = 60  # prompts and seeds whose pictures are shown
 TONES = 8  # colours of runs; the curves of further ones are dashed
-LONG_CELL = 30  # characters from which a cell is made wide
 
 # settings that differ whatever is compared
 SETTINGS_OF_EACH_RUN = {"output_dir", "config", "run_name", "logging_dir", "class_data_dir"}
-
-STYLE = (
-    layout.STYLE
-    + """
-.runs { display: grid; gap: 4px; overflow-x: auto; justify-content: start; \
-} .runs small { color: var(--dim); }
-.wide { min-width: 230px; } td .run, th .run { white-space: nowrap; } .run::before { content: ""; \
-display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 7px;
-  background: var(--tone); } .runs b { font-size: 13px; font-weight: 600; overflow-wrap: anywhere; }
-.runs img { border-radius: 4px; }
-"""
-)
 
 
 class ComparedNumber(NamedTuple):
@@ -92,22 +76,18 @@ def write_comparison_page(folders: list[Path], file: Path) -> Path:
     names, runs = distinct_names(folders), [read_run_folder(folder) for folder in folders]
     for run, name in zip(runs, names, strict=True):
         run.name = name
-    return write_page(file, comparison_page_parts(runs, file))
-
-
-def comparison_page_parts(runs: list[RunFolder], file: Path) -> Iterator[str]:
-    """The page from top to bottom. file: where it will be."""
-    yield page_head(" / ".join(run.name for run in runs), STYLE)
-    yield f"<h1>{len(runs)} runs</h1>\n"
-    sections = [
-        verdicts_section(runs, file.parent),
-        settings_section(runs),
-        curves_section(runs),
-        pictures_section(runs),
-    ]
-    yield layout.contents(sections)
-    yield from sections
-    yield f"<script>{layout.SCRIPT}</script>\n"
+    drawn = drawn_by_several(runs)
+    return write_page(
+        file,
+        "comparison.html",
+        runs=runs,
+        tones=TONES,
+        rows=[run_row(number, run, file.parent) for number, run in enumerate(runs)],
+        settings=differing_settings(runs),
+        plots=[plot for plot in (compared_plot(runs, number) for number in COMPARED_NUMBERS) if plot.curves],
+        pictures=picture_rows(runs, drawn[:MOST_ROWS]),
+        omitted_pictures=len(drawn) - MOST_ROWS,
+    )
 
 
 def distinct_names(folders: list[Path]) -> list[str]:
@@ -120,76 +100,48 @@ def distinct_names(folders: list[Path]) -> list[str]:
     raise UserError("the same folder is named twice")
 
 
-def run_labels(runs: list[RunFolder]) -> list[str]:
-    """The runs' names with their colours."""
-    return [f'<span class="run t{i % TONES}">{escape(run.name)}</span>' for i, run in enumerate(runs)]
+class RunRow(NamedTuple):
+    """How far a run came and what it is worth. report: the address of its own page, if there is one."""
+
+    number: int
+    numbers: list[str]  # as text: steps, loss, learned, forgotten
+    text: str
+    warnings: list
+    report: str
 
 
-def section_of_runs(title: str, explanation: str, body: str) -> str:
-    """A section whose anchor is its title."""
-    return section(title.lower().replace(" ", "-"), title, explanation, body)
-
-
-def wide_cell(text: str) -> str:
-    """A cell's text that isn't squeezed into a column of single words where it is long."""
-    return f'<div class="wide">{text}</div>' if len(text) > LONG_CELL else text
-
-
-def verdicts_section(runs: list[RunFolder], page_folder: Path) -> str:
-    """How far each run came, what it is worth, and where its report is."""
-    labels = run_labels(runs)
-    rows = [verdict_row(run, label, page_folder) for run, label in zip(runs, labels, strict=True)]
-    head = ["run", "steps", "loss, smoothed", "learned", "forgotten", "verdict", ""]
-    explanation = "Learned, forgotten and the loss are those of the last step."
-    return section_of_runs("The runs", explanation, table(head, rows))
-
-
-def verdict_row(run: RunFolder, label: str, page_folder: Path) -> list[str]:
-    """The cells of one run."""
+def run_row(number: int, run: RunFolder, page_folder: Path) -> RunRow:
+    """The row of one run in the first table."""
     loss = smoothed(run.metrics.get("loss", []))
-    learned, forgotten = (run.last_value(name) for name in ("learned", "forgotten"))
-    text = escape(str(run.verdict.get("text") or ""))
-    warnings = run.verdict.get("warnings") if isinstance(run.verdict.get("warnings"), list) else []
-    lines = [text, *(f'<span class="why">{escape(str(warning))}</span>' for warning in warnings)]
-    report = run.path / "report.html"
-    return [
-        label,
-        NumberCell(f"{run.last_step:,}{'' if run.is_finished else ', not finished'}"),
-        NumberCell(format_value(loss[-1][1]) if loss else ""),
-        NumberCell("" if learned is None else format_whole_percent(learned)),
-        NumberCell("" if forgotten is None else format_whole_percent(forgotten)),
-        wide_cell("<br>".join(lines)),
-        f'<a href="{link(report, page_folder)}">report</a>' if report.is_file() else "",
+    shares = [run.last_value(name) for name in ("learned", "forgotten")]
+    numbers = [
+        f"{run.last_step:,}{'' if run.is_finished else ', not finished'}",
+        format_value(loss[-1][1]) if loss else "",
+        *("" if share is None else format_whole_percent(share) for share in shares),
     ]
+    warnings = run.verdict.get("warnings") if isinstance(run.verdict.get("warnings"), list) else []
+    report = run.path / "report.html"
+    address = link(report, page_folder) if report.is_file() else ""
+    return RunRow(number, numbers, str(run.verdict.get("text") or ""), warnings, address)
 
 
-def settings_section(runs: list[RunFolder]) -> str:
-    """The settings that aren't the same in all runs; one that a run's folder doesn't tell is a dash."""
+def differing_settings(runs: list[RunFolder]) -> list[list[str]] | None:
+    """Name and values of the settings that aren't the same in all runs.
+
+    One that a run's folder doesn't tell is a dash. None if fewer than two runs tell any.
+    """
     known = [run.settings.values for run in runs if run.settings.values]
     if len(known) < 2:
-        return ""
+        return None
     rows = []
     for name in sorted(set().union(*known) - SETTINGS_OF_EACH_RUN):
         values = [settings[name] for settings in known if name in settings]
         differs = any(not is_same_setting(values[0], value) for value in values[1:])
         if differs or len(values) < len(known):
-            rows.append([escape(name), *(setting_cell(run.settings.values, name) for run in runs)])
-    body = table(["setting", *run_labels(runs)], rows) or "<p>The settings are the same.</p>"
-    explanation = "All others are the same in each run that tells them."
-    return section_of_runs("Settings that differ", explanation, body)
-
-
-def setting_cell(settings: dict[str, object], name: str) -> str:
-    """A setting's value as a cell; a dash where there is none."""
-    return wide_cell(escape(format_setting(settings[name]))) if name in settings else "–"
-
-
-def curves_section(runs: list[RunFolder]) -> str:
-    """Each number of all runs in one plot."""
-    figures = "".join(plot_figure(compared_plot(runs, number)) for number in COMPARED_NUMBERS)
-    explanation = "One colour for each run. Point at a curve to read all values at that step."
-    body = f'<div class="plots">{figures}</div>' if figures else ""
-    return section_of_runs("Curves", explanation, body)
+            told = (run.settings.values for run in runs)
+            cells = [format_setting(settings[name]) if name in settings else "–" for settings in told]
+            rows.append([name, *cells])
+    return rows
 
 
 def compared_plot(runs: list[RunFolder], number: ComparedNumber) -> Plot:
@@ -202,26 +154,24 @@ def compared_plot(runs: list[RunFolder], number: ComparedNumber) -> Plot:
     return Plot(number.title, number.about, curves, number.format, number.from_zero)
 
 
-def pictures_section(runs: list[RunFolder]) -> str:
-    """The last pictures of each prompt and seed, a column for each run."""
+def drawn_by_several(runs: list[RunFolder]) -> list[tuple[tuple, dict[int, Sample]]]:
+    """What last_samples has of at least two runs, control prompts last."""
     shared = [(key, by_run) for key, by_run in last_samples(runs).items() if len(by_run) > 1]
-    shared.sort(key=lambda entry: entry[0][0])  # control prompts last
-    shown = shared[:MOST_ROWS]
-    pictures = PagePictures(sum(len(by_run) for _, by_run in shown))
-    pieces = []
-    for (is_control, prompt), group in groupby(shown, key=lambda entry: entry[0][:2]):
-        control = " (control)" if is_control else ""
-        pieces.append(f'<h3 class="prompt">{escape(prompt)}{control}</h3>\n')
-        columns = f"grid-template-columns: repeat({len(runs)}, minmax(110px, 280px))"
-        pieces.append(f'<div class="runs" style="{columns}">')
-        pieces += [f"<div><b>{label}</b></div>" for label in run_labels(runs)]
-        for _, by_run in group:
-            pieces += [picture_tile(run, by_run.get(i), prompt, pictures) for i, run in enumerate(runs)]
-        pieces.append("</div>\n")
-    explanation = "The last picture of each prompt and seed that at least two runs have drawn."
-    if len(shared) > MOST_ROWS:
-        explanation += f" {len(shared) - MOST_ROWS} more are in the folders."
-    return section_of_runs("Side by side", explanation, "".join(pieces))
+    return sorted(shared, key=lambda entry: entry[0][0])
+
+
+def picture_rows(
+    runs: list[RunFolder], drawn: list[tuple[tuple, dict[int, Sample]]]
+) -> list[tuple[tuple, list[Tile | None]]]:
+    """((whether it is a control, prompt), its tiles, as many as runs for each seed)."""
+    pictures = PagePictures(sum(len(by_run) for _, by_run in drawn))
+    rows = []
+    for prompt, group in groupby(drawn, key=lambda entry: entry[0][:2]):
+        tiles = [
+            picture_tile(run, by_run.get(i), pictures) for _, by_run in group for i, run in enumerate(runs)
+        ]
+        rows.append((prompt, tiles))
+    return rows
 
 
 def last_samples(runs: list[RunFolder]) -> dict[tuple, dict[int, Sample]]:
@@ -244,10 +194,9 @@ def last_samples(runs: list[RunFolder]) -> dict[tuple, dict[int, Sample]]:
     return samples
 
 
-def picture_tile(run: RunFolder, sample: Sample | None, prompt: str, pictures: PagePictures) -> str:
-    """A run's picture, with its step and seed."""
+def picture_tile(run: RunFolder, sample: Sample | None, pictures: PagePictures) -> Tile | None:
+    """A run's picture, with its step and seed; None where there is none."""
     if sample is None:
-        return f"<div>{NO_PICTURE}</div>"
+        return None
     title = f"{step_title(sample.step, run)}, {seed_title(sample)}"
-    image = pictures.img(sample.file, f"{prompt}: {run.name}, {title}")
-    return f"<div>{image}<small>{escape(title)}</small></div>"
+    return Tile(pictures.encode(sample.file), f"{sample.prompt}: {run.name}, {title}", title)

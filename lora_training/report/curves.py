@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_training.report.layout import section
-from lora_training.report.plots import Curve, Plot, format_percent, plot_figure, smoothed
+from lora_training.report.plots import Curve, Plot, format_percent, smoothed
 from lora_training.report.run_folder import is_number
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ NAMES_WITH_PLOT = {"learned_held_out", "forgotten", *ABOUT}
 
 
 def run_plots(run: RunFolder) -> list[Plot]:
-    """All plots of a run, the ones that are asked for first in front.
+    """All plots of a run that have a value, the ones that are asked for first in front.
 
     Numbers that a changed script logs come last.
     """
@@ -46,7 +45,7 @@ def run_plots(run: RunFolder) -> list[Plot]:
         plots.append(Plot(name, "Logged under this name in metrics.jsonl.", [curve(run, name, name, 0, "")]))
     for plot in plots:
         plot.advised_step = run.advised_step
-    return plots
+    return [plot for plot in plots if plot.curves]
 
 
 def curve(run: RunFolder, name: str, label: str, tone: int = 0, style: str = "dotted") -> Curve:
@@ -101,12 +100,3 @@ def machine_plots(run: RunFolder) -> list[Plot]:
         Plot("Memory", ABOUT["memory_gib"], [memory], from_zero=True),
         Plot("Steps left out", ABOUT["skipped_steps"], [skipped], from_zero=True),
     ]
-
-
-def curves_section(run: RunFolder) -> str:
-    """All plots of a run."""
-    figures = "".join(plot_figure(plot) for plot in run_plots(run))
-    explanation = "Point at a curve to read its values at that step."
-    if run.advised_step is not None:
-        explanation += f" The upright dashed line is the advised step, {run.advised_step:,}."
-    return section("curves", "Curves", explanation, f'<div class="plots">{figures}</div>' if figures else "")

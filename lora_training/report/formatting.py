@@ -1,9 +1,12 @@
-"""Numbers and settings as text, as a person would write them."""
+"""Numbers and settings as text, as a person would write them; files as addresses of a page."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+from pathlib import Path
+from urllib.parse import quote
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -61,3 +64,13 @@ def is_same_setting(one: object, other: object) -> bool:
 def only_entry(value: object) -> object:
     """The entry of a list with one entry; other values as they are."""
     return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+
+
+def link(target: Path, page_folder: Path) -> str:
+    """The address of a file or a folder as seen from the page's folder."""
+    end = "/" if target.is_dir() else ""
+    try:
+        relative = os.path.relpath(target.resolve(), page_folder.resolve())
+    except ValueError:  # another drive
+        return target.resolve().as_uri() + end
+    return "./" + quote(os.fsencode(Path(relative).as_posix())) + end

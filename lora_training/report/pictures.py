@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
@@ -26,6 +25,24 @@ class EncodedPicture(NamedTuple):
     format: str
     data: bytes
     size: tuple[int, int]
+
+    @property
+    def is_small(self) -> bool:
+        """Whether each pixel is to be seen."""
+        return max(self.size) <= LOSSLESS_SIDE
+
+    @property
+    def address(self) -> str:
+        """The picture as the address of an <img>."""
+        return f"data:image/{self.format};base64,{base64.b64encode(self.data).decode()}"
+
+
+class Tile(NamedTuple):
+    """A picture of a page, None if it can't be read; what it shows in words; and what stands below it."""
+
+    picture: EncodedPicture | None
+    alt: str
+    title: str = ""
 
 
 def encode_within(file: Path, limit: int, largest: int) -> EncodedPicture | None:
@@ -59,26 +76,18 @@ def file_bytes(image: Image.Image, file_format: str, **options) -> bytes:
 
 
 class PagePictures:
-    """Makes the <img> elements of a page. count: how many there are at most, which share the budget."""
+    """Encodes the pictures of a page. count: how many there are at most, which share the budget."""
 
     def __init__(self, count: int, budget: int = BUDGET) -> None:
         self.limit = max(budget // max(count, 1), LEAST_SHARE)
         self.encoded: dict[tuple[Path, int], EncodedPicture | None] = {}
 
-    def img(self, file: Path, alt: str, largest: int = 512, limit: int | None = None) -> str:
-        """An <img> that says its size, so that nothing moves while it appears.
+    def encode(self, file: Path, largest: int = 512, limit: int | None = None) -> EncodedPicture | None:
+        """A picture as small as it must be; None if it can't be read.
 
         largest: pixels of the longer side. limit: bytes, where not each picture's share.
         """
         key = file, largest
         if key not in self.encoded:
             self.encoded[key] = encode_within(file, limit or self.limit, largest)
-        picture = self.encoded[key]
-        if picture is None:
-            return '<span class="gone">no picture</span>'
-        width, height = picture.size
-        pixelated = ' class="px"' if max(width, height) <= LOSSLESS_SIDE else ""
-        return (
-            f'<img{pixelated} alt="{escape(alt)}" width="{width}" height="{height}" decoding="async"'
-            f' src="data:image/{picture.format};base64,{base64.b64encode(picture.data).decode()}">'
-        )
+        return self.encoded[key]

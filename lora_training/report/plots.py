@@ -1,4 +1,4 @@
-"""Curves over the steps as inline SVG, with a legend that shows the values under the pointer."""
+"""Curves over the steps as inline SVG; what it holds beside its own elements is escaped."""
 
 from __future__ import annotations
 
@@ -13,53 +13,6 @@ MOST_POINTS = 600  # drawn of one curve
 MOST_STRIPS = 200  # strips that answer to the pointer
 MOST_DOTS = 60
 Points = list[tuple[int, float]]  # (step, value), in the order of the steps
-
-STYLE = """
-:root { --t0: #2f6f4f; --t1: #c2691a; --t2: #3566b0; --t3: #8a4fa3; --t4: #b3402a; --t5: #1c8a94; \
---t6: #7a5c2e; --t7: #6b6b66; }
-@media (prefers-color-scheme: dark) { :root { --t0: #7cc49c; --t1: #f0a35e; --t2: #86b0f0; --t3: #cf9be6; \
---t4: #ef8a72;
-  --t5: #6fd0d8; --t6: #cbb07d; --t7: #a0a098; } }
-.t0 { --tone: var(--t0); } .t1 { --tone: var(--t1); } .t2 { --tone: var(--t2); } .t3 { --tone: var(--t3); }
-.t4 { --tone: var(--t4); } .t5 { --tone: var(--t5); } .t6 { --tone: var(--t6); } .t7 { --tone: var(--t7); }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 14px; }
-.plot { padding: 14px 14px 8px; display: flex; flex-direction: column; }
-.plot h3 { font-size: 15px; margin: 0 0 4px; } .plot p { margin: 0 0 8px; font-size: 13px; \
-color: var(--dim); }
-.plot p.why { color: var(--bad); }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 13px; margin: auto 0 4px; \
-color: var(--dim); }
-.legend span::before { content: ""; display: inline-block; width: 14px; height: 3px; border-radius: 2px; \
-margin: 0 6px 3px 0;
-  background: var(--tone); } .legend .thin::before { height: 1.5px; opacity: .55; \
-} .legend .at { min-width: 5.5em; }
-.legend .dashed::before { background: repeating-linear-gradient(90deg, var(--tone) 0 4px, transparent 4px \
-7px); }
-.legend .at::before { content: none; } .legend b { color: var(--ink); font-weight: 600; \
-font-variant-numeric: tabular-nums; }
-.plot svg { display: block; width: 100%; height: auto; font: 12.5px system-ui, sans-serif; \
-touch-action: pan-y; }
-.plot svg .rule { stroke: var(--line); } .plot svg .axis { stroke: var(--dim); \
-} .plot svg text { fill: var(--dim); }
-.plot svg .curve { fill: none; stroke: var(--tone); stroke-width: 2.2; stroke-linejoin: round; \
-stroke-linecap: round; }
-.plot svg .thin { stroke-width: 1; opacity: .5; } .plot svg .dashed { stroke-dasharray: 6 4; }
-.plot svg .dot { fill: var(--tone); stroke: var(--card); stroke-width: 1.5; }
-.plot svg .taken { stroke: var(--mark); stroke-dasharray: 3 3; } .plot svg .level { stroke: var(--bad); \
-stroke-dasharray: 2 4; }
-.plot svg .lost { fill: var(--bad); } .plot svg .stop line { opacity: 0; stroke: var(--ink); \
-} .plot svg .stop:hover line { opacity: .5; }
-"""
-
-# The legend shows the values of the step under the pointer
-SCRIPT = """
-for (const plot of document.querySelectorAll('.plot')) {
-  const shown = [...plot.querySelectorAll('.legend b')], last = shown.map(b => b.textContent);
-  for (const stop of plot.querySelectorAll('.stop')) stop.addEventListener('pointerenter', () =>
-    stop.dataset.values.split('|').forEach((v, i) => shown[i].textContent = v));
-  plot.addEventListener('pointerleave', () => shown.forEach((b, i) => b.textContent = last[i]));
-}
-"""
 
 
 def format_value(value: float) -> str:
@@ -98,6 +51,37 @@ class Plot:
     from_zero: bool = False
     advised_step: int | None = None  # as an upright line
     level: tuple[float, str] | None = None  # a value with a meaning and its label, as a level line
+
+    def __post_init__(self) -> None:
+        self.curves = [curve for curve in self.curves if curve.points]
+
+    @property
+    def has_drawing(self) -> bool:
+        """Whether any value has a place in a drawing."""
+        return any(curve.finite for curve in self.curves)
+
+    @property
+    def last_step(self) -> int:
+        """The last step that a curve has a value for."""
+        return max(curve.points[-1][0] for curve in self.curves)
+
+    @property
+    def svg(self) -> str:
+        """The drawing."""
+        return draw_svg(self)
+
+    @property
+    def problems(self) -> list[str]:
+        """What the curves don't show: values that aren't finite, or lie beyond the top."""
+        problems = []
+        lost = {step for curve in self.curves for step, value in curve.points if not math.isfinite(value)}
+        if steps := sorted(lost):
+            few = ", ".join(map(str, steps[:6])) + (", …" if len(steps) > 6 else "")
+            problems.append(f"Not finite at step {few}: the red triangles.")
+        highest, step = max((value, step) for curve in self.curves for step, value in curve.finite)
+        if highest > value_range(self)[1]:
+            problems.append(f"Highest at step {step}, beyond the top: {self.format(highest)}.")
+        return problems
 
 
 class Scale:
@@ -266,40 +250,3 @@ def value_at(points: Points, steps: list[int], step: int, formatter: Callable[[f
     """The value at a step, or the last one before it. steps: those of the points."""
     i = bisect_right(steps, step)
     return formatter(points[i - 1][1]) if i else "–"
-
-
-def plot_figure(plot: Plot) -> str:
-    """The plot with heading, explanation and legend; empty where there is nothing to draw."""
-    curves = plot.curves = [curve for curve in plot.curves if curve.points]
-    if not curves:
-        return ""
-    head = f'<figure class="plot"><h3>{escape(plot.title)}</h3><p>{plot.about}</p>'
-    if not any(curve.finite for curve in curves):
-        return f'{head}<p class="why">None of the {len(curves[0].points)} values is finite.</p></figure>\n'
-    last = max(curve.points[-1][0] for curve in curves)
-    problems = "".join(f'<p class="why">{escape(problem)}</p>' for problem in find_problems(plot))
-    legend = f'<div class="legend"><span class="at"><b>step {last}</b></span>{draw_legend(plot)}</div>'
-    return f"{head}{problems}{legend}{draw_svg(plot)}</figure>\n"
-
-
-def draw_legend(plot: Plot) -> str:
-    """The curves' names with their last values."""
-    entries = []
-    for curve in plot.curves:
-        value = escape(plot.format(curve.points[-1][1]))
-        style = f"{curve.style} t{curve.tone % 8}"
-        entries.append(f'<span class="{style}">{escape(curve.name)} <b>{value}</b></span>')
-    return "".join(entries)
-
-
-def find_problems(plot: Plot) -> list[str]:
-    """What the curves don't show: values that aren't finite, or lie beyond the top."""
-    problems = []
-    steps = sorted({s for curve in plot.curves for s, value in curve.points if not math.isfinite(value)})
-    if steps:
-        few = ", ".join(map(str, steps[:6])) + (", …" if len(steps) > 6 else "")
-        problems.append(f"Not finite at step {few}: the red triangles.")
-    highest, step = max((value, step) for curve in plot.curves for step, value in curve.finite)
-    if highest > value_range(plot)[1]:
-        problems.append(f"Highest at step {step}, beyond the top: {plot.format(highest)}.")
-    return problems

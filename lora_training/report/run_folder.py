@@ -248,8 +248,8 @@ def read_samples(folder: Path, prompts: list[str]) -> list[Sample]:
     for step_folder in sorted(folder.glob("step-*")):
         step = step_folder.name.removeprefix("step-")
         for file in list_pictures(step_folder) if step.isdecimal() else ():
-            numbers = re.match(r"(\d+)_(\d+)", file.name)
-            position = (int(numbers[1]), int(numbers[2])) if numbers else (0, len(samples))
+            numbers = re.match(r"(?:control|(\d+))_(\d+)", file.name)
+            position = (int(numbers[1] or 0), int(numbers[2])) if numbers else (0, len(samples))
             prompt = prompts[position[0]] if position[0] < len(prompts) else file.stem
             text = read_png_text(file)
             is_control = text.get("kind") == "control"

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING
 
 from lora_training.console import print_status
 from lora_training.errors import one_line
-from lora_training.html_page import page_head, write_page
-from lora_training.report import curves, layout, overview, run_details, samples
-from lora_training.report.pictures import PagePictures
+from lora_training.html_page import write_page
+from lora_training.report.curves import run_plots
+from lora_training.report.overview import progress_notes, read_verdict, summary_cards
+from lora_training.report.run_details import data_summary, file_rows, setting_tables
 from lora_training.report.run_folder import read_run_folder
+from lora_training.report.samples import page_samples
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from lora_training.report.run_folder import RunFolder
     from lora_training.training.run import Run
 
 
@@ -42,27 +41,16 @@ def write_run_page(folder: Path, file: Path | None = None) -> Path:
     """
     folder = Path(folder)
     run, file = read_run_folder(folder), file or folder / "report.html"
-    return write_page(file, run_page_parts(run, file))
-
-
-def run_page_parts(run: RunFolder, file: Path) -> Iterator[str]:
-    """The page from top to bottom. file: where it will be."""
-    selection = samples.SampleSelection(run)
-    pictures = PagePictures(selection.count)
-    sections = [
-        overview.verdict_section(run),
-        samples.before_and_after_section(run, selection, pictures),
-        samples.over_steps_section(selection, pictures),
-        samples.control_section(selection, pictures),
-        curves.curves_section(run),
-        run_details.data_section(run),
-        run_details.settings_section(run),
-        run_details.command_section(run),
-        run_details.files_section(run, file),
-    ]
-    yield page_head(f"{run.name}: training run", layout.STYLE)
-    yield overview.heading(run)
-    yield layout.contents(sections)
-    yield overview.summary_cards(run)
-    yield from sections
-    yield f"<script>{layout.SCRIPT}</script>\n"
+    return write_page(
+        file,
+        "run.html",
+        run=run,
+        notes=progress_notes(run),
+        cards=summary_cards(run),
+        verdict=read_verdict(run),
+        samples=page_samples(run),
+        plots=run_plots(run),
+        data=data_summary(run),
+        settings=setting_tables(run),
+        files=file_rows(run, file),
+    )

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from html import escape
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from lora_training.report.layout import folded, section
+from lora_training.report.pictures import PagePictures, Tile
 
 if TYPE_CHECKING:
-    from lora_training.report.pictures import PagePictures
+    from lora_training.report.pictures import EncodedPicture
     from lora_training.report.run_folder import RunFolder, Sample
 
 MOST_STEPS = 24
 MOST_SUBJECTS = 60
-
-NO_PICTURE = '<span class="gone">not drawn</span>'
 
 
 class SampleSelection:
@@ -84,122 +81,92 @@ def group_by_prompt(subjects: list[tuple]) -> list[tuple[str, list[tuple]]]:
     return [(prompt, list(group)) for (_, _, prompt), group in groups]
 
 
-def pairs(selection: SampleSelection, pictures: PagePictures, is_control: bool) -> str:
+class Figure(NamedTuple):
+    """A subject's pictures at several steps, None where one was not drawn."""
+
+    tiles: list[Tile | None]
+    seed: str
+
+
+class Films(NamedTuple):
+    """The pictures of all steps. titles: of the steps."""
+
+    titles: list[str]
+    prompts: list[tuple[str, list[Figure]]]
+
+
+class PageSamples(NamedTuple):
+    """All pictures of a run's page. omitted: how many subjects are not on it."""
+
+    taught: list[tuple[EncodedPicture | None, str, str]]  # with the file's name and the caption
+    sheet: Tile | None  # comparison.png
+    steps: list[int]
+    pairs: list[tuple[str, list[Figure]]]
+    films: Films | None
+    control_steps: list[int]
+    control_pairs: list[tuple[str, list[Figure]]]
+    control_films: Films | None
+    omitted: int
+
+
+def page_samples(run: RunFolder) -> PageSamples:
+    """The pictures of an output folder, in the sizes that the page has them in."""
+    selection = SampleSelection(run)
+    pictures = PagePictures(selection.count)
+    taught = [
+        (pictures.encode(file, 256, 40_000), file.stem, caption) for file, caption in run.training_pictures
+    ]
+    sheet, comparison = None, run.path / "comparison.png"
+    if comparison.is_file():
+        encoded = pictures.encode(comparison, 1300, 500_000)
+        sheet = Tile(encoded, "the run's comparison sheet: before and after")
+    by_kind = [
+        (selection.steps(kind), pairs(selection, pictures, kind), films(selection, pictures, kind))
+        for kind in (False, True)
+    ]
+    return PageSamples(taught, sheet, *by_kind[0], *by_kind[1], selection.omitted)
+
+
+def pairs(
+    selection: SampleSelection, pictures: PagePictures, is_control: bool
+) -> list[tuple[str, list[Figure]]]:
     """Each prompt's pictures before and after, from the same seed."""
-    single = " single" if len(selection.steps(is_control)) == 1 else ""
-    pieces = []
-    for prompt, subjects in group_by_prompt(selection.subjects[is_control]):
-        pieces.append(f'<h3 class="prompt">{escape(prompt)}</h3><div class="pairs{single}">\n')
-        pieces += [pair(selection, pictures, prompt, subject) for subject in subjects]
-        pieces.append("</div>\n")
-    return "".join(pieces)
+    return [
+        (prompt, [pair(selection, pictures, prompt, subject) for subject in subjects])
+        for prompt, subjects in group_by_prompt(selection.subjects[is_control])
+    ]
 
 
-def pair(selection: SampleSelection, pictures: PagePictures, prompt: str, subject: tuple) -> str:
+def pair(selection: SampleSelection, pictures: PagePictures, prompt: str, subject: tuple) -> Figure:
     """One subject's pictures beside each other."""
     samples = selection.milestones(subject)
-    tiles = []
-    for sample in samples:
-        title = step_title(sample.step, selection.run, sample is samples[-1])
-        image = pictures.img(sample.file, f"{prompt}: {title}, {seed_title(sample)}")
-        tiles.append(f"<div>{image}<small>{escape(title)}</small></div>")
-    caption = f"<figcaption><small>{escape(seed_title(samples[-1]))}</small></figcaption>"
-    return f'<figure><div class="pair">{"".join(tiles)}</div>{caption}</figure>\n'
+    titles = [step_title(sample.step, selection.run, sample is samples[-1]) for sample in samples]
+    tiles = [sample_tile(*pair, prompt, pictures) for pair in zip(samples, titles, strict=True)]
+    return Figure(tiles, seed_title(samples[-1]))
 
 
-def films(selection: SampleSelection, pictures: PagePictures, is_control: bool) -> str:
-    """The pictures of all steps behind a slider; side by side on demand and on paper."""
+def sample_tile(sample: Sample, title: str, prompt: str, pictures: PagePictures) -> Tile:
+    """A sample with its step's title below it."""
+    return Tile(pictures.encode(sample.file), f"{prompt}: {title}, {seed_title(sample)}", title)
+
+
+def films(selection: SampleSelection, pictures: PagePictures, is_control: bool) -> Films | None:
+    """The pictures of all steps; None where there are only those before and after."""
     if not selection.has_films(is_control):
-        return ""
+        return None
     steps = selection.steps(is_control)
     titles = {step: step_title(step, selection.run, step == steps[-1]) for step in steps}
-    last = len(steps) - 1
-    pieces = [
-        f'<div class="films" data-names="{escape("|".join(titles.values()))}"><div class="slide">'
-        f'<input type="range" min="0" max="{last}" value="{last}" aria-label="step of the pictures">'
-        f"<output>{escape(titles[steps[-1]])}</output>"
-        '<label><input type="checkbox"> side by side</label></div>\n'
+    prompts = [
+        (prompt, [film(selection.by_subject[subject], pictures, prompt, titles) for subject in subjects])
+        for prompt, subjects in group_by_prompt(selection.subjects[is_control])
     ]
-    for prompt, subjects in group_by_prompt(selection.subjects[is_control]):
-        pieces.append(f'<h3 class="prompt">{escape(prompt)}</h3><div class="reel">\n')
-        pieces += [film(selection.by_subject[subject], pictures, prompt, titles) for subject in subjects]
-        pieces.append("</div>\n")
-    return "".join(pieces) + "</div>\n"
+    return Films(list(titles.values()), prompts)
 
 
-def film(samples: dict[int, Sample], pictures: PagePictures, prompt: str, titles: dict[int, str]) -> str:
+def film(samples: dict[int, Sample], pictures: PagePictures, prompt: str, titles: dict[int, str]) -> Figure:
     """One subject's pictures over the steps. samples: by step; titles: of all steps that are shown."""
-    frames = []
-    for i, (step, title) in enumerate(titles.items()):
-        image = NO_PICTURE
-        if step in samples:
-            image = pictures.img(samples[step].file, f"{prompt}: {title}, {seed_title(samples[step])}")
-        is_on = " on" if i == len(titles) - 1 else ""
-        frames.append(f'<div class="shot{is_on}" data-i="{i}">{image}<small>{escape(title)}</small></div>')
-    seed = escape(seed_title(samples[max(samples)]))
-    caption = f"<figcaption><small>{seed}</small></figcaption>"
-    return f'<figure class="film"><div>{"".join(frames)}</div>{caption}</figure>\n'
-
-
-def training_pictures(run: RunFolder, pictures: PagePictures) -> str:
-    """Some of the pictures that were trained on, with their captions."""
-    figures = []
-    for file, caption in run.training_pictures:
-        image = pictures.img(file, f"training picture: {caption or file.stem}", 256, 40_000)
-        below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-        figures.append(f"<figure>{image}{below}</figure>\n")
-    return "".join(figures)
-
-
-def before_and_after_section(run: RunFolder, selection: SampleSelection, pictures: PagePictures) -> str:
-    """Training pictures, and beside them what the prompts gave before and give now."""
-    taught = training_pictures(run, pictures)
-    drawn = pairs(selection, pictures, is_control=False)
-    comparison = run.path / "comparison.png"
-    if comparison.is_file():
-        image = pictures.img(comparison, "the run's comparison sheet: before and after", 1300, 500_000)
-        image = f'<figure class="sheet">{image}</figure>\n'
-        drawn += folded("comparison.png, the run's own sheet", image, "extra") if drawn else image
-    head = '<h3 class="prompt">Trained on</h3>'
-    if taught and drawn:
-        left = f'<div>{head}<div class="taught">{taught}</div></div>'
-        body = f'<div class="beside">{left}<div>{drawn}</div></div>'
-    elif taught:
-        body = f'{head}<div class="pairs single">{taught}</div>'
-    else:
-        body = drawn
-    title = "Before and after"
-    explanation = (
-        "The same prompt and seed without and with what was trained. Good: it looks like the training"
-        " pictures, and still follows the prompt. Bad: no difference (too little training), or a copy of a"
-        " training picture whatever the prompt says (too much)."
-    )
-    if selection.omitted:
-        explanation += f" {selection.omitted} more are in samples/."
-    steps = selection.steps(is_control=False)
-    if len(steps) == 1 and not comparison.is_file():
-        title = "Pictures before training" if steps == [0] else f"Pictures of step {steps[0]:,}"
-        explanation = "There are none of another step yet to compare them with."
-    return section("before-after", title, explanation, body)
-
-
-def over_steps_section(selection: SampleSelection, pictures: PagePictures) -> str:
-    """Validation pictures over the steps."""
-    explanation = (
-        "Move the slider to see the same seeds as training goes on. Good: the subject appears and stays."
-        " Bad: from some step on pictures get harsher, all alike, or lose the prompt: take an earlier step."
-    )
-    body = films(selection, pictures, is_control=False)
-    return section("samples", "Samples over the steps", explanation, body)
-
-
-def control_section(selection: SampleSelection, pictures: PagePictures) -> str:
-    """Pictures of prompts that training should not change."""
-    explanation = (
-        "Prompts that have nothing to do with what was trained. Good: nothing changes but details. Bad: the"
-        " trained subject or its style shows up here (it bleeds): fewer steps, a lower rate or rank, or prior"
-        " preservation."
-    )
-    over_steps = folded("over the steps", films(selection, pictures, is_control=True))
-    body = pairs(selection, pictures, is_control=True), over_steps
-    return section("control", "Control prompts", explanation, *body)
+    tiles = [
+        sample_tile(samples[step], title, prompt, pictures) if step in samples else None
+        for step, title in titles.items()
+    ]
+    return Figure(tiles, seed_title(samples[max(samples)]))

@@ -27,6 +27,8 @@ from lora_training.validation.drawing import (
 )
 
 if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
     from lora_training.training.run import Run
 
 CONTROL_IMAGES = 4  # one for each noise level of the probe
@@ -124,20 +126,28 @@ def save_sample(run: Run, step: int, name: str, prompt: str, seed: int, image: I
 
 
 def draw_and_log_samples(run: Run, step: int) -> None:
-    """Draws the validation prompts and sends the images to TensorBoard or W&B."""
+    """Draws the validation prompts and sends the images to the trackers that show any."""
     files = draw_samples(run, step)
-    if not run.accelerator.is_main_process:
-        return
-    for tracker in run.accelerator.trackers:
-        if tracker.name == "tensorboard":
-            for file in files:
-                pixels = np.asarray(Image.open(file))
-                tracker.writer.add_image(f"validation/{file.name[:5]}", pixels, step, dataformats="HWC")
-        elif tracker.name == "wandb":
+    if run.accelerator.is_main_process:
+        for tracker in run.accelerator.trackers:
+            log_samples(tracker, files, run.sample_prompts, step)
+
+
+def log_samples(tracker: GeneralTracker, files: list[Path], prompts: list[str], step: int) -> None:
+    """Sends pictures and their prompts to a tracker as its `log_images` takes them, if it has one."""
+    pictures = [(f"validation/{file.name[:5]}", file, prompts[int(file.name[:2])]) for file in files]
+    match tracker.name:
+        case "tensorboard":
+            batches = {name: np.asarray(Image.open(file))[None] for name, file, _ in pictures}
+            tracker.log_images(batches, step, dataformats="NHWC")
+        case "wandb":
             import wandb
 
-            captions = [run.sample_prompts[int(file.name[:2])] for file in files]
-            images = [
-                wandb.Image(str(file), caption=text) for file, text in zip(files, captions, strict=True)
-            ]
-            tracker.log({"validation": images}, step=step)
+            shown = [wandb.Image(str(file), caption=prompt) for _, file, prompt in pictures]
+            tracker.log_images({"validation": shown}, step)
+        case "swanlab":
+            tracker.log_images({"validation": [Image.open(file) for _, file, _ in pictures]}, step)
+        case "aim":
+            tracker.log_images({name: (Image.open(file), prompt) for name, file, prompt in pictures}, step)
+        case "clearml":
+            tracker.log_images({name: Image.open(file) for name, file, _ in pictures}, step)

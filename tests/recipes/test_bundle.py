@@ -15,7 +15,7 @@ from scripts import bundle
 
 pytestmark = [pytest.mark.run, pytest.mark.xdist_group("processes")]
 
-FLAGS = ("-d", SAMPLE, "--max_train_steps", 2)
+FLAGS = ("-d", SAMPLE, "--max_train_steps", 2, "--report")
 
 
 def run_python(*arguments: object, folder: Path) -> subprocess.CompletedProcess:
@@ -23,6 +23,12 @@ def run_python(*arguments: object, folder: Path) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
+
+
+def has_page(output: Path) -> bool:
+    """Whether the run's page was made of its template, with style and script."""
+    page = (output / "report.html").read_text(encoding="utf-8")
+    return all(text in page for text in ("<h2>Curves</h2>", ".legend {", "querySelectorAll('.plot')"))
 
 
 def test_one_file_trains_as_the_script_does(tmp_path, capsys):
@@ -34,6 +40,7 @@ def test_one_file_trains_as_the_script_does(tmp_path, capsys):
     assert result.returncode == 0, result.stderr
     assert run_here(SD15, tmp_path / "plain", *FLAGS) == 0
     assert same_weights(tmp_path / "bundled", tmp_path / "plain")
+    assert has_page(tmp_path / "bundled") and has_page(tmp_path / "plain")
 
 
 def test_a_bundle_of_no_script_is_refused(tmp_path, capsys):
@@ -60,3 +67,4 @@ def test_a_copy_of_script_and_library_runs(tmp_path):
     assert process.exitcode == 0, log.read_text()
     assert "the copy" in log.read_text()
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+    assert has_page(tmp_path / "out")

@@ -44,6 +44,23 @@ def test_pictures_come_with_their_prompt_seed_and_step(tmp_path):
     assert html.count('class="shot on" data-i="3"') == 4 and html.count('class="shot" data-i="0"') == 4
 
 
+def test_control_pictures_stand_in_pairs(tmp_path):
+    """Before and after were figures of their own, in odd rows: the pictures' names weren't understood."""
+    prompts = ("a street", "a portrait", "a street", "a portrait")  # as a run draws them
+    for step in (0, 30):
+        for number, prompt in enumerate(prompts):
+            file = tmp_path / f"samples/step-{step:06d}/control_{number}_{prompt.replace(' ', '-')}.png"
+            save_picture(file, (step, 0, 0), prompt=prompt, seed=str(7 + number), kind="control")
+    html, page = page_of(tmp_path)
+    assert_safe(html, page, tmp_path)
+    control = html[html.index('id="control"') :]
+    assert re.findall(r'<h3 class="prompt">([^<]+)', control) == ["a portrait", "a street"]
+    figures = control.split('<div class="pair">')[1:]
+    told = [re.findall(r"<small>([^<]+)", figure) for figure in figures]
+    assert told == [["before", "step 30, last", f"seed {seed}"] for seed in (8, 10, 7, 9)]
+    assert "over the steps" not in control
+
+
 def test_pictures_of_older_scripts_have_names_alone(tmp_path):
     for step in (0, 20, 40):
         for k in range(2):

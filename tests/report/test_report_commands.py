@@ -98,12 +98,14 @@ def test_one_run_cannot_be_compared(tmp_path, capsys):
     assert "at least two" in capsys.readouterr().err
 
 
-def test_it_starts_without_torch(tmp_path):
+def test_it_starts_without_torch_and_without_the_templates(tmp_path):
     folder = full_run(tmp_path / "mine")
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from lora_training.report import write_run_page;"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from lora_training.prepare import page;"
+        "from lora_training.report import write_comparison_page, write_run_page;"
+        "early = {'jinja2', 'markupsafe'} & set(sys.modules);"
         f"write_run_page({str(folder)!r});"
-        "print(sorted({'torch', 'numpy', 'diffusers'} & set(sys.modules)))"
+        "print(sorted(early | {'torch', 'numpy', 'diffusers'} & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60
