@@ -1,4 +1,4 @@
-"""The command line of the training scripts. Nothing here imports torch or diffusers."""
+"""Command lines: of the training scripts, and of settings that are pydantic models. None imports torch."""
 
 import lazy_loader
 
@@ -9,5 +9,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "types": ["amount", "count", "mode_scale", "natural", "share", "signed", "tokens", "yes_or_no"],
         "flags": ["TIMESTEP_SAMPLING"],
         "rules": ["no_effect", "rule"],
+        "settings": ["SettingsParser", "file_values", "validate"],
     },
 )
