@@ -58,10 +58,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
-from lora_training import cli, exits, inference, text
+from lora_training import exits, inference, text
 from lora_training.console import print_status
 from lora_training.errors import UserError, is_out_of_memory, one_line
 from lora_training.files import read_config_file
+from lora_training.settings import SettingsParser, file_values, validate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,20 +125,20 @@ def read_settings(argv: list[str] | None):
     values, source = {}, args.config
     if args.config or not args.lora:
         source = args.config or str(USUAL_CONFIG)
-        values = cli.file_values(read_config_file(source), inference.Settings, source)
+        values = file_values(read_config_file(source), inference.Settings, source)
     if args.lora:
         source = source or args.lora[0]
         flags["paths.lora_weights_path"] = args.lora[0] if len(args.lora) == 1 else args.lora
         explicit = {key: value for key, value in (values | flags).items() if value is not None}
         values = inference.settings_of_training(args.lora[0], explicit, ROOT) | explicit
-    settings = cli.validate(inference.Settings, {"paths": {}} | values | flags, source, flags)
+    settings = validate(inference.Settings, {"paths": {}} | values | flags, source, flags)
     inference.check_settings(settings)
     return settings
 
 
-def command_line() -> cli.SettingsParser:
+def command_line() -> SettingsParser:
     """The flags, one for each setting, and the LoRAs that come first."""
-    parser = cli.SettingsParser(
+    parser = SettingsParser(
         inference.Settings,
         prog="infer_lora.py",
         usage="%(prog)s [LORA ...] [--config FILE] [--KEY VALUE ...]",

@@ -1,4 +1,4 @@
-"""Command lines: of the training scripts, and of settings that are pydantic models. None imports torch."""
+"""The command line of the training scripts. Nothing here imports torch or diffusers."""
 
 import lazy_loader
 
@@ -9,6 +9,5 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "types": ["amount", "count", "mode_scale", "natural", "share", "signed", "tokens", "yes_or_no"],
         "flags": ["TIMESTEP_SAMPLING"],
         "rules": ["no_effect", "rule"],
-        "settings": ["SettingsParser", "file_values", "validate"],
     },
 )

@@ -1,6 +1,6 @@
 """The settings of a drawing: each key with its type, default and help, in the sections of --help.
 
-Flags and files of them are read by `lora_training.cli.settings`; whether they fit together, `checks` says.
+Flags and files of them are read by `lora_training.settings`; whether they fit together, `checks` says.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, WrapValidator
 
-from lora_training.cli.settings import SettingsModel
+from lora_training.settings import SettingsModel
 
 
 def expected(what: str) -> WrapValidator:

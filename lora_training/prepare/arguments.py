@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lora_training.cli.settings import SettingsParser, file_values, validate
 from lora_training.errors import UserError
 from lora_training.files import read_config_file
 from lora_training.prepare.checks import check_settings
 from lora_training.prepare.settings import Settings
+from lora_training.settings import SettingsParser, file_values, validate
 
 
 def read_settings(argv: list[str] | None) -> Settings:

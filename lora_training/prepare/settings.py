@@ -1,6 +1,6 @@
 """The settings of a preparation: each key with its type, default and help, in the sections of --help; steps.
 
-Flags and files of them are read by `lora_training.cli.settings`; whether they fit together, `checks` says.
+Flags and files of them are read by `lora_training.settings`; whether they fit together, `checks` says.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from lora_training.cli.settings import Flag, SettingsModel
 from lora_training.families import FAMILIES
 from lora_training.prepare.duplicates import HASH_DISTANCE
+from lora_training.settings import Flag, SettingsModel
 
 STATE_FOLDER = ".prepare"  # in the output folder, with what is known from earlier runs
 LARGEST_SIDE = 2**14  # pixels

@@ -11,9 +11,9 @@ from conftest import ROOT
 from photo_folders import photo, prepare
 from PIL import Image
 
-from lora_training.cli.settings import inner_model
 from lora_training.prepare import read_settings
 from lora_training.prepare.settings import Steps
+from lora_training.settings import inner_model
 from scripts.dataset import prepare_dataset
 
 pytestmark = [pytest.mark.run, pytest.mark.xdist_group("prepare")]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import infer_lora
 from lora_training import inference
-from lora_training.cli.settings import flag_fields
+from lora_training.settings import list_fields
 
 pytestmark = pytest.mark.run
 
@@ -305,7 +305,7 @@ def test_dora_of_both_files_draws_the_same(name, tmp_path):
 def test_help_lists_every_key_without_heavy_imports():
     command = [sys.executable, "-X", "importtime", str(ROOT / "infer_lora.py"), "--help"]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
-    keys = flag_fields(inference.Settings)
+    keys = list_fields(inference.Settings)
     assert result.returncode == 0 and all(f"--{key} " in result.stdout for key in keys)
     help_text = " ".join(result.stdout.split())
     assert "images drawn at a time: lower it if the memory does not suffice (4)" in help_text

@@ -3,7 +3,7 @@
 A field's name is its key in a YAML or JSON file and its flag, its description the help. A field whose type is
 a model is a group, whose flags have a dot (--paths.infer_path); one whose type is `Model | None` is a step,
 which --STEP NAME=VALUE … switches on. The classes that a model inherits from are the sections of --help,
-named by their docstrings. The training scripts have argparse instead: `parsing`.
+named by their docstrings. The training scripts have argparse instead: `cli.parsing`.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lora_training import inference
-from lora_training.cli.settings import SettingsParser, file_values, validate
 from lora_training.errors import UserError
 from lora_training.prepare.settings import Settings
+from lora_training.settings import SettingsParser, file_values, validate
 
 pytestmark = pytest.mark.unit
 
