@@ -142,9 +142,10 @@ def help_text(field: FieldInfo) -> str:
 
 def parse_text(text: str, field: FieldInfo) -> object:
     """A value of the command line: as it stands, but null, and a list in brackets, are read as YAML."""
-    if text == "null" and contains(field.annotation, NoneType):
+    nulls = ("null", "~") if contains(field.annotation, str) else ("null", "~", "")
+    if text in nulls and contains(field.annotation, NoneType):
         return None
-    if not text.startswith("["):
+    if not text.startswith("[") or not contains(field.annotation, list):
         return text
     import yaml
 

@@ -55,7 +55,7 @@ def as_buckets(value):
 
 def as_list(value):
     """Text with commas, or one number -> a list."""
-    value = str(value) if isinstance(value, int) else value
+    value = str(value) if type(value) is int else value
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 

@@ -46,6 +46,9 @@ def test_flags_win_over_files_and_null_turns_off():
     settings = drawing("--resolution.width=80", "--seed", "null", **content)
     assert (settings.resolution.width, settings.resolution.height) == (80, 72)
     assert settings.seed is None and settings.scheduler is None
+    assert drawing("--seed", "", "--negative_prompt", "~", seed=3).seed is None
+    assert drawing("--negative_prompt", "").negative_prompt == ""
+    assert drawing("--paths.infer_path", "[a]").paths.infer_path == "[a]"
     with pytest.raises(UserError, match=r"^c.yaml: seed: input should be a valid integer"):
         drawing("--grid", "false", seed="x")
     with pytest.raises(UserError, match=r"^--grid: input should be a valid boolean.* found 'x'$"):
