@@ -21,8 +21,8 @@ prompts it was validated with: its config.yaml, else its model card and the LoRA
 stands for new tokens (TOK) becomes them. A YAML file and the command line win over that, the command line
 over the file.
 
-Every key of the YAML can be given on the command line, nested ones with a dot; values are read as YAML.
-`--help` lists the keys, config/lora_infer.yaml explains them. Token embeddings (`*_emb.safetensors`) that lie
+Every key of the YAML can be given on the command line, nested ones with a dot; null is none. `--help` lists
+the keys, config/lora_infer.yaml explains them. Token embeddings (`*_emb.safetensors`) that lie
 beside the LoRA are loaded by themselves. Each run writes its images, with the settings in the PNG text, and
 the configuration used into a folder of its own in `paths.infer_path`.
 
@@ -34,6 +34,7 @@ number of a signal (Ctrl-C: 130).
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -61,6 +62,8 @@ from tqdm import tqdm
 from lora_training import exits, inference, text
 from lora_training.console import print_status
 from lora_training.errors import UserError, is_out_of_memory, one_line
+from lora_training.files import read_config_file
+from lora_training.settings import SettingsParser, file_values, validate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -119,20 +122,34 @@ def draw_all(settings) -> None:
 
 def read_settings(argv: list[str] | None):
     """The settings, checked: of the training's files, the YAML file and the command line; the last wins."""
-    args = inference.parse_arguments(argv, "infer_lora.py")
-    flags = inference.flag_values(args)
+    args, flags = command_line().read(argv)
     values, source = {}, args.config
     if args.config or not args.lora:
         source = args.config or str(USUAL_CONFIG)
-        values = inference.read_yaml(source)
+        values = file_values(read_config_file(source), inference.Settings, source)
     if args.lora:
         source = source or args.lora[0]
         flags["paths.lora_weights_path"] = args.lora[0] if len(args.lora) == 1 else args.lora
         explicit = {key: value for key, value in (values | flags).items() if value is not None}
         values = inference.settings_of_training(args.lora[0], explicit, ROOT) | explicit
-    settings = inference.validate(values | flags, source, flags)
+    settings = validate(inference.Settings, {"paths": {}} | values | flags, source, flags)
     inference.check_settings(settings)
     return settings
+
+
+def command_line() -> SettingsParser:
+    """The flags, one for each setting, and the LoRAs that come first."""
+    parser = SettingsParser(
+        inference.Settings,
+        prog="infer_lora.py",
+        usage="%(prog)s [LORA ...] [--config FILE] [--KEY VALUE ...]",
+        description="Draws images with a trained LoRA. LORA, a training's folder or a LoRA file, says by"
+        " itself which base, size, steps and prompts it needs; without it, config/lora_infer.yaml says what"
+        " is drawn. Every key of the YAML is a flag.",
+    )
+    parser.add_argument("lora", nargs="*", metavar="LORA", help="a training's folder or a LoRA file")
+    parser.add_argument("--infer_config", dest="config", help=argparse.SUPPRESS)
+    return parser
 
 
 # ---- base and LoRAs ----------------------------------------------------------------------------------------

@@ -152,8 +152,8 @@ def read_config_file(file: str, flag: str = "--config", kind: type = dict):
         text = Path(file).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{flag} {file}: {error.strerror}") from None
-    except ValueError as error:  # no UTF-8
-        raise UserError(f"{flag} {file}: not YAML or JSON: {one_line(error)}") from None
+    except ValueError:
+        raise UserError(f"{flag} {file}: not YAML or JSON: not UTF-8 text") from None
     import yaml  # not before the file is known to be there
 
     try:

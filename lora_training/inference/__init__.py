@@ -5,8 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "arguments": ["flag_values", "parse_arguments", "read_yaml"],
-        "settings": ["list_prompts", "validate"],
+        "settings": ["Settings", "list_prompts"],
         "checks": ["check_family", "check_infer_path", "check_settings"],
         "trainings": ["Training", "read_trainings", "settings_of_training"],
         "base": ["family_of_base", "find_base_folder"],

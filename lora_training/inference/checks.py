@@ -7,15 +7,18 @@ from pathlib import Path
 
 from lora_training.errors import UserError, one_line
 from lora_training.families import FAMILIES
-from lora_training.inference.arguments import path_exists
 from lora_training.inference.settings import list_adapters, list_prompts
-from lora_training.inference.training_files import adapter_files, select_checkpoints
+from lora_training.inference.training_files import LORA_FILE, adapter_files, path_exists, select_checkpoints
 from lora_training.inference.trainings import UNET_KEYS, Training
 
 
 def check_settings(settings) -> None:
     """Files and combinations that the settings name. Errors: UserError that names the key."""
     adapters = list_adapters(settings)
+    for prompt in list_prompts(settings):
+        if prompt.endswith(".safetensors") or path_exists(f"{prompt}/{LORA_FILE}"):
+            advice = f"it comes first: infer_lora.py {prompt} --prompt …"
+            raise UserError(f"prompt: {prompt} is a LoRA; {advice}")
     for key in ("base_model_path", "pretrained_vae_model_name_or_path"):
         value = getattr(settings.paths, key)
         if value and value.startswith((".", "/", "~", "assets", "output")) and not path_exists(value):

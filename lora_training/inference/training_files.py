@@ -9,7 +9,6 @@ from pathlib import Path
 from lora_training.console import print_status
 from lora_training.errors import UserError, one_line
 from lora_training.files import list_checkpoints, read_safetensors_header
-from lora_training.inference.arguments import path_exists
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -32,6 +31,14 @@ def adapter_files(path: str) -> tuple[Path | None, Path | None]:
     if place.name.endswith("_emb.safetensors"):
         return None, place
     return place, find_embeddings(place.parent, place.stem)
+
+
+def path_exists(path: str) -> bool:
+    """Whether there is such a file or folder; a name that no file can have has none."""
+    try:
+        return Path(path).exists()
+    except OSError:  # a name that is too long
+        return False
 
 
 def find_embeddings(folder: Path, name: str) -> Path | None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from lora_training.console import print_status
 from lora_training.errors import UserError
 from lora_training.families import FAMILIES, UNET_SCHEDULER_SETTINGS, UNET_TEXT_SETTINGS
-from lora_training.inference.arguments import path_exists
 from lora_training.inference.settings import list_adapters
 from lora_training.inference.training_files import (
     adapter_files,
     family_of_lora,
+    path_exists,
     read_header,
     read_training,
     select_checkpoints,

@@ -7,42 +7,35 @@ from typing import TYPE_CHECKING
 
 from lora_training.errors import UserError
 from lora_training.families import FAMILIES
-from lora_training.prepare.settings import STATE_FOLDER, STEP_MODELS
+from lora_training.prepare.settings import STATE_FOLDER, Doctor, Steps
 
 if TYPE_CHECKING:
-    import argparse
+    from lora_training.prepare.settings import AspectRatioBucketing, ImageResizing, Settings
 
-    from lora_training.prepare.settings import AspectRatioBucketing, ImageResizing, Settings, Steps
-
-DOCTOR_FLAGS = (
-    "resolution",
-    "aspect_ratio_buckets",
-    "train_batch_size",
-    "validation_split",
-    "seed",
-    "instance_prompt",
-    "pretrained_model_name_or_path",
-)
 SMALLEST_BASE_RESOLUTION = 64
 
 
-def check_settings(settings: Settings, args: argparse.Namespace) -> None:
-    """Checks the settings and fills in what depends on others. Errors: UserError with the way out."""
+def check_settings(settings: Settings, flags: dict[str, object]) -> None:
+    """Checks the settings and fills in what depends on others. Errors: UserError with the way out.
+
+    flags: those that stand on the command line.
+    """
     check_source(settings)
-    if args.doctor:
-        check_doctor(settings.steps, args)
+    if settings.doctor:
+        if not flags.keys().isdisjoint(("output_dir", *Steps.model_fields)):
+            raise UserError("--doctor changes nothing: leave --output_dir and the steps out")
         return
-    for name in DOCTOR_FLAGS:
-        if getattr(args, name) is not None:
+    for name, field in Doctor.model_fields.items():
+        if getattr(settings, name) != field.default:
             raise UserError(f"--{name} is read by --doctor alone")
     if settings.output_dir is None:
         raise UserError("--output_dir is missing: a folder for the training set")
-    if not any(getattr(settings.steps, name) for name in STEP_MODELS):
-        raise UserError(f"no step is switched on: give --{', --'.join(STEP_MODELS)}, or --doctor")
+    if not any(getattr(settings, name) for name in Steps.model_fields):
+        raise UserError(f"no step is switched on: give --{', --'.join(Steps.model_fields)}, or --doctor")
     check_output_folder(settings)
     settings.trigger_word = common_trigger_word(settings)
-    check_steps(settings.steps)
-    fill_defaults(settings.steps, FAMILIES[settings.family].resolution)
+    check_steps(settings)
+    fill_defaults(settings, FAMILIES[settings.family].resolution)
 
 
 def check_source(settings: Settings) -> None:
@@ -57,13 +50,6 @@ def check_source(settings: Settings) -> None:
     if masks and not (masks == "alpha" or masks[0] in "-_" or Path(masks).is_dir()):
         what = "neither alpha, nor a folder, nor an end of names such as -mask"
         raise UserError(f"--masked_loss {masks}: {what}")
-
-
-def check_doctor(steps: Steps, args: argparse.Namespace) -> None:
-    """--doctor alone: nothing is written on the command line that would be."""
-    switched_on = [name for name in STEP_MODELS if getattr(steps, name) is not None]
-    if args.output_dir or any(getattr(args, name) is not None for name in switched_on):
-        raise UserError("--doctor changes nothing: leave --output_dir and the steps out")
 
 
 def check_output_folder(settings: Settings) -> None:
@@ -82,8 +68,7 @@ def check_output_folder(settings: Settings) -> None:
 
 def common_trigger_word(settings: Settings) -> str | None:
     """The one trigger word that all of the settings name. Errors: UserError for several."""
-    steps = settings.steps
-    named = {step.trigger_word for step in (settings, steps.auto_caption, steps.auto_tagging) if step}
+    named = {step.trigger_word for step in (settings, settings.auto_caption, settings.auto_tagging) if step}
     triggers = sorted(word for word in named if word)
     if len(triggers) > 1:
         raise UserError(f"trigger_word is given as {' and as '.join(triggers)}: name one")

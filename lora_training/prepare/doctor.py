@@ -48,12 +48,12 @@ class Inspection:
     missing: list[str] = field(default_factory=list)  # that the metadata name
 
 
-def diagnose(settings: Settings, args: argparse.Namespace) -> int:
+def diagnose(settings: Settings) -> int:
     """Prints what is in the data set and what is wrong with it. Returns 1 if something will hurt, else 0.
 
-    args: the flags of a training that the checks depend on. Errors: UserError for wrong ones.
+    Errors: UserError for flags of a training that are wrong.
     """
-    training = training_args(settings, args)
+    training = training_args(settings)
     buckets = training_buckets(training)
     missing: list[str] = []
     phone_suffixes()  # so that such pictures are known under any name
@@ -75,21 +75,21 @@ def diagnose(settings: Settings, args: argparse.Namespace) -> int:
         print_status("\n".join(findings_text(findings)))
         return 1
     hold_out(inspection.examples, training)
-    findings += find_problems_of_images(inspection, training, args)
-    findings += find_caption_problems(inspection.examples, settings, args)
+    findings += find_problems_of_images(inspection, training, settings)
+    findings += find_caption_problems(inspection.examples, settings)
     print_status("\n".join(overview(settings, inspection)))
     print_buckets(inspection.examples, buckets)
     print_status("\n".join(["", *findings_text(findings)]))
     return int(any(finding.hurts for finding in findings))
 
 
-def training_args(settings: Settings, args: argparse.Namespace) -> argparse.Namespace:
+def training_args(settings: Settings) -> argparse.Namespace:
     """The flags of a training that reading and checking images depends on."""
     training = source_args(settings)
     training.family = FAMILIES[settings.family]
-    training.aspect_ratio_buckets, training.resolution = args.aspect_ratio_buckets, args.resolution
-    training.validation_split = args.validation_split or 0.0
-    training.seed = 0 if args.seed is None else args.seed
+    training.aspect_ratio_buckets, training.resolution = settings.aspect_ratio_buckets, settings.resolution
+    training.validation_split = settings.validation_split or 0.0
+    training.seed = settings.seed or 0
     return training
 
 
@@ -135,18 +135,18 @@ def find_missing_images(inspection: Inspection) -> list[Finding]:
 
 
 def find_problems_of_images(
-    inspection: Inspection, training: argparse.Namespace, args: argparse.Namespace
+    inspection: Inspection, training: argparse.Namespace, settings: Settings
 ) -> list[Finding]:
     """What is wrong with the images that can be read, and what is good to know of them."""
     examples, facts, findings = inspection.examples, inspection.facts, []
-    total, batch_size = len(examples), args.train_batch_size or 1
+    total, batch_size = len(examples), settings.train_batch_size or 1
     if total < FEW_IMAGES:
         what = f"only {total} image{'s' if total > 1 else ''}"
         advice = "10 to 50 that differ in light, place and angle are usual"
         findings.append(Finding(what, advice, hurts=False))
     findings += find_image_problems(examples, inspection.buckets, inspection.fingerprints, batch_size)
     has_copies = any("look the same" in finding.what for finding in findings)
-    if training.validation_split and args.seed is None and has_copies:
+    if training.validation_split and settings.seed is None and has_copies:
         what, advice = "which images are held out depends on --seed", "give the one that you train with"
         findings.append(Finding(what, advice, hurts=False))
     disguised = [name for name in facts if facts[name]["format"] == "HEIF"]

@@ -100,24 +100,19 @@ def has_caption_file(image: Path) -> bool:
     return any(image.with_suffix(suffix).is_file() for suffix in CAPTION_SUFFIXES)
 
 
-def find_caption_problems(
-    examples: list[Example], settings: Settings, args: argparse.Namespace
-) -> list[Finding]:
-    """Missing and unvaried captions, the trigger word, and ends that are not read.
-
-    args: with instance_prompt and pretrained_model_name_or_path.
-    """
+def find_caption_problems(examples: list[Example], settings: Settings) -> list[Finding]:
+    """Missing and unvaried captions, the trigger word, and ends that are not read."""
     findings, trigger = [], settings.trigger_word
     captioned = [example for example in examples if any(example.captions)]
-    if not args.instance_prompt:
+    if not settings.instance_prompt:
         uncaptioned = [example.name for example in examples if not any(example.captions)]
         advice = "describe them (auto_caption), or train with --instance_prompt or --default_caption"
         findings += findings_for("images without a caption", uncaptioned, len(examples), advice)
         findings += unvaried_captions(captioned)
-    findings += find_trigger_problems(captioned, trigger, bool(args.instance_prompt))
+    findings += find_trigger_problems(captioned, trigger, bool(settings.instance_prompt))
     captions = [prepend_trigger(caption, trigger) for example in captioned for caption in example.captions]
     if captions:
-        tokenizers = load_clip_tokenizers(args.pretrained_model_name_or_path, FAMILIES[settings.family])
+        tokenizers = load_clip_tokenizers(settings.pretrained_model_name_or_path, FAMILIES[settings.family])
         findings += truncated_captions(captions, tokenizers)
     return findings
 

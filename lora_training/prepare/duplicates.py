@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-from PIL import Image
+from lora_training.libraries import load_lazily
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+np = load_lazily("numpy")
 
 HASH_DISTANCE = 6  # bits of 64 in which the hashes of copies of one picture differ at most
 LEAST_BITS = 16  # that are compared, where fewer are reliable
@@ -29,6 +33,8 @@ def fingerprint(image: Image.Image) -> Fingerprint:
     which survives scaling and saving again (Zauner 2010, Implementation and benchmarking of perceptual image
     hash functions). One near the median, as half of them are in a symmetric picture, is not reliable.
     """
+    from PIL import Image
+
     small = image.resize((64, 64), Image.Resampling.BOX, reducing_gap=1.0)
     grey = np.asarray(small.convert("L").resize((32, 32), Image.Resampling.BOX), dtype=np.float64)
     basis = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1))

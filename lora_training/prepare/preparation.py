@@ -46,7 +46,8 @@ class Preparation:
 
     @property
     def steps(self) -> Steps:
-        return self.settings.steps
+        """The steps that are switched on."""
+        return self.settings
 
     @property
     def output(self) -> Path:

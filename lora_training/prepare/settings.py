@@ -1,17 +1,17 @@
-"""The settings of a preparation: steps with their parameters, and the pydantic models that check them.
+"""The settings of a preparation: each key with its type, default and help, in the sections of --help; steps.
 
-Where values come from (command line, YAML or JSON file) is in `arguments`; whether they fit together, in
-`checks`. Values may be text, as the command line has them.
+Flags and files of them are read by `lora_training.settings`; whether they fit together, `checks` says.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from lora_training.families import FAMILIES
 from lora_training.prepare.duplicates import HASH_DISTANCE
+from lora_training.settings import Flag, SettingsModel
 
 STATE_FOLDER = ".prepare"  # in the output folder, with what is known from earlier runs
 LARGEST_SIDE = 2**14  # pixels
@@ -54,7 +54,8 @@ def as_buckets(value):
 
 
 def as_list(value):
-    """Text with commas -> a list."""
+    """Text with commas, or one number -> a list."""
+    value = str(value) if type(value) is int else value
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
@@ -75,21 +76,15 @@ Device = Literal["auto", "cuda", "cpu"]
 CropPosition = Literal["center", "top", "bottom", "left", "right"]
 
 
-class StrictModel(BaseModel):
-    """A model that forbids keys that it doesn't know."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-class ImageFiltering(StrictModel):
+class ImageFiltering(SettingsModel):
     """leaves out what is too small, too long, blurred, a copy, or broken"""
 
-    min_size: int = Field(256, ge=1, description="pixels that the shorter side must have")
-    min_aspect_ratio: float = Field(0.5, gt=0, description="width / height, at least")
-    max_aspect_ratio: float = Field(2.0, gt=0, description="width / height, at most")
+    min_size: int = Field(256, description="pixels that the shorter side must have", ge=1)
+    min_aspect_ratio: float = Field(0.5, description="width / height, at least", gt=0)
+    max_aspect_ratio: float = Field(2.0, description="width / height, at most", gt=0)
     remove_duplicates: bool = Field(False, description="keep one of pictures that look the same, the largest")
     duplicate_distance: int = Field(
-        HASH_DISTANCE, ge=0, le=32, description="bits of 64 in which their perceptual hashes may differ"
+        HASH_DISTANCE, description="bits of 64 in which their perceptual hashes may differ", ge=0, le=32
     )
     blur_threshold: Annotated[float | None, Off] = Field(
         None,
@@ -97,7 +92,7 @@ class ImageFiltering(StrictModel):
     )
 
 
-class AutoCaption(StrictModel):
+class AutoCaption(SettingsModel):
     """describes what has no caption, with an image-to-text model of transformers"""
 
     model_type: Literal["blip2", "florence2", "auto"] = Field(
@@ -126,7 +121,7 @@ class AutoCaption(StrictModel):
         return self
 
 
-class AutoTagging(StrictModel):
+class AutoTagging(SettingsModel):
     """adds the tags of a WD14 tagger"""
 
     model_name: str = Field("SmilingWolf/wd-swinv2-tagger-v3", description="hub id or local folder")
@@ -144,7 +139,7 @@ class AutoTagging(StrictModel):
     device: Device = "auto"
 
 
-class ImageResizing(StrictModel):
+class ImageResizing(SettingsModel):
     """writes every image at one size, or within one"""
 
     target_resolution: Annotated[tuple[int, int] | None, BeforeValidator(as_size)] = Field(
@@ -162,12 +157,14 @@ class ImageResizing(StrictModel):
     format: FileFormat = "jpg"
 
 
-class AspectRatioBucketing(StrictModel):
+class AspectRatioBucketing(SettingsModel):
     """assigns each image the size of nearest shape and about equal area that it's trained at"""
 
-    base_resolution: Annotated[int | None, Field(ge=64, le=LARGEST_SIDE)] = Field(
+    base_resolution: int | None = Field(
         None,
         description="side of the square one (target_resolution's, else 512; SDXL, SD3, FLUX.1: 1024)",
+        ge=64,
+        le=LARGEST_SIDE,
     )
     custom_buckets: Annotated[list[tuple[int, int]] | None, BeforeValidator(as_buckets)] = Field(
         None, description='"height,width;height,width;..." instead'
@@ -175,7 +172,7 @@ class AspectRatioBucketing(StrictModel):
     divisibility: Annotated[Literal[8, 16, 32, 64], BeforeValidator(as_number)] = Field(
         16, description="sides are multiples of this"
     )
-    max_aspect_ratio: float = Field(2.0, ge=1, le=4, description="of the longest buckets, both ways")
+    max_aspect_ratio: float = Field(2.0, description="of the longest buckets, both ways", ge=1, le=4)
     resize_images: bool = Field(False, description="also scale and crop the images to their buckets")
     interpolation: Interpolation | None = Field(None, description="(as image_resizing, else lanczos)")
     crop_position: CropPosition = Field("center", description="what the crop keeps")
@@ -183,8 +180,40 @@ class AspectRatioBucketing(StrictModel):
     format: FileFormat | None = Field(None, description="(as image_resizing, else jpg)")
 
 
-class Steps(StrictModel):
-    """The steps that are switched on, in their order."""
+class Source(SettingsModel):
+    """input and output"""
+
+    data_dir: Annotated[PathText, Flag("DIR", ("--train_data_dir", "-d"))] = Field(
+        None, description="folder of pictures; folders inside it are read too"
+    )
+    dataset_name: Annotated[PathText, Flag("NAME", ("--data_name",))] = Field(
+        None, description="or a datasets data set: hub id, local folder, Python file"
+    )
+    dataset_config_name: str | None = Field(None, description="its configuration")
+    dataset_split: Annotated[str, Flag("VALUE", ("--data_split",))] = Field("train", description="its split")
+    image_column: str = Field("image", description="its image column")
+    caption_column: str | None = Field(
+        None,
+        description="caption column, also of metadata files (the one of text, caption, prompt that exists)",
+    )
+    cache_dir: str | None = Field(None, description="folder for downloads (the hub's own)")
+    output_dir: Annotated[PathText, Flag("DIR", ("--output_path", "-o"))] = Field(
+        None, description="a folder of its own, outside the input"
+    )
+    family: Literal[tuple(FAMILIES)] = Field(
+        "sd15", description="what will be trained; sets the size: 512 for sd15, else 1024"
+    )
+    trigger_word: str | None = Field(None, description="put before every caption, once (none)")
+    masked_loss: Annotated[PathText, Flag("WHERE")] = Field(
+        None, description="as in training: masks are kept, each as NAME-mask.png beside its picture (none)"
+    )
+    num_workers: PositiveInt | None = Field(
+        None, description="threads that read and write pictures (the number of cores)"
+    )
+
+
+class Steps(SettingsModel):
+    """steps, in their order; parameters are below"""
 
     image_filtering: ImageFiltering | None = None
     auto_caption: AutoCaption | None = None
@@ -193,24 +222,24 @@ class Steps(StrictModel):
     aspect_ratio_bucketing: AspectRatioBucketing | None = None
 
 
-class Settings(StrictModel):
-    """All settings of a preparation."""
+class Doctor(SettingsModel):
+    """doctor"""
 
-    data_dir: PathText = None
-    dataset_name: PathText = None
-    dataset_config_name: str | None = None
-    dataset_split: str = "train"
-    image_column: str = "image"
-    caption_column: str | None = None
-    cache_dir: str | None = None
-    output_dir: PathText = None
-    family: Literal[tuple(FAMILIES)] = "sd15"
-    trigger_word: str | None = None
-    masked_loss: PathText = None
-    num_workers: PositiveInt | None = None
-    steps: Steps = Field(default_factory=Steps)
+    doctor: bool = Field(
+        False, description="change nothing, say what is wrong; exit status 1 if something will hurt"
+    )
+    resolution: Annotated[list[PositiveInt] | None, BeforeValidator(as_list)] = Field(
+        None, description="as in training (buckets.json of the folder, else the family's)"
+    )
+    aspect_ratio_buckets: str | None = Field(None, description="as in training")
+    train_batch_size: PositiveInt | None = Field(None, description="as in training (1)")
+    validation_split: Share | None = Field(None, description="as in training: do held-out images leak? (0)")
+    seed: int | None = Field(None, description="as in training: which ones are held out")
+    instance_prompt: str | None = Field(None, description="as in training: no captions are wanted")
+    pretrained_model_name_or_path: Annotated[str | None, Flag("BASE", ("-m",))] = Field(
+        None, description="the base whose tokenizers count the captions' tokens"
+    )
 
 
-STEP_MODELS = {  # by the step's name
-    name: field.annotation.__args__[0] for name, field in Steps.model_fields.items()
-}
+class Settings(Doctor, Steps, Source):  # of the last one, the fields stand first
+    """All settings of prepare_dataset.py."""

@@ -39,7 +39,7 @@ def prepare_data_set(settings: Settings) -> None:
     """
     started = time.perf_counter()
     silence_image_libraries()  # of large pictures, which are no fault
-    preparation, steps = Preparation.start(settings), settings.steps
+    preparation, steps = Preparation.start(settings), settings
     remove_unfinished(preparation.output)
     list_pictures(preparation)
     read_pictures(preparation)

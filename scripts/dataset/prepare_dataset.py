@@ -34,9 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     """Prepares a data set, or says what is wrong with one. Returns the exit code."""
     with exit_code("prepare_dataset.py", user_errors=(OSError,)) as outcome:
         outcome.crash_log = "prepare_dataset-crash.log"
-        settings, args = prepare.read_settings(argv)
-        if args.doctor:
-            outcome.code = prepare.diagnose(settings, args)
+        settings = prepare.read_settings(argv)
+        if settings.doctor:
+            outcome.code = prepare.diagnose(settings)
             return outcome.code
         outcome.output_dir = Path(settings.output_dir)
         try:

@@ -11,20 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository: library and commands
 
-from lora_training.launch import help
-from lora_training.launch.arguments import has_flag
+from lora_training.launch.env_file import load_env_file
 from scripts.start.process import ROOT, program
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if has_flag(argv, "--help -h"):
-        help.allow_missing_lazy_loader()
-        from lora_training.inference.arguments import parse_arguments
-
-        parse_arguments(["--help"], "infer_lora.py")
-    from lora_training.launch.env_file import load_env_file
-
     load_env_file(ROOT / ".env")
     sys.argv = [program(), *argv]
     runpy.run_path(str(ROOT / "infer_lora.py"), run_name="__main__")

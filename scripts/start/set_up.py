@@ -5,7 +5,7 @@
 
 An active virtual or conda environment that has the packages of requirements.txt is used as it is; else .venv
 is made, and filled once, with uv where that is installed. It runs before any package is there, so it needs
-the standard library only. Nothing is installed for the help of a job that can show it without packages.
+the standard library only. Nothing is installed for a help: docs/help has those that packages make.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from scripts.start.process import ROOT, become, report_error
 
 OLDEST_PYTHON_FOR_HELP = (3, 8)
 HELP_FLAGS = {"-h", "--help", "--help_all"}
-JOBS = {  # wrapper: what it starts, what has to be installed for it, and whether its help needs that, too
-    "run_lora_train": ("scripts/start/train.py", ("requirements.txt",), False),
-    "run_lora_infer": ("scripts/start/infer.py", ("requirements.txt",), False),
-    "run_prepare_dataset": ("scripts/start/prepare.py", ("requirements.txt",), True),
-    "run_tests": ("scripts/start/tests.py", ("requirements.txt", "requirements-dev.txt"), False),
-    "environment": ("", ("requirements.txt",), True),
+JOBS = {  # wrapper: what it starts, and what has to be installed for it
+    "run_lora_train": ("scripts/start/train.py", ("requirements.txt",)),
+    "run_lora_infer": ("scripts/start/infer.py", ("requirements.txt",)),
+    "run_prepare_dataset": ("scripts/start/prepare.py", ("requirements.txt",)),
+    "run_tests": ("scripts/start/tests.py", ("requirements.txt", "requirements-dev.txt")),
+    "environment": ("", ("requirements.txt",)),
 }
 
 
@@ -52,17 +52,22 @@ def ready_python(files, variables):
 
 
 def choose_python(wrapper: str, job_argv):
-    """The interpreter for a job. Nothing is installed for a help that can do without."""
-    _, files, help_needs_packages = JOBS[wrapper]
+    """The interpreter for a job; None for a help that its file shows. Nothing is installed for a help."""
+    files = JOBS[wrapper][1]
     if HELP_FLAGS & set(job_argv):
         python = ready_python(files, os.environ)
-        if python is None and not help_needs_packages:
-            is_new = sys.version_info >= OLDEST_PYTHON_FOR_HELP
-            python = new_enough_python() or (sys.executable if is_new else None)
+        if python is not None or help_file(wrapper).is_file():
+            return python
+        is_new = sys.version_info >= OLDEST_PYTHON_FOR_HELP
+        python = new_enough_python() or (sys.executable if is_new else None)
         if python is not None:
             return python
-        print(f"{wrapper}: its help needs the project's packages, which are set up first", flush=True)
     return find_python(files, os.environ)
+
+
+def help_file(wrapper: str) -> Path:
+    """Where the help of a job is, if it needs packages."""
+    return ROOT / "docs" / "help" / f"{wrapper}.txt"
 
 
 def main(argv=None) -> int:
@@ -78,6 +83,9 @@ def main(argv=None) -> int:
         return report_error(str(error))
     except KeyboardInterrupt:
         return 130
+    if python is None:
+        print(help_file(args.wrapper).read_text(encoding="ascii"), end="")
+        return 0
     script = JOBS[args.wrapper][0]
     if not script:
         print(python)

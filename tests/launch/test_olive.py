@@ -143,8 +143,7 @@ CHAIN = {
 
 def test_olives_preprocessing_is_done_by_prepare_dataset_first(tmp_path):
     start = started(workflow(TOY["sdxl"], chain=CHAIN), tmp_path)
-    settings, _ = read_settings(start.preparation_argv)
-    steps = settings.steps
+    steps = settings = read_settings(start.preparation_argv)
     assert (settings.data_dir, settings.output_dir) == (str(SAMPLE), "resized_images")
     assert steps.image_filtering.remove_duplicates and steps.auto_caption.model_type == "florence2"
     assert (steps.auto_tagging.captions, steps.auto_tagging.exclude_tags) == ("missing", ["solo", "1girl"])

@@ -12,7 +12,8 @@ from photo_folders import photo, prepare
 from PIL import Image
 
 from lora_training.prepare import read_settings
-from lora_training.prepare.settings import STEP_MODELS
+from lora_training.prepare.settings import Steps
+from lora_training.settings import inner_model
 from scripts.dataset import prepare_dataset
 
 pytestmark = [pytest.mark.run, pytest.mark.xdist_group("prepare")]
@@ -20,7 +21,8 @@ pytestmark = [pytest.mark.run, pytest.mark.xdist_group("prepare")]
 
 def test_every_parameter_can_be_given_as_text():
     """The command line gives all values as text; each parameter takes its default back in that form."""
-    for name, model in STEP_MODELS.items():
+    for name, field in Steps.model_fields.items():
+        model = inner_model(field)
         made = model(**{"model_type": "blip2"} if name == "auto_caption" else {})
         as_text = {
             key: ",".join(value)
@@ -54,7 +56,7 @@ def test_yaml_and_json_say_the_same_as_flags(phone, tmp_path, capsys):
     assert "blip2-opt-2.7b is neither a local folder" in capsys.readouterr().err
     (tmp_path / "c.yaml").write_text("steps:\n  image_resising: {}\n")
     assert prepare("--config", tmp_path / "c.yaml", "-d", phone, "-o", tmp_path / "three") == 2
-    assert "image_resising: unknown step; the nearest is image_resizing" in capsys.readouterr().err
+    assert "unknown key image_resising; the nearest is image_resizing" in capsys.readouterr().err
 
 
 @pytest.mark.faults
@@ -67,7 +69,7 @@ def test_yaml_and_json_say_the_same_as_flags(phone, tmp_path, capsys):
         ("-d NOWHERE -o OUT --image_filtering", "--data_dir NOWHERE: no such folder"),
         ("-d IN -o IN/out --image_filtering", "lie in one another"),
         ("-d IN -o USED --image_filtering", "holds files that are not from here"),
-        ("-d IN -o OUT --image_filterin", "did you mean --image_filtering?"),
+        ("-d IN -o OUT --image_filterin", "unknown flag --image_filterin; the nearest is --image_filtering"),
         ("-d IN -o OUT --image_filtering min_siz=3",
          "--image_filtering.min_siz: unknown parameter; the nearest is min_size"),
         ("-d IN -o OUT --image_filtering min_size=big",
