@@ -1,20 +1,13 @@
-"""The help of run_lora_train: families, settings, and the flags that matter most.
-
-It is shown by any Python from 3.8 on, before any package is installed, so that it needs the standard library
-alone. Without lazy_loader the library's flags are read all the same; where that fails, a line says so.
-"""
+"""The help of run_lora_train: families, settings, and the flags that matter most."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shutil
-import sys
-import types
 
+from lora_training.cli.flags import add_shared_args
 from lora_training.families import FAMILIES
 
-OLDEST_PYTHON = (3, 11)  # that the library's flags can be read by
 FAMILY_HELP = {
     "sd15": "Stable Diffusion 1.x and 2.x, 512 or 768 pixels",
     "sdxl": "Stable Diffusion XL, 1024 pixels",
@@ -55,8 +48,6 @@ USUAL_FLAGS = (  # those that --help explains
     "report_to",
 )
 FLAGS_TITLE = "flags that matter most (--help_all shows the others; all of them go to the training script)"
-NO_FLAGS_YET = "flags: shown once a first start has set the packages up; README.md says where they are listed"
-NOT_ALL_FLAGS_YET = "--help_all: shows all flags once a first start has set the packages up"
 
 
 def format_help(family: str | None, program: str) -> str:
@@ -67,19 +58,14 @@ def format_help(family: str | None, program: str) -> str:
     families = "\n".join(f"  {name:<6}{what}" for name, what in FAMILY_HELP.items())
     head = f"usage: {program} [family] [flags]\n\n{about}\n\n"
     head += f"families:\n{families}\n\nsettings:\n{SETTINGS_HELP}\n"
-    try:
-        return head + format_usual_flags(family or "sd15", program)
-    except ImportError:
-        return f"{head}{NO_FLAGS_YET}\n"
+    if family:
+        return head + format_usual_flags(family, program)
+    sides = f"({FAMILIES['sd15'].resolution})", "(sd15: 512, the others: 1024)"
+    return head + format_usual_flags("sd15", program).replace(*sides)
 
 
 def format_usual_flags(family: str, program: str) -> str:
-    """The section of USUAL_FLAGS. Errors: ImportError if the library can't be imported."""
-    if sys.version_info < OLDEST_PYTHON:
-        raise ImportError("the library needs a newer Python")
-    allow_missing_lazy_loader()
-    from lora_training.cli.flags import add_shared_args
-
+    """The section of USUAL_FLAGS."""
     parser = argparse.ArgumentParser(add_help=False)
     add_shared_args(parser, FAMILIES[family], lora_targets=(), inference_steps=0, guidance=0.0)
     actions = {action.dest: action for action in parser._actions}
@@ -92,29 +78,3 @@ def format_usual_flags(family: str, program: str) -> str:
     formatter.add_arguments([actions[name] for name in USUAL_FLAGS])
     formatter.end_section()
     return formatter.format_help()
-
-
-def allow_missing_lazy_loader() -> None:
-    """Makes the library's folders importable where lazy_loader isn't installed, in this process.
-
-    Their modules can then be imported by their full names only.
-    """
-    if importlib.util.find_spec("lazy_loader") is None:
-        stand_in = types.ModuleType("lazy_loader")
-        stand_in.attach = attach_nothing
-        sys.modules["lazy_loader"] = stand_in
-
-
-def attach_nothing(package: str, **options: object) -> tuple:
-    """(__getattr__, __dir__, __all__) of a package that has none of its modules' names."""
-
-    def __getattr__(name: str):
-        raise AttributeError(f"{package} has no {name} before lazy_loader is installed")
-
-    return __getattr__, list, []
-
-
-def training_scripts_start() -> bool:
-    """Whether a training script can show its own help here: by what it imports before it reads its flags."""
-    has_packages = all(importlib.util.find_spec(name) for name in ("lazy_loader", "tqdm"))
-    return sys.version_info >= OLDEST_PYTHON and has_packages

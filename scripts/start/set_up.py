@@ -5,7 +5,7 @@
 
 An active virtual or conda environment that has the packages of requirements.txt is used as it is; else .venv
 is made, and filled once, with uv where that is installed. It runs before any package is there, so it needs
-the standard library only. Nothing is installed for a help: docs/help has those that packages make.
+the standard library only. Nothing is installed for a help: docs/help has them.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository: library and commands
 
-from scripts.start.environments import active_python, missing_in, new_enough_python, packages, python_in
+from scripts.start.environments import active_python, missing_in, packages, python_in
 from scripts.start.installing import SetUpError, fill
 from scripts.start.process import ROOT, become, report_error
 
-OLDEST_PYTHON_FOR_HELP = (3, 8)
 HELP_FLAGS = {"-h", "--help", "--help_all"}
+NOT_ALL_FLAGS = "\n--help_all: shows all flags once a first start has set the packages up\n"
 JOBS = {  # wrapper: what it starts, and what has to be installed for it
     "run_lora_train": ("scripts/start/train.py", ("requirements.txt",)),
     "run_lora_infer": ("scripts/start/infer.py", ("requirements.txt",)),
@@ -51,23 +51,10 @@ def ready_python(files, variables):
     return None
 
 
-def choose_python(wrapper: str, job_argv):
-    """The interpreter for a job; None for a help that its file shows. Nothing is installed for a help."""
-    files = JOBS[wrapper][1]
-    if HELP_FLAGS & set(job_argv):
-        python = ready_python(files, os.environ)
-        if python is not None or help_file(wrapper).is_file():
-            return python
-        is_new = sys.version_info >= OLDEST_PYTHON_FOR_HELP
-        python = new_enough_python() or (sys.executable if is_new else None)
-        if python is not None:
-            return python
-    return find_python(files, os.environ)
-
-
-def help_file(wrapper: str) -> Path:
-    """Where the help of a job is, if it needs packages."""
-    return ROOT / "docs" / "help" / f"{wrapper}.txt"
+def stored_help(wrapper: str, job_argv) -> str:
+    """The help of a job as docs/help has it, for where the packages aren't there to make it."""
+    text = (ROOT / "docs" / "help" / (wrapper + ".txt")).read_text(encoding="ascii")
+    return text + (NOT_ALL_FLAGS if "--help_all" in job_argv else "")
 
 
 def main(argv=None) -> int:
@@ -77,16 +64,19 @@ def main(argv=None) -> int:
     parser.add_argument("wrapper", choices=sorted(JOBS), help=what)
     parser.add_argument("job_argv", nargs=argparse.REMAINDER, metavar="...", help="flags of the job")
     args = parser.parse_args(argv)
+    script, files = JOBS[args.wrapper]
     try:
-        python = choose_python(args.wrapper, args.job_argv)
+        if script and HELP_FLAGS & set(args.job_argv):
+            python = ready_python(files, os.environ)
+            if python is None:
+                print(stored_help(args.wrapper, args.job_argv), end="")
+                return 0
+        else:
+            python = find_python(files, os.environ)
     except SetUpError as error:
         return report_error(str(error))
     except KeyboardInterrupt:
         return 130
-    if python is None:
-        print(help_file(args.wrapper).read_text(encoding="ascii"), end="")
-        return 0
-    script = JOBS[args.wrapper][0]
     if not script:
         print(python)
         return 0

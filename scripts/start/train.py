@@ -38,12 +38,9 @@ def show_help(argv: list[str]) -> int:
         family, _ = split_family(argv)
     except UserError as error:
         return report_error(str(error))
-    shows_all = has_flag(argv, "--help_all")
-    if shows_all and help.training_scripts_start():
+    if has_flag(argv, "--help_all"):
         return become([sys.executable, str(ROOT / FAMILIES[family or "sd15"].training_script), "--help"])
     print(help.format_help(family, program()), end="")
-    if shows_all:
-        print(help.NOT_ALL_FLAGS_YET)
     return 0
 
 
