@@ -80,6 +80,11 @@ def describe_record(record: dict) -> str:
     return "\n".join([f"  kernels {total(record, 'kernels'):,} ({kernels}); {numbers}", *waits])
 
 
+def short(number: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def comparison_table(counts: dict[str, dict[str, dict]]) -> str:
     """A Markdown table of the cases that were counted with several programs; a row for each program."""
     rows = [
@@ -93,7 +98,7 @@ def comparison_table(counts: dict[str, dict[str, dict]]) -> str:
         for name, record in programs.items():
             cells = [case, TITLES.get(name, name)]
             cells += [f"{total(record, column):,}" for column in ("kernels", "waits")]
-            cells += [f"{record['traffic'] / 1e9:.3g}", f"{record['flop'] / 1e12:.3g}"]
+            cells += [short(record["traffic"] / 1e9), short(record["flop"] / 1e12)]
             cells += [f"{record['peak'] / 2**30:.2f}", f"{record['trained'] / 1e6:.2f} M"]
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
