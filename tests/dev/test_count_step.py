@@ -51,6 +51,10 @@ PLANTED = {  # what is planted: (the line, by how much it raises the counts; or 
         "x.new_empty(16, 16).mm(x.new_empty(16, 16))",
         {"flop": 2 * 16**3, "kernels": 1, "traffic": 1536},
     ),
+    "a product that adds": (
+        "x.new_empty(16, 16).addmm_(x.new_empty(16, 16), x.new_empty(16, 16))",
+        {"flop": 2 * 16**3, "kernels": 1, "traffic": 2048},
+    ),
     "memory kept": ("x.kept = x.new_empty(32 << 20)", {"peak": 64 << 20}),
     "two devices mixed": ("loss = (loss + torch.ones(2)).sum()", "cuda:0 and cpu"),
 }

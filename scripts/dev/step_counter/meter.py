@@ -32,6 +32,8 @@ BLOCK, BLOCKS_PER_LAUNCH = 65_536, 320  # elements of a block, and blocks, in on
 UNTOUCHED = 1 << 22  # elements from which copies within the CPU's memory are left out: a base's weights
 # What is counted: {phase, or what its name says: number}
 COUNTED = ("kernels", "traffic", "flop", "casts", "cast_traffic", "copies", "waits", "operations", "places")
+# torch's formulas, which lack the products that add to what is there
+FLOP_FORMULAS = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
 THIS_FOLDER = str(Path(__file__).parent)
 
 
@@ -209,8 +211,8 @@ class Meter(TorchDispatchMode):
             kind = f"{tensors[0].dtype}->{outputs[0].dtype}".replace("torch.", "")
             self.casts[kind] += 1
             self.cast_traffic[kind] += moved
-        if op._overloadpacket in flop_registry:
-            flop = flop_registry[op._overloadpacket](*args, **kwargs, out_val=results)
+        if op._overloadpacket in FLOP_FORMULAS:
+            flop = FLOP_FORMULAS[op._overloadpacket](*args, **kwargs, out_val=results)
             self.flop["float32" if tensors[0].dtype == torch.float32 else "half"] += flop
 
     def results(self) -> dict:
