@@ -7,6 +7,7 @@
 #   "schedulefree==1.4.1", "safetensors==0.8.0", "pillow==13.0.0", "pyyaml==6.0.3",
 #   "tensorboard==2.21.0", "wandb==0.31.0", "lazy-loader==0.6", "huggingface_hub==2.4.0",
 #   "numpy==2.4.6", "jinja2==3.1.6", "tqdm==4.70.1", "psutil==7.2.2",
+#   "filelock==4.3.1",
 # ]
 # ///
 """Trains a LoRA for Stable Diffusion 3 and 3.5 on your own pictures.
