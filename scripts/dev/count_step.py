@@ -29,7 +29,7 @@ from scripts.dev.result_files import replace_between
 from scripts.dev.step_counter import records
 
 TABLE_MARKS = ("<!-- counted -->", "<!-- end of counted -->")
-PROGRAMS = ("project", "diffusers")
+PROGRAMS = ("project", "diffusers", "kohya", "ai-toolkit", "simpletuner")
 PRELOADED = "FAKE_CUDA"  # a variable of processes that have the fake device
 
 
@@ -74,14 +74,15 @@ def restart_with_device() -> int:
     return subprocess.run([sys.executable, *sys.orig_argv[1:]], env=environment).returncode
 
 
-def import_libraries() -> None:
+def import_libraries(args: argparse.Namespace) -> None:
     """What all programs need, imported once; before torch.cuda is changed, where it looks for CUDA itself."""
     from lora_training.libraries import import_training_libraries
 
     os.environ.pop("LD_PRELOAD")  # not for processes that the programs start
-    import bitsandbytes  # noqa: F401
+    if args.program in ("project", "diffusers"):
+        import bitsandbytes  # noqa: F401
 
-    import_training_libraries()
+        import_training_libraries()
 
 
 def count(text: str, args: argparse.Namespace) -> dict:
@@ -94,6 +95,10 @@ def count(text: str, args: argparse.Namespace) -> dict:
         empty_bases.write_inputs(case, work, args.tiny)
         if args.program == "diffusers":
             return programs.example_program(case, work, args.folder.resolve())
+        if args.program != "project":
+            from scripts.dev.step_counter import peers
+
+            return peers.peer_program(args.program, case, work, args.folder.resolve())
         return programs.project_program(case, work)
 
     with tempfile.TemporaryDirectory() as work:
@@ -139,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     check_args(args)
     if PRELOADED not in os.environ:
         return restart_with_device()
-    import_libraries()
+    import_libraries(args)
     return int(count_all(args))
 
 

@@ -65,7 +65,7 @@ def run(make_program: Callable[[Path], Program], work: Path) -> dict:
         with meter:
             runpy.run_path(str(program.script), run_name="__main__")
     except StepCounted:
-        return meter.results()
+        return meter.counted
     except SystemExit as end:
         problem += f" (exit code {end.code})"
     except Exception as error:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import subprocess
 import sysconfig
+import threading
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ ANSWERS = {  # of torch.cuda's functions, as of an idle device
     "device_count": 1,
     **dict.fromkeys(("current_device", "_exchange_device", "_maybe_exchange_device"), 0),
     "get_device_name": "fake",
+    "get_arch_list": ["sm_90"],
     "get_device_capability": (9, 0),
     "mem_get_info": (MEMORY, MEMORY),
     "get_rng_state_all": [],
@@ -82,11 +84,15 @@ def pretend_cuda(meter: Meter) -> None:
     torch.cuda.Stream, torch.cuda.current_stream = Stream, lambda *_: Stream()
     torch.cuda.stream = lambda *_: contextlib.nullcontext()
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    accept_fake_tensors()
+    # asks an allocator of pinned memory that isn't there
+    torch._C._accelerator_emptyHostCache = torch._C._host_emptyCache = lambda *_: None
+    accept_fake_tensors(meter)
+    save_without_content()
+    enter_threads(meter)
     leave_memory_unpinned()
 
 
-def accept_fake_tensors() -> None:
+def accept_fake_tensors(meter: Meter) -> None:
     """Makes torch take FakeTensors where it asks for plain ones."""
     from torch._subclasses import FakeTensor
     from torch.optim import optimizer
@@ -99,16 +105,45 @@ def accept_fake_tensors() -> None:
         known_types.append(FakeTensor)
     # one copy, as on a GPU; its own would read number by number
     FakeTensor.tolist = lambda self: self.cpu().tolist()
-    swap = torch.utils.swap_tensors
+    # Module.to() keeps the parameter objects, as with a real GPU: an optimizer may know them already
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    swap, converter = torch.utils.swap_tensors, meter.fakes.fake_tensor_converter.meta_converter
 
     def swap_tensors(first, second):
         """Module.to() swaps FakeTensors; a parameter that stays on a real GPU gets its .data set."""
         if isinstance(first, FakeTensor) and isinstance(second, FakeTensor):
             first.data = second.data
-        else:
+        else:  # tensors with weak references can't be swapped
+            converter.tensor_memo.clear()
+            converter.describer.lookup_tensor.clear()
             swap(first, second)
 
     torch.utils.swap_tensors = swap_tensors
+
+
+def save_without_content() -> None:
+    """torch.save writes zeros for tensors on the device: what is read again belongs to the CPU."""
+    from torch._subclasses import FakeTensor
+    from torch.utils._pytree import tree_map_only
+
+    save = torch.save
+
+    def save_zeros(content, *args, **kwargs):
+        zeros = tree_map_only(FakeTensor, lambda fake: torch.zeros(fake.shape, dtype=fake.dtype), content)
+        return save(zeros, *args, **kwargs)
+
+    torch.save = save_zeros
+
+
+def enter_threads(meter: Meter) -> None:
+    """A dispatch mode holds in one thread alone: threads of the program enter it, too."""
+    run = threading.Thread.run
+
+    def run_under_meter(thread) -> None:
+        with meter:
+            run(thread)
+
+    threading.Thread.run = run_under_meter
 
 
 def leave_memory_unpinned() -> None:

@@ -64,7 +64,9 @@ class Meter(TorchDispatchMode):
         self.reset("before")
         self.plain_backward, torch.autograd.backward = torch.autograd.backward, self.backward
         register_module_forward_pre_hook(self.before_forward)
-        register_optimizer_step_pre_hook(lambda *_: setattr(self, "phase", "optimizer"))
+        self.trained: list[torch.Tensor] = []
+        self.counted: dict = {}
+        register_optimizer_step_pre_hook(self.before_optimizer)
         register_optimizer_step_post_hook(lambda *_: setattr(self, "phase", "other"))
 
     def reset(self, phase: str) -> None:
@@ -77,13 +79,19 @@ class Meter(TorchDispatchMode):
         """Where the denoiser is called: the beginning of a step, and the end of the one before."""
         if type(module).__name__ not in self.denoisers:
             return
-        if not (torch.is_grad_enabled() and module.training):
+        if not torch.is_grad_enabled():
             return
         self.denoiser, self.steps = module, self.steps + 1
         if self.steps == WARM_UP + 1:
             self.reset("forward")
-        elif self.steps == WARM_UP + 2:
+        elif self.steps == WARM_UP + 2:  # what the program does when it is ended is none of the step
+            self.counted = self.results()
             raise StepCounted
+
+    def before_optimizer(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        """Where clipping ends; what the optimizer has is what is trained."""
+        self.phase = "optimizer"
+        self.trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def backward(self, *args, **kwargs):
         """torch.autograd.backward; reentrant checkpointing calls it inside itself."""
@@ -136,8 +144,9 @@ class Meter(TorchDispatchMode):
             self.record_wait(f"copy to {device}")
         if name == "copy_":
             return args[0]
-        if device == "cpu":
-            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if device in ("cpu", "meta"):  # weights get memory that nothing touches
+            make = torch.zeros if args[0].numel() < UNTOUCHED and device == "cpu" else torch.empty
+            return make(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=device)
         with self.fakes:
             result = op(*args, **kwargs)
         self.track(result)
@@ -217,8 +226,7 @@ class Meter(TorchDispatchMode):
 
     def results(self) -> dict:
         """All counts of the step, as JSON takes them; bytes, floating-point operations, numbers."""
-        parameters = self.denoiser.parameters() if self.denoiser is not None else ()
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        trained = self.trained
         counts = {name: dict(getattr(self, name).most_common()) for name in COUNTED}
         return counts | {
             "peak": self.peak,

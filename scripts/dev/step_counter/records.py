@@ -7,6 +7,7 @@ waits by place, and sums of the rest. Those of the toys' sizes have kernels by p
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -35,7 +36,8 @@ def write_counts(tiny: bool, counts: dict[str, dict[str, dict]]) -> None:
 
 def make_record(counts: dict, with_places: bool) -> dict:
     """What is kept of a count."""
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    installed = {package for package in PACKAGES if importlib.util.find_spec(package)}  # a peer has no peft
+    versions = {package: importlib.metadata.version(package) for package in sorted(installed)}
     record = {"kernels": counts["kernels"], "waits": counts["waits"]}
     record |= {name: sum(counts[name].values()) for name in SUMS}
     record |= {name: counts[name] for name in NUMBERS}
