@@ -7,10 +7,8 @@ from pathlib import Path
 from lora_training.errors import UserError
 from scripts.dev.benchmarks.cases import FLUX, parse_case
 from scripts.dev.result_files import replace_between
+from scripts.dev.step_counter.records import read_counts
 
-# Of one picture's forward and backward pass at rank 4, without what checkpointing computes twice: by the
-# count in docs/step.md
-TFLOP = {"sd15:512": 1.75, "sdxl:1024": 14.0, "sd3:1024": 26.3, "flux:1024": 161.1, "flux:512": 42.2}
 PEAK_TFLOPS = {  # dense bf16, by the makers' data sheets
     **{"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "B200": 2250, "L40S": 362, "RTX 5090": 209},
     **{"RTX 4090": 165, "RTX 3090": 71, "RTX 4080": 97},
@@ -31,6 +29,12 @@ COLUMNS = (
     *("case", "ms: ours / plain loop / example", "plain / ours", "TFLOP/s", "MFU"),
     *("GiB: ours / plain / example", "cosine to bf16", "cosine to plain", "expected ms"),
 )
+
+
+def counted_tflop(family: str, size: int) -> float | None:
+    """Of one picture's forward and backward pass at rank 4, without what checkpointing computes twice."""
+    programs = read_counts(tiny=False).get(f"{family}:{size}:1")
+    return programs["project"]["flop"] / 1e12 if programs else None
 
 
 def peak_tflops(machine: dict) -> float | None:
@@ -85,7 +89,7 @@ def table_row(row: dict, machine: dict) -> str:
     if "error" in project:
         return f"| {row['case']} | {project['error']} |" + " |" * (len(COLUMNS) - 2)
     family, size, batch, _ = parse_case(row["case"])
-    work, peak = TFLOP.get(f"{family}:{size}"), peak_tflops(machine)
+    work, peak = counted_tflop(family, size), peak_tflops(machine)
     speed = work * batch / project["ms"] * 1e3 if work else None
     speedup = row["plain"]["ms"] / project["ms"] if "ms" in row.get("plain", {}) else None
     cells = [

@@ -43,8 +43,9 @@ def write_diffusers_config(folder: Path, class_name: str, config: dict) -> None:
     """Writes config.json of a denoiser or VAE, with the class's own values for what `config` doesn't say."""
     import diffusers
 
+    model_class = getattr(diffusers, class_name)  # its modules may compute with tensors as they are imported
     with torch.device("meta"):
-        getattr(diffusers, class_name)(**config).save_config(folder)
+        model_class(**config).save_config(folder)
 
 
 def write_text_encoder_config(folder: Path, class_name: str, config: dict, shallow: bool) -> None:

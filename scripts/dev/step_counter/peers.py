@@ -43,19 +43,23 @@ def peer_program(name: str, case: Case, work: Path, folder: Path) -> Program:
         put_in_stand_ins(peer.stand_ins)
         peer.prepare(case, work)
 
-    write_slow_tokenizers(work / "base")
+    write_older_tokenizers(work / "base")
     argv = [str(argument) for argument in peer.write_settings(case, work)]
     return Program(folder / peer.scripts[case.family], argv, folder, peer.denoisers, prepare)
 
 
-def write_slow_tokenizers(base: Path) -> None:
-    """transformers 4 reads CLIP's tokenizer from two more files."""
+def write_older_tokenizers(base: Path) -> None:
+    """transformers 4 reads CLIP's tokenizer from two more files, and knows no list of extra tokens."""
     for file in base.glob("tokenizer*/tokenizer.json"):
         model = json.loads(file.read_text(encoding="utf-8"))["model"]
         if model["type"] == "BPE":
             file.with_name("vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
             merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
             file.with_name("merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
+    for file in base.glob("tokenizer*/tokenizer_config.json"):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings.pop("extra_special_tokens", None)
+        file.write_text(json.dumps(settings), encoding="utf-8")
 
 
 # ---- kohya's sd-scripts ------------------------------------------------------------------------------------
