@@ -106,8 +106,8 @@ def prepare_kohya(case: Case, work: Path) -> None:
     if case.family != "flux":
         return
     import transformers
-    from library import flux_models
 
+    flux_models = importlib.import_module("library.flux_models")
     dev = flux_models.configs["dev"]
     write_sparse_model(work / "flux.safetensors", flux_models.Flux, dev.params)
     write_sparse_model(work / "ae.safetensors", flux_models.AutoEncoder, dev.ae_params)
@@ -193,9 +193,8 @@ def prepare_simpletuner(case: Case, work: Path) -> None:
     """Its settings come from the command line alone."""
     os.environ["SIMPLETUNER_CONFIG_BACKEND"] = "cmd"
     if case.family == "sd15":  # to encode texts it makes its pipeline without two parts that have no default
-        from simpletuner.helpers.models.sd1x.pipeline import StableDiffusionPipeline
-
-        StableDiffusionPipeline.__init__.__defaults__ = (None, None, None, True)
+        module = importlib.import_module("simpletuner.helpers.models.sd1x.pipeline")
+        module.StableDiffusionPipeline.__init__.__defaults__ = (None, None, None, True)
 
 
 AI_TOOLKIT_UNUSED = (
@@ -275,7 +274,6 @@ def put_in_stand_ins(names: tuple[str, ...]) -> None:
     transformers.utils.is_torchvision_available()
     sys.meta_path.append(StandIns(("torchvision", *names)))
     sys.modules.update({name: Anything() for name in names if "." in name})
-    import torchvision.transforms as transforms
-
+    transforms = importlib.import_module("torchvision.transforms")
     if isinstance(transforms, MagicMock):
         transforms.Compose = lambda *_: to_pixels
