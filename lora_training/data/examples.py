@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,9 +28,9 @@ def load_sets(args: argparse.Namespace) -> tuple[list[Example], list[Example], l
     sets = args.sets or [args]
     buckets = list(dict.fromkeys(size for set_args in sets for size in bucket_sizes(set_args)))
     learned, of_class = [], []
-    for set_args in sets:
+    for set_args, label in zip(sets, set_labels(sets), strict=True):
         set_args.seed = args.seed  # decided since the sets were read
-        examples = load_examples(set_args, buckets, several=len(sets) > 1)
+        examples = load_examples(set_args, buckets, label)
         (of_class if set_args.is_class else learned).extend(examples)
     if not learned:
         config = args.dataset_config
@@ -36,19 +38,32 @@ def load_sets(args: argparse.Namespace) -> tuple[list[Example], list[Example], l
     return learned, of_class, buckets
 
 
+def set_labels(sets: list[argparse.Namespace]) -> list[str]:
+    """What the names of each set's images begin with: of its folder's path, as much as tells it from others.
+
+    Nothing where there is one set.
+    """
+    if len(sets) == 1:
+        return [""]
+    sources = [os.path.abspath(s.dataset_name or s.train_data_dir or s.instance_data_dir) for s in sets]
+    for depth in itertools.count(1):
+        labels = ["/".join([*Path(source).parts[-depth:], ""]) for source in sources]
+        if len(set(labels)) == len(set(sources)):
+            return labels
+
+
 def load_examples(
-    args: argparse.Namespace, buckets: list[tuple[int, int]] = (), several: bool = False
+    args: argparse.Namespace, buckets: list[tuple[int, int]] = (), label: str = ""
 ) -> list[Example]:
     """The images of a set and their captions, still without trigger word.
 
-    buckets: those of all sets. several: there are other sets, so that names begin with the folder's.
+    buckets: those of all sets. label: what their names begin with.
     """
     examples = source_examples(args)
-    source = args.dataset_name or args.train_data_dir or args.instance_data_dir
     numbers = [buckets.index(size) for size in bucket_sizes(args)] if buckets else None
     for example in examples:
         example.set_args, example.bucket_numbers = args, numbers
-        example.name = f"{Path(source).name}/{example.name}" if several else example.name
+        example.name = label + example.name
     if args.max_train_samples is not None and args.max_train_samples < len(examples):
         rng = random.Random(stable_seed(args.seed, "max_train_samples"))
         chosen = sorted(rng.sample(range(len(examples)), args.max_train_samples))

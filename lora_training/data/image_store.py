@@ -83,7 +83,7 @@ class ImageStore:
         self.examples, self.buckets = examples, buckets
         self.resample = getattr(Image.Resampling, interpolation.upper())
         self.free_bytes = budget
-        self.covers: dict[tuple[str, int], np.ndarray] = {}  # by name and bucket
+        self.covers: dict[tuple[Example, int], np.ndarray] = {}  # by image and bucket
 
     def __getstate__(self) -> dict:  # a spawned worker decodes anew: all pixels would be too much to send
         return vars(self) | {"free_bytes": 0, "covers": {}}
@@ -122,7 +122,7 @@ class ImageStore:
 
     def cover(self, index: int, bucket: int, image=None):
         """Image `index` scaled so that it just covers `bucket`, as an RGB image. image: the same, decoded."""
-        key = (self.examples[index].name, bucket)
+        key = (self.examples[index], bucket)
         if key in self.covers:
             return Image.fromarray(self.covers[key])
         image = image or self.decode(index)

@@ -7,6 +7,7 @@ from scripts.dev.planted_faults.fault import Fault
 BATCH_PLAN = "test_every_image_is_trained_once_per_epoch_whatever_the_batch"
 SAMPLES = "test_pixels_sizes_and_crops_belong_together"
 PICTURES = "test_pictures_are_read_as_people_see_them"
+EQUAL_NAMES = "test_sets_with_images_of_one_name_keep_their_pictures_and_draws"
 NOISE = "test_each_repeat_and_epoch_has_its_own_noise"
 HELD_OUT = "test_held_out_images_are_never_trained_on"
 OPTIMIZERS = "test_optimizers_equal_the_libraries"
@@ -39,8 +40,17 @@ IN_THE_LIBRARY = (
      "[process * each : (process + 1) * each]",
      "[:each]", BATCH_PLAN),
     ("repeats drawn alike", "data/samples.py", "noise",
-     "example.name, slot.repeat)",
-     "example.name)", NOISE),
+     "example.draw_key, slot.repeat)",
+     "example.draw_key)", NOISE),
+    ("images of one name drawn alike", "data/samples.py", "sets",
+     'f"{example.name}\\0{number}" if number',
+     "example.name if number", "test_a_set_given_at_two_sizes_has_draws_of_its_own_for_each"),
+    ("images of one name mistaken", "data/image_store.py", "sets",
+     "key = (self.examples[index], bucket)",
+     "key = (self.examples[index].name.split('/')[-1], bucket)", EQUAL_NAMES),
+    ("caches of mistaken images taken", "data/latents.py", "sets",
+     '("moments of a file", args',
+     "(args", "test_latents_of_caches_in_which_names_were_mistaken_are_not_taken"),
     ("epochs drawn alike", "data/samples.py", "noise",
      "(self.args.seed, slot.epoch,",
      "(self.args.seed,", NOISE),
