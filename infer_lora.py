@@ -61,6 +61,7 @@ from tqdm import tqdm
 
 from lora_training import exits, inference, text
 from lora_training.console import print_status
+from lora_training.data.captions import contains_word
 from lora_training.errors import UserError, is_out_of_memory, one_line
 from lora_training.files import read_config_file
 from lora_training.settings import SettingsParser, file_values, validate
@@ -207,7 +208,7 @@ def insert_tokens(settings, trainings: list[Training]) -> None:
         triggers = [str(trigger)] if trigger else []
         calls = triggers + [token for tokens in training.abstractions.values() for token in tokens]
         for prompt in inference.list_prompts(settings):
-            if calls and not any(call.lower() in prompt.lower() for call in calls):
+            if calls and not contains_word(prompt, calls):
                 words = " or ".join([*triggers, *training.abstractions])
                 print_status(f"note: no {words} in {prompt!r}: nothing calls {training.path}")
 

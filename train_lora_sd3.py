@@ -347,7 +347,7 @@ def add_tokens(run: Run) -> None:
     """Adds the new tokens' rows to the embedding tables of the encoders that learn them."""
     args, prompts = run.args, run.prompts
     captions = [caption for example in run.data.examples for caption in example.captions] + args.triggers
-    if not any(word in caption for caption in captions for word in run.abstractions):
+    if all(text.insert_tokens(caption, run.abstractions) == caption for caption in captions):
         raise UserError(f"--token_abstraction {args.token_abstraction}: no caption contains it to learn from")
     tokens = [token for group in run.abstractions.values() for token in group]
     keys = token_encoders(args)

@@ -59,8 +59,8 @@ def parse_args(
     args.weight, args.is_class = 1.0, False
     args.sets = [read_set(parser, args, *entry) for entry in set_entries(args)]
     args.validation_split = max(own.validation_split for own in args.sets or [args])
-    args.triggers = list(dict.fromkeys(own.trigger_word for own in args.sets or [args] if own.trigger_word))
     check_args(args, set_flags, parser)
+    args.triggers = list(dict.fromkeys(own.trigger_word for own in args.sets or [args] if own.trigger_word))
     if args.overwrite and "resume_from_checkpoint" not in command_line_flags:  # which a configuration has
         args.resume_from_checkpoint = None
     args.settings, args.defaults = settings, defaults  # settings: before anything was filled in

@@ -1,14 +1,24 @@
-"""Captions: cleaned, with trigger word."""
+"""Captions: cleaned, with trigger word; and the words in them."""
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import TYPE_CHECKING
 
 from lora_training.console import print_status, printable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
+
+# what a word goes on with: letters and digits, but for those of scripts written without spaces (Thai, Lao,
+# Burmese, Khmer, kana, Han); and marks on letters
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+MARKS = "\u0300-\u036f\u0900-\u0963\u0966-\u0dff"
+LETTER = f"(?:[^\\W_{UNSPACED}]|[{MARKS}])"
 
 
 def as_captions(value: object) -> list[str]:
@@ -43,9 +53,24 @@ def decode_text(raw: bytes, file: Path) -> str:
 
 def prepend_trigger(caption: str, trigger: str | None) -> str:
     """The caption with the trigger word in front, unless it has it already."""
-    if not trigger:
-        return caption
-    words = "".join(character if character.isalnum() else " " for character in caption.lower())
-    if f" {trigger.lower()} " in f" {words} " or trigger.lower() in caption.lower().replace(",", " ").split():
+    if not trigger or contains_word(caption, [trigger]):
         return caption
     return f"{trigger}, {caption}" if caption else trigger
+
+
+def contains_word(text: str, words: Iterable[str]) -> bool:
+    """Whether a text has one of the words (trigger words, which tokenizers read in any case of letters)."""
+    return re.search(word_pattern(words), text, re.IGNORECASE) is not None
+
+
+def word_pattern(words: Iterable[str]) -> str:
+    """A regular expression of words, the longest first, where none is a part of a longer word.
+
+    A sign at the edge of one, as in "s_k_s.", may touch anything. Without words it finds nothing.
+    """
+    patterns = []
+    for word in sorted(words, key=len, reverse=True):
+        before = f"(?<!{LETTER})" if re.match(LETTER, word) else ""
+        after = f"(?!{LETTER})" if re.match(LETTER, word[-1]) else ""
+        patterns.append(f"{before}{re.escape(word)}{after}")
+    return f"(?:{'|'.join(patterns) or '(?!)'})"

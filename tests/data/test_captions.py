@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from toy_parts import arguments
 
-from lora_training.data.captions import prepend_trigger
+from lora_training.data.captions import clean_caption, prepend_trigger
 from lora_training.data.folders import folder_examples
 
 pytestmark = pytest.mark.unit
@@ -28,6 +28,38 @@ pytestmark = pytest.mark.unit
 )
 def test_trigger_word_stands_once(caption, trigger, expected):
     assert prepend_trigger(caption, trigger) == expected
+
+
+@pytest.mark.parametrize(
+    ("caption", "trigger", "has_it"),
+    [
+        ("a photo (s_k_s.) of a cat", "s_k_s.", True),
+        ("portrait of s_k_s.; soft light", "s_k_s.", True),
+        ("[@zed] by the sea", "@zed", True),
+        ("zorg's hat", "zorg", True),
+        ("a hat-zorg!", "Zorg", True),
+        ("zorg_hat, sea", "zorg", True),
+        ("two zorgs", "zorg", False),
+        ("a bizorg", "zorg", False),
+        ("zorgé", "zorg", False),  # é is a letter
+        ("一个zorg在海边", "zorg", True),  # written without spaces, so that a word has no edge there
+        ("一只黑猫在海边", "黑猫", True),
+        ("кошки", "кошка", False),
+        ("чёрная Кошка", "кошка", True),
+        ("zorg9", "zorg", False),
+    ],
+)
+def test_a_trigger_word_is_known_by_its_edges(caption, trigger, has_it):
+    """Neither inside of another word, nor missed for the signs that it has or that stand beside it."""
+    assert prepend_trigger(caption, trigger) == (caption if has_it else f"{trigger}, {caption}")
+
+
+@pytest.mark.parametrize("trigger", ["cafe\u0301", "  red   bike "])
+def test_a_trigger_word_is_written_as_captions_are(recipe, trigger):
+    args = arguments(recipe, "--trigger_word", trigger)
+    assert args.trigger_word == clean_caption(trigger) and args.triggers == [args.trigger_word]
+    caption = clean_caption(f"a {trigger} in the sun")
+    assert recipe.draw_caption([caption], random.Random(0), args) == caption
 
 
 def test_caption_draws(recipe):

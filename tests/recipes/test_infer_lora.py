@@ -164,15 +164,16 @@ def test_negative_prompts_of_flux(write, family, capsys, tmp_path):
 @pytest.mark.families(*KINDS)
 def test_a_folder_says_all_that_a_configuration_would(family, trained, write, tmp_path, capsys):
     """Base, size, steps, guidance, seed are the training's; TOK its tokens; a flag takes several prompts."""
-    prompts = ["a <s0><s1> on a blue background", "a red star"]
+    prompts = ["a <s0><s1> on a blue background", "red semicircles"]
     assert infer_lora.main(["--infer_config", write(guidance_scale=3.0, prompt=prompts)]) == 0
     explicit = drawn(tmp_path)
     run, out = as_trained(family, trained, tmp_path / "run"), str(tmp_path / "mine" / "out")
-    argv = ["--prompt", "a circle on a blue background", "a red star", "--paths.infer_path", out]
+    argv = ["--prompt", "a circle on a blue background", "red semicircles", "--paths.infer_path", out]
     capsys.readouterr()
     assert infer_lora.main([str(run), *argv]) == 0
     output = capsys.readouterr().out
-    assert output.count("note:") == 1 and f"note: no circle in 'a red star': nothing calls {run}" in output
+    note = f"note: no circle in 'red semicircles': nothing calls {run}"
+    assert output.count("note:") == 1 and note in output
     pictures = drawn(tmp_path / "mine")
     assert pictures.keys() == explicit.keys() and len(pictures) == 3
     assert all(np.abs(pictures[name] - explicit[name]).max() <= 1 for name in pictures)
