@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from lora_training.console import print_status, progress
 from lora_training.data.buckets import cover_size, nearest_bucket
 from lora_training.data.crops import Crop
-from lora_training.data.images import decode_image
+from lora_training.data.images import decode_image, to_8_bits
 from lora_training.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class MaskStore(ImageStore):
         try:
             image = ImageOps.exif_transpose(Image.open(io.BytesIO(example.read_mask())))
             is_alpha = example.read_mask == example.read
-            mask = image.convert("RGBA").getchannel("A") if is_alpha else image.convert("L")
+            mask = image.convert("RGBA").getchannel("A") if is_alpha else to_8_bits(image).convert("L")
         except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
             raise UserError(f"{flag} can't be read: {one_line(error)}") from None
         if abs(mask.width / mask.height * example.size[1] / example.size[0] - 1) > 0.02:
