@@ -314,13 +314,11 @@ def draw_caption(captions: list[str], rng: random.Random, args: argparse.Namespa
     """One caption as it is trained: picked, tags shuffled, trigger word in front, or dropped."""
     caption = rng.choice(captions)
     if args.captions_vary:
-        tags = caption.split(args.tag_separator)
-        has_trigger = bool(args.trigger_word) and data.prepend_trigger(tags[0], args.trigger_word) == tags[0]
-        fixed = max(args.keep_tokens, has_trigger)  # the trigger word stays in front
-        rest = [tag for tag in tags[fixed:] if not args.tag_dropout or rng.random() >= args.tag_dropout]
+        front, tags, behind = data.split_tags(caption, args)
+        tags = [tag for tag in tags if not args.tag_dropout or rng.random() >= args.tag_dropout]
         if args.shuffle_tags:
-            rng.shuffle(rest)
-        caption = args.tag_separator.join(tags[:fixed] + rest)
+            rng.shuffle(tags)
+        caption = args.tag_separator.join(front + tags + behind)
     caption = data.prepend_trigger(caption, args.trigger_word)
     return "" if rng.random() < args.caption_dropout else caption
 

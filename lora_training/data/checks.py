@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_training.console import print_status, summarize_names
 from lora_training.data.buckets import share_cropped
-from lora_training.data.captions import prepend_trigger
+from lora_training.data.captions import list_tags, prepend_trigger
 
 if TYPE_CHECKING:
     import argparse
@@ -47,6 +47,8 @@ def report_findings(
         findings += unvaried_captions(examples)
     captions = [prepend_trigger(c, e.set_args.trigger_word) for e in examples for c in e.captions]
     tokens_read = args.max_token_length if "max_token_length" in args.family.text_settings else 75
+    if args.captions_vary:
+        findings += unsplit_captions(examples, args)
     findings += truncated_captions(captions, tokenizers, tokens_read)
     sizes = ["{} x {}".format(*size) for size in sorted((e.size for e in examples), key=math.prod)]
     print_status(f"{len(examples)} images from {sizes[0]} to {sizes[-1]} pixels")
@@ -86,6 +88,19 @@ def unvaried_captions(examples: list[Example]) -> list[Finding]:
         "what else the pictures share is learned with it; say in each what differs, or give --instance_prompt"
     )
     return [Finding(what, advice)]
+
+
+def unsplit_captions(examples: list[Example], args: argparse.Namespace) -> list[Finding]:
+    """A finding if captions have no tags to shuffle, or some that --tag_dropout empties."""
+    captions = [caption for example in examples for caption in example.captions if caption]
+    single = [caption for caption in captions if len(list_tags(caption, args.tag_separator)) == 1]
+    if captions and len(single) == len(captions):
+        what = f"no caption has two tags with --tag_separator {args.tag_separator!r} between them"
+        return [Finding(what, "--tag_separator says what stands there")]
+    if args.keep_tokens or not args.tag_dropout:
+        return []
+    advice = "--tag_dropout leaves them out as a whole; --keep_tokens 1 keeps them"
+    return findings_for("captions of one tag", single, len(captions), advice)
 
 
 def truncated_captions(captions: list[str], tokenizers: dict, read: int = 75) -> list[Finding]:

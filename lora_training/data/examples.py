@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_training.console import print_status, summarize_names
 from lora_training.data.buckets import bucket_sizes
-from lora_training.data.captions import clean_caption
+from lora_training.data.captions import clean_caption, insert_trigger, without_marks
 from lora_training.data.folders import IMAGE_SUFFIXES, Example, folder_examples
 from lora_training.data.hf_datasets import dataset_examples
 from lora_training.data.masks import attach_masks
@@ -69,6 +69,8 @@ def load_examples(
         chosen = sorted(rng.sample(range(len(examples)), args.max_train_samples))
         examples = [examples[index] for index in chosen]
     fill_captions(examples, args)
+    for example in examples:
+        resolve_marks(example, args)
     return examples
 
 
@@ -87,6 +89,18 @@ def fill_captions(examples: list[Example], args: argparse.Namespace) -> None:
     instead = "the trigger word alone" if args.trigger_word else "the empty one"
     count = f"{len(uncaptioned)} of {len(examples)}"
     print_status(f"warning: {count} images have no caption and train on {instead} ({names})")
+
+
+def resolve_marks(example: Example, args: argparse.Namespace) -> None:
+    """Takes [trigger] and ||| in an example's captions for what other trainers mean by them.
+
+    Errors: UserError for [trigger] without a trigger word, but for images of the class.
+    """
+    trigger = args.trigger_word or ("" if args.is_class else None)
+    captions = [insert_trigger(text, trigger, f"the caption of {example.name}") for text in example.captions]
+    example.captions = [without_marks(caption, args) for caption in captions]
+    if args.captions_vary:
+        example.marked_captions = captions
 
 
 def source_examples(

@@ -34,6 +34,7 @@ class Example:
     read_mask: object = None  # as `read`, of the picture that is its mask
     set_args: argparse.Namespace = None  # the flags of its set
     bucket_numbers: list[int] | None = None  # the buckets of its set; None: all
+    marked_captions: list[str] = ()  # with |||, which says what tags stay in front; as they are drawn
     draw_key: str = ""  # what its draws depend on, of no other image
 
 

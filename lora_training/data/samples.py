@@ -112,7 +112,8 @@ class TrainingData:
             item["caption"] = caption_rng.choice(example.captions)
         else:
             set_args = example.set_args or self.args
-            item["caption"] = self.draw_caption(example.captions, caption_rng, set_args)
+            captions = example.marked_captions or example.captions
+            item["caption"] = self.draw_caption(captions, caption_rng, set_args)
         generator = torch.Generator().manual_seed(stable_seed("noise", *place))
         shape = latent_shape(target, self.vae_config)
         item["posterior_noise"] = torch.randn(shape, generator=generator)

@@ -7,14 +7,14 @@ from collections import Counter
 from pathlib import Path
 
 from lora_training.console import print_status
-from lora_training.data.captions import word_pattern
+from lora_training.data.captions import TRIGGER_MARK, word_pattern
 from lora_training.data.folders import folder_examples
 from lora_training.errors import UserError
 from lora_training.files import read_config_file
 from lora_training.launch.arguments import FOLDER_FLAGS, has_flag, take_flags
 
 # words without a meaning, which people use as a trigger word
-RARE_WORDS = {"sks", "ohwx", "zwx", "zkz", "tok", "szn", "aqr", "rare_token"}
+RARE_WORDS = {"sks", "ohwx", "zwx", "zkz", "tok", "szn", "aqr", "rare_token", TRIGGER_MARK}
 
 
 def add_class_prompt(argv: list[str]) -> list[str]:
@@ -64,7 +64,7 @@ def without_trigger(caption: str, trigger: str | None) -> str | None:
 
     None if nothing else is left, or if no trigger is named and the caption has none of RARE_WORDS.
     """
-    words = [trigger] if trigger else RARE_WORDS
+    words = [trigger, TRIGGER_MARK] if trigger else RARE_WORDS
     pattern = f"[,.;:]*{word_pattern(words)}(?:['’]s)?[,.;:]*"
     others, removed = re.subn(pattern, " ", caption, flags=re.IGNORECASE)
     rest = " ".join(others.split()).strip(" ,.;:")

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from lora_training.base_model.clip_tokenizer import clip_tokenizer
-from lora_training.data.captions import prepend_trigger
+from lora_training.data.captions import TRIGGER_MARK, contains_word, prepend_trigger
 from lora_training.data.checks import Finding, findings_for, truncated_captions, unvaried_captions
 from lora_training.data.folders import IMAGE_SUFFIXES
 from lora_training.errors import UserError
@@ -138,4 +138,4 @@ def find_trigger_problems(
 
 def lacks_trigger(example: Example, trigger: str) -> bool:
     """Whether a caption of an image doesn't have the trigger word."""
-    return any(prepend_trigger(caption, trigger) != caption for caption in example.captions)
+    return not all(contains_word(caption, [trigger, TRIGGER_MARK]) for caption in example.captions)

@@ -183,6 +183,28 @@ def test_a_folder_says_all_that_a_configuration_would(family, trained, write, tm
     assert all(np.abs(pictures[name] - other[name]).max() <= 2 for name in pictures if name != "grid.png")
 
 
+@pytest.mark.parametrize(
+    ("abouts", "prompts", "expected", "note"),
+    [
+        (
+            [{"trigger_word": "zorg"}],
+            ["a [trigger] hat", "masks"],
+            ["a zorg hat", "masks"],
+            "no zorg in 'masks'",
+        ),
+        ([{"modelspec.trigger_phrase": "s_k_s."}], ["([trigger])", "s_k_s."], ["(s_k_s.)", "s_k_s."], None),
+        ([{}, {"trigger_word": "sks"}], "[trigger], masks", "sks, masks", None),
+        ([{}], "[trigger], masks", "[trigger], masks", None),
+    ],
+)
+def test_a_trigger_words_mark_in_prompts_is_taken_for_it(abouts, prompts, expected, note, capsys):
+    settings = argparse.Namespace(prompt=prompts, negative_prompt=None, checkpoints=None)
+    trainings = [inference.Training("x", 1.0, None, None, about, None) for about in abouts]
+    infer_lora.insert_tokens(settings, trainings)
+    printed = capsys.readouterr().out
+    assert settings.prompt == expected and (f"note: {note}: nothing calls x" in printed) == bool(note)
+
+
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_another_familys_folder_is_told_in_one_line(name, tmp_path, shelf, capsys):
     family = FAMILIES[name]
