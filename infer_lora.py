@@ -108,6 +108,7 @@ def draw_all(settings) -> None:
     base = resolve_base(settings, trainings)
     pipeline = load_pipeline(settings, base)
     weights = {} if settings.checkpoints else add_adapters(pipeline, trainings, base)
+    inference.report_cut_prompts(pipeline, settings)
     inference.place_pipeline(pipeline, settings)
     folder = inference.new_run_folder(settings)
     inference.save_settings(settings, folder)

@@ -124,7 +124,7 @@ def add_family_args(add) -> None:
     add("--timestep_shift", type=cli.amount, default=3.0, help="of shift: above 1 more noise (3)")
     add("--guidance_scale", type=cli.amount, default=3.5,
         help="guidance that dev is told while it trains (3.5)")
-    add("--max_sequence_length", type=cli.tokens, default=512,
+    add("--max_sequence_length", type=cli.tokens, default=FAMILY.t5_tokens,
         help="tokens that T5 reads (512; draw with the same)")
     add("--enable_t5_ti", action="store_true", help="new tokens for T5 too")
     # fmt: on

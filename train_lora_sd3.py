@@ -127,7 +127,7 @@ def add_family_args(add) -> None:
     add("--timestep_shift", type=cli.amount, default=3.0, help="of shift: above 1 more noise (3)")
     add("--precondition_outputs", type=cli.yes_or_no, default=True, nargs="?", const=True,
         help="loss on the clean latents (true)")
-    add("--max_sequence_length", type=cli.tokens, default=77,
+    add("--max_sequence_length", type=cli.tokens, default=FAMILY.t5_tokens,
         help="tokens that T5 reads (77; pass the same when drawing)")
     add("--enable_t5_ti", action="store_true", help="new tokens for T5 too")
     add("--drop_t5", action="store_true", help="train and draw without T5: less memory, weaker long prompts")
