@@ -370,7 +370,7 @@ def preservation_loss(run: Run, batch: dict) -> torch.Tensor:
     args = run.args
     learned = (*args.triggers, *run.abstractions)
     captions = [text.class_caption(caption, args.preserve_class, learned) for caption in batch["captions"]]
-    embeds = run.prompts.lookup(captions)
+    embeds = run.prompts.lookup_captions(captions)
     run.denoiser.disable_adapters()
     with torch.no_grad():
         _, base_pred = predict(run, batch, embeds)
@@ -589,7 +589,7 @@ def backward(run: Run, batch: dict, step: int, micro_step: int) -> torch.Tensor:
     torch.manual_seed(stable_seed(args.seed, "dropout", step, micro_step, process))
     with run.autocast():
         trained = run.prompts.trained if run.trains_text_at(step) else ()
-        embeds = run.prompts.lookup(captions, live=trained)
+        embeds = run.prompts.lookup_captions(captions, live=trained)
 
     def accumulate(losses: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         loss = (losses * weight).sum() / args.gradient_accumulation_steps

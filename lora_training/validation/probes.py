@@ -114,7 +114,7 @@ class Probe:
 
     def evaluate(self, batch: dict, caption: str) -> Measurement:
         """Loss and prediction of a batch, with the weights of this moment."""
-        embeds = self.run.prompts.lookup([caption])
+        embeds = self.run.prompts.lookup_captions([caption])
         batch = move_to_device(batch, self.run.accelerator.device)
         loss, prediction = self.predict(self.run, batch, embeds)
         return Measurement(loss.item(), prediction)
