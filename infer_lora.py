@@ -61,6 +61,7 @@ from tqdm import tqdm
 
 from lora_training import exits, inference, text
 from lora_training.console import print_status
+from lora_training.data.captions import TRIGGER_MARK, contains_word
 from lora_training.errors import UserError, is_out_of_memory, one_line
 from lora_training.files import read_config_file
 from lora_training.settings import SettingsParser, file_values, validate
@@ -107,6 +108,7 @@ def draw_all(settings) -> None:
     base = resolve_base(settings, trainings)
     pipeline = load_pipeline(settings, base)
     weights = {} if settings.checkpoints else add_adapters(pipeline, trainings, base)
+    inference.report_cut_prompts(pipeline, settings)
     inference.place_pipeline(pipeline, settings)
     folder = inference.new_run_folder(settings)
     inference.save_settings(settings, folder)
@@ -194,21 +196,26 @@ def add_adapters(pipeline, trainings: list[Training], base: str) -> dict[str, fl
 
 
 def insert_tokens(settings, trainings: list[Training]) -> None:
-    """Puts the new tokens into the prompts ("a TOK" -> "a <s0><s1>"), and says which prompts call no LoRA."""
+    """Puts new tokens and trigger words into the prompts ("a TOK" -> "a <s0><s1>"; [trigger] is the first
+    LoRA's), and says which prompts call no LoRA.
+    """
     abstractions = {word: tokens for t in trainings for word, tokens in t.abstractions.items()}
+    triggers = [word for training in trainings for word in training.triggers]
+
+    def insert(prompt: str) -> str:
+        return text.insert_tokens(prompt.replace(TRIGGER_MARK, (*triggers, TRIGGER_MARK)[0]), abstractions)
+
     for key in ("prompt", "negative_prompt"):
         value = getattr(settings, key)
         if isinstance(value, list):
-            setattr(settings, key, [text.insert_tokens(prompt, abstractions) for prompt in value])
+            setattr(settings, key, list(map(insert, value)))
         elif value:
-            setattr(settings, key, text.insert_tokens(value, abstractions))
+            setattr(settings, key, insert(value))
     for training in trainings[:1] if settings.checkpoints else trainings:
-        trigger = training.about.get("trigger_word") or training.about.get("modelspec.trigger_phrase")
-        triggers = [str(trigger)] if trigger else []
-        calls = triggers + [token for tokens in training.abstractions.values() for token in tokens]
+        calls = training.triggers + [token for tokens in training.abstractions.values() for token in tokens]
         for prompt in inference.list_prompts(settings):
-            if calls and not any(call.lower() in prompt.lower() for call in calls):
-                words = " or ".join([*triggers, *training.abstractions])
+            if calls and not contains_word(prompt, calls):
+                words = " or ".join([*training.triggers, *training.abstractions])
                 print_status(f"note: no {words} in {prompt!r}: nothing calls {training.path}")
 
 

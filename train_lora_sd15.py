@@ -266,13 +266,11 @@ def draw_caption(captions: list[str], rng: random.Random, args: argparse.Namespa
     """One caption as it is trained: picked, tags shuffled, trigger word in front, or dropped."""
     caption = rng.choice(captions)
     if args.captions_vary:
-        tags = caption.split(args.tag_separator)
-        has_trigger = bool(args.trigger_word) and data.prepend_trigger(tags[0], args.trigger_word) == tags[0]
-        fixed = max(args.keep_tokens, has_trigger)  # the trigger word stays in front
-        rest = [tag for tag in tags[fixed:] if not args.tag_dropout or rng.random() >= args.tag_dropout]
+        front, tags, behind = data.split_tags(caption, args)
+        tags = [tag for tag in tags if not args.tag_dropout or rng.random() >= args.tag_dropout]
         if args.shuffle_tags:
-            rng.shuffle(rest)
-        caption = args.tag_separator.join(tags[:fixed] + rest)
+            rng.shuffle(tags)
+        caption = args.tag_separator.join(front + tags + behind)
     caption = data.prepend_trigger(caption, args.trigger_word)
     return "" if rng.random() < args.caption_dropout else caption
 
@@ -299,7 +297,7 @@ def add_tokens(run: Run) -> None:
     """Adds the new tokens' rows to the embedding tables of the encoders that learn them."""
     args, prompts = run.args, run.prompts
     captions = [caption for example in run.data.examples for caption in example.captions] + args.triggers
-    if not any(word in caption for caption in captions for word in run.abstractions):
+    if all(text.insert_tokens(caption, run.abstractions) == caption for caption in captions):
         raise UserError(f"--token_abstraction {args.token_abstraction}: no caption contains it to learn from")
     tokens = [token for group in run.abstractions.values() for token in group]
     keys = token_encoders(args)
@@ -372,7 +370,7 @@ def preservation_loss(run: Run, batch: dict) -> torch.Tensor:
     args = run.args
     learned = (*args.triggers, *run.abstractions)
     captions = [text.class_caption(caption, args.preserve_class, learned) for caption in batch["captions"]]
-    embeds = run.prompts.lookup(captions)
+    embeds = run.prompts.lookup_captions(captions)
     run.denoiser.disable_adapters()
     with torch.no_grad():
         _, base_pred = predict(run, batch, embeds)
@@ -591,7 +589,7 @@ def backward(run: Run, batch: dict, step: int, micro_step: int) -> torch.Tensor:
     torch.manual_seed(stable_seed(args.seed, "dropout", step, micro_step, process))
     with run.autocast():
         trained = run.prompts.trained if run.trains_text_at(step) else ()
-        embeds = run.prompts.lookup(captions, live=trained)
+        embeds = run.prompts.lookup_captions(captions, live=trained)
 
     def accumulate(losses: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         loss = (losses * weight).sum() / args.gradient_accumulation_steps

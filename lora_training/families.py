@@ -39,6 +39,7 @@ class Family:
     loads_embeddings: bool = True  # whether the pipeline has load_textual_inversion
     fused_projections: bool = False  # whether the original checkpoint holds q, k and v as one layer
     text_settings: tuple[str, ...] = ()  # flags that text embeddings depend on
+    t5_tokens: int = 0  # that T5 reads unless --max_sequence_length says otherwise; 0: no T5
     scheduler_settings: tuple[str, ...] = ()  # flags that change the base's scheduler
 
 
@@ -111,6 +112,7 @@ SD3 = Family(
     predicts_flow=True,
     fused_projections=True,
     text_settings=("max_sequence_length",),
+    t5_tokens=77,
     loads_embeddings=False,
 )
 FLUX = Family(
@@ -131,5 +133,6 @@ FLUX = Family(
     predicts_flow=True,
     fused_projections=True,
     text_settings=("max_sequence_length",),
+    t5_tokens=512,
 )
 FAMILIES = {family.name: family for family in (SD15, SDXL, SD3, FLUX)}

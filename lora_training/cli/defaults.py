@@ -26,6 +26,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
     if args.lr_warmup_steps and args.lr_scheduler == "constant" and args.optimizer != "schedulefree":
         args.lr_scheduler = "constant_with_warmup"  # the two flags together can mean nothing else
     args.resolution = args.resolution or [args.family.resolution]
+    args.trigger_word = clean_caption(args.trigger_word) or None  # as captions are, so that they have it
     args.prompt_settings = []
     if args.validation_prompts_file:
         args.prompt_settings = read_prompts(args.validation_prompts_file, args.family.pixel_divisor)

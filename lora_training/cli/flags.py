@@ -91,7 +91,7 @@ def add_data_flags(add) -> None:
     add("--instance_data_dir", metavar="DIR", help="folder of images of one thing, without captions")
     add("--instance_prompt", help="caption of every image that has none of its own")
     add("--repeats", type=count, default=1, help="times that each image is shown per epoch (1)")
-    add("--trigger_word", help="word put before each caption, once")
+    add("--trigger_word", help="word put before each caption, once, or in the place of its [trigger]")
     add("--default_caption", help="caption of images that have none")
     add("--caption_dropout", type=share, default=0.0,
         help="share of captions replaced by the empty one (0: off)")
@@ -100,7 +100,7 @@ def add_data_flags(add) -> None:
     add("--tag_dropout", type=share, default=0.0,
         help="share of a caption's tags left out each time (0: off)")
     add("--keep_tokens", type=natural, default=0,
-        help="the first so many tags are neither shuffled nor dropped (0)")
+        help="the first so many tags, or those before a |||, are neither shuffled nor dropped (0)")
     add("--caption_per_line", action="store_true",
         help="each line of a .txt is a caption, one of which is drawn each time")
     add("--validation_split", type=share, default=0.0,

@@ -11,6 +11,7 @@ from lora_training.cli.checks import check_args
 from lora_training.cli.data_sets import read_set, set_entries
 from lora_training.cli.flags import add_shared_args
 from lora_training.cli.parser import OneLineParser, config_to_argv
+from lora_training.data.captions import insert_trigger
 from lora_training.errors import UserError
 from lora_training.files import read_config_file
 
@@ -59,8 +60,11 @@ def parse_args(
     args.weight, args.is_class = 1.0, False
     args.sets = [read_set(parser, args, *entry) for entry in set_entries(args)]
     args.validation_split = max(own.validation_split for own in args.sets or [args])
-    args.triggers = list(dict.fromkeys(own.trigger_word for own in args.sets or [args] if own.trigger_word))
     check_args(args, set_flags, parser)
+    args.triggers = list(dict.fromkeys(own.trigger_word for own in args.sets or [args] if own.trigger_word))
+    trigger = args.triggers[0] if args.triggers else None
+    prompts = args.validation_prompt or []
+    args.validation_prompt = [insert_trigger(p, trigger, "--validation_prompt") for p in prompts] or None
     if args.overwrite and "resume_from_checkpoint" not in command_line_flags:  # which a configuration has
         args.resume_from_checkpoint = None
     args.settings, args.defaults = settings, defaults  # settings: before anything was filled in

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_training.cli.defaults import optimizer_of
+from lora_training.data.captions import clean_caption, contains_word
 from lora_training.files import output_name
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ def draws_nothing(a: argparse.Namespace) -> bool:
 
 def tokens_replace_class(a: argparse.Namespace) -> bool:
     """Whether --preserve_class holds a word that new tokens take the place of."""
-    words = [word.strip() for word in a.token_abstraction.split(",")]
-    return a.train_text_encoder_ti and any(word in a.preserve_class for word in words if word)
+    words = list(filter(None, map(clean_caption, a.token_abstraction.split(","))))
+    return a.train_text_encoder_ti and contains_word(a.preserve_class, words)
 
 
 def changes_base(a: argparse.Namespace) -> bool:

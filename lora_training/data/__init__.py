@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "image_store": ["prepare_examples"],
         "buckets": ["print_buckets"],
         "checks": ["report_findings"],
-        "captions": ["prepend_trigger"],
+        "captions": ["prepend_trigger", "split_tags"],
         "samples": ["TrainingData"],
         "batches": ["BatchPlan"],
         "latents": ["cache_latents"],

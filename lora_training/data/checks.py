@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 from lora_training.console import print_status, summarize_names
 from lora_training.data.buckets import share_cropped
-from lora_training.data.captions import prepend_trigger
+from lora_training.data.captions import list_tags, prepend_trigger
 
 if TYPE_CHECKING:
     import argparse
 
     from lora_training.data.folders import Example
+    from lora_training.families import Family
+
+LONGEST_TEXTS = {"max_token_length": 225, "max_sequence_length": 512}  # tokens, of CLIP in chunks and of T5
 
 
 @dataclass
@@ -40,14 +43,18 @@ def report_findings(
 ) -> list[str]:
     """Prints and returns what in the data will hurt; `prepare_dataset.py --doctor` looks closer.
 
-    tokenizers: by encoder key, as `truncated_captions` takes them.
+    tokenizers: by encoder key, as `find_cut_texts` takes them.
     """
     findings = examine_images(examples, buckets)
     if not args.instance_prompt and not args.default_caption:
         findings += unvaried_captions(examples)
     captions = [prepend_trigger(c, e.set_args.trigger_word) for e in examples for c in e.captions]
-    tokens_read = args.max_token_length if "max_token_length" in args.family.text_settings else 75
-    findings += truncated_captions(captions, tokenizers, tokens_read)
+    if args.captions_vary:
+        findings += unsplit_captions(examples, args)
+    prompts = [*(args.validation_prompt or ()), *(args.control_prompt or ()), args.class_prompt]
+    prompts += [settings.get("negative_prompt") for settings in args.prompt_settings]
+    for kind, texts in (("captions", captions), ("prompts", list(filter(None, prompts)))):
+        findings += find_cut_texts(kind, texts, tokenizers, args.family, vars(args))
     sizes = ["{} x {}".format(*size) for size in sorted((e.size for e in examples), key=math.prod)]
     print_status(f"{len(examples)} images from {sizes[0]} to {sizes[-1]} pixels")
     lines = [f"{finding.what}; {finding.advice}" for finding in findings]
@@ -88,18 +95,40 @@ def unvaried_captions(examples: list[Example]) -> list[Finding]:
     return [Finding(what, advice)]
 
 
-def truncated_captions(captions: list[str], tokenizers: dict, read: int = 75) -> list[Finding]:
-    """A finding for each CLIP that doesn't read the ends of some captions.
+def unsplit_captions(examples: list[Example], args: argparse.Namespace) -> list[Finding]:
+    """A finding if captions have no tags to shuffle, or some that --tag_dropout empties."""
+    captions = [caption for example in examples for caption in example.captions if caption]
+    single = [caption for caption in captions if len(list_tags(caption, args.tag_separator)) == 1]
+    if captions and len(single) == len(captions):
+        what = f"no caption has two tags with --tag_separator {args.tag_separator!r} between them"
+        return [Finding(what, "--tag_separator says what stands there")]
+    if args.keep_tokens or not args.tag_dropout:
+        return []
+    advice = "--tag_dropout leaves them out as a whole; --keep_tokens 1 keeps them"
+    return findings_for("captions of one tag", single, len(captions), advice)
 
-    tokenizers: {"clip_l": tokenizer, ...}, others than CLIP's are skipped; read: tokens between start and
-    end.
+
+def find_cut_texts(
+    kind: str, texts: list[str], tokenizers: dict, family: Family, settings: dict[str, object]
+) -> list[Finding]:
+    """A finding for each encoder that doesn't read the ends of some texts: for T5 alone where there is one,
+    because it reads on where CLIP ends.
+
+    kind: "captions" or "prompts". tokenizers: {"clip_l": tokenizer, ...}. settings: max_token_length of CLIP
+    (75 where it isn't said), or max_sequence_length of T5.
     """
+    t5 = {key: tokenizer for key, tokenizer in tokenizers.items() if key.startswith("t5")}
+    setting = "max_sequence_length" if t5 else "max_token_length"
+    read = settings.get(setting) or 75
+    limit = read if t5 else read + 2  # CLIP's start and end aren't counted in its setting
+    advice = "their ends are not seen; shorten them"
+    if setting in family.text_settings and read < LONGEST_TEXTS[setting]:
+        advice += f", or give a larger --{setting}, up to {LONGEST_TEXTS[setting]}"
     findings = []
-    for key, tokenizer in tokenizers.items():
-        if key.startswith("clip"):
-            limit, lengths = read + 2, map(len, tokenizer(captions, truncation=False).input_ids)
-            pairs = zip(captions, lengths, strict=True)
-            long = [f"{length} tokens: {caption[:60]}…" for caption, length in pairs if length > limit]
-            what = f"captions longer than the {limit} tokens that {key} reads"
-            findings += findings_for(what, long, len(captions), "their ends are not seen; shorten them")
+    for key, tokenizer in (t5 or tokenizers).items() if texts else ():
+        lengths = map(len, tokenizer(texts, truncation=False).input_ids)
+        pairs = zip(texts, lengths, strict=True)
+        long = [f"{length} tokens: {text[:60]}…" for text, length in pairs if length > limit]
+        what = f"{kind} longer than the {limit} tokens that {key} reads"
+        findings += findings_for(what, long, len(texts), advice)
     return findings

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_training.console import print_status, summarize_names
 from lora_training.data.buckets import bucket_sizes
-from lora_training.data.captions import clean_caption
+from lora_training.data.captions import clean_caption, insert_trigger, without_marks
 from lora_training.data.folders import IMAGE_SUFFIXES, Example, folder_examples
 from lora_training.data.hf_datasets import dataset_examples
 from lora_training.data.masks import attach_masks
@@ -26,9 +28,9 @@ def load_sets(args: argparse.Namespace) -> tuple[list[Example], list[Example], l
     sets = args.sets or [args]
     buckets = list(dict.fromkeys(size for set_args in sets for size in bucket_sizes(set_args)))
     learned, of_class = [], []
-    for set_args in sets:
+    for set_args, label in zip(sets, set_labels(sets), strict=True):
         set_args.seed = args.seed  # decided since the sets were read
-        examples = load_examples(set_args, buckets, several=len(sets) > 1)
+        examples = load_examples(set_args, buckets, label)
         (of_class if set_args.is_class else learned).extend(examples)
     if not learned:
         config = args.dataset_config
@@ -36,24 +38,39 @@ def load_sets(args: argparse.Namespace) -> tuple[list[Example], list[Example], l
     return learned, of_class, buckets
 
 
+def set_labels(sets: list[argparse.Namespace]) -> list[str]:
+    """What the names of each set's images begin with: of its folder's path, as much as tells it from others.
+
+    Nothing where there is one set.
+    """
+    if len(sets) == 1:
+        return [""]
+    sources = [os.path.abspath(s.dataset_name or s.train_data_dir or s.instance_data_dir) for s in sets]
+    for depth in itertools.count(1):
+        labels = ["/".join([*Path(source).parts[-depth:], ""]) for source in sources]
+        if len(set(labels)) == len(set(sources)):
+            return labels
+
+
 def load_examples(
-    args: argparse.Namespace, buckets: list[tuple[int, int]] = (), several: bool = False
+    args: argparse.Namespace, buckets: list[tuple[int, int]] = (), label: str = ""
 ) -> list[Example]:
     """The images of a set and their captions, still without trigger word.
 
-    buckets: those of all sets. several: there are other sets, so that names begin with the folder's.
+    buckets: those of all sets. label: what their names begin with.
     """
     examples = source_examples(args)
-    source = args.dataset_name or args.train_data_dir or args.instance_data_dir
     numbers = [buckets.index(size) for size in bucket_sizes(args)] if buckets else None
     for example in examples:
         example.set_args, example.bucket_numbers = args, numbers
-        example.name = f"{Path(source).name}/{example.name}" if several else example.name
+        example.name = label + example.name
     if args.max_train_samples is not None and args.max_train_samples < len(examples):
         rng = random.Random(stable_seed(args.seed, "max_train_samples"))
         chosen = sorted(rng.sample(range(len(examples)), args.max_train_samples))
         examples = [examples[index] for index in chosen]
     fill_captions(examples, args)
+    for example in examples:
+        resolve_marks(example, args)
     return examples
 
 
@@ -72,6 +89,18 @@ def fill_captions(examples: list[Example], args: argparse.Namespace) -> None:
     instead = "the trigger word alone" if args.trigger_word else "the empty one"
     count = f"{len(uncaptioned)} of {len(examples)}"
     print_status(f"warning: {count} images have no caption and train on {instead} ({names})")
+
+
+def resolve_marks(example: Example, args: argparse.Namespace) -> None:
+    """Takes [trigger] and ||| in an example's captions for what other trainers mean by them.
+
+    Errors: UserError for [trigger] without a trigger word, but for images of the class.
+    """
+    trigger = args.trigger_word or ("" if args.is_class else None)
+    captions = [insert_trigger(text, trigger, f"the caption of {example.name}") for text in example.captions]
+    example.captions = [without_marks(caption, args) for caption in captions]
+    if args.captions_vary:
+        example.marked_captions = captions
 
 
 def source_examples(

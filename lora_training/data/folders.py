@@ -20,11 +20,11 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".g
 TEXT_SUFFIXES = (".txt", ".caption", ".jsonl", ".csv", ".json", ".md", ".html")  # which no line needs to name
 
 
-@dataclass
+@dataclass(eq=False)  # an image is itself, and not what has its name: two sets may have images of one name
 class Example:
     """One training image. `read()` gives the file's bytes; sizes are (width, height) in pixels, upright."""
 
-    name: str
+    name: str  # for people
     captions: list[str]
     read: object
     digest: str = ""
@@ -34,6 +34,8 @@ class Example:
     read_mask: object = None  # as `read`, of the picture that is its mask
     set_args: argparse.Namespace = None  # the flags of its set
     bucket_numbers: list[int] | None = None  # the buckets of its set; None: all
+    marked_captions: list[str] = ()  # with |||, which says what tags stay in front; as they are drawn
+    draw_key: str = ""  # what its draws depend on, of no other image
 
 
 def folder_examples(

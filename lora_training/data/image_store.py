@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from lora_training.console import print_status, progress
 from lora_training.data.buckets import cover_size, nearest_bucket
 from lora_training.data.crops import Crop
-from lora_training.data.images import decode_image
+from lora_training.data.images import decode_image, to_8_bits
 from lora_training.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class ImageStore:
         self.examples, self.buckets = examples, buckets
         self.resample = getattr(Image.Resampling, interpolation.upper())
         self.free_bytes = budget
-        self.covers: dict[tuple[str, int], np.ndarray] = {}  # by name and bucket
+        self.covers: dict[tuple[Example, int], np.ndarray] = {}  # by image and bucket
 
     def __getstate__(self) -> dict:  # a spawned worker decodes anew: all pixels would be too much to send
         return vars(self) | {"free_bytes": 0, "covers": {}}
@@ -122,7 +122,7 @@ class ImageStore:
 
     def cover(self, index: int, bucket: int, image=None):
         """Image `index` scaled so that it just covers `bucket`, as an RGB image. image: the same, decoded."""
-        key = (self.examples[index].name, bucket)
+        key = (self.examples[index], bucket)
         if key in self.covers:
             return Image.fromarray(self.covers[key])
         image = image or self.decode(index)
@@ -155,7 +155,7 @@ class MaskStore(ImageStore):
         try:
             image = ImageOps.exif_transpose(Image.open(io.BytesIO(example.read_mask())))
             is_alpha = example.read_mask == example.read
-            mask = image.convert("RGBA").getchannel("A") if is_alpha else image.convert("L")
+            mask = image.convert("RGBA").getchannel("A") if is_alpha else to_8_bits(image).convert("L")
         except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
             raise UserError(f"{flag} can't be read: {one_line(error)}") from None
         if abs(mask.width / mask.height * example.size[1] / example.size[0] - 1) > 0.02:

@@ -31,7 +31,9 @@ def cache_latents(
     """
     disk = DiskCache(args.cache_folder, "latents")
     vae_float32, interpolation = args.family.vae_float32, args.image_interpolation_mode
-    identity = (args.family.name, components.identity("vae"), components.dtype, vae_float32, interpolation)
+    # under other keys than at first, when an image of another set could stand under another's hash
+    identity = ("moments of a file", args.family.name, components.identity("vae"))
+    identity += (components.dtype, vae_float32, interpolation)
     slots = [Slot(i, example.bucket, 0, 0, 1.0) for i, example in enumerate(data.examples)]
     slots += class_slots(data, plan)
     flips = (False, True)[: 1 + args.random_flip]

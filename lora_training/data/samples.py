@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import argparse
 
     from lora_training.data.batches import Slot
+    from lora_training.data.folders import Example
 
 
 class TrainingData:
@@ -40,6 +42,8 @@ class TrainingData:
         self.masks = MaskStore(store.examples, store.buckets, "bilinear", MEMORY_BUDGET) if masked else None
         self.examples, self.buckets, self.args = store.examples, store.buckets, args
         self.class_examples = class_store.examples if class_store else []
+        set_draw_keys(self.examples)
+        set_draw_keys(self.class_examples)
         self.vae_config, self.scheduler = vae_config, scheduler
         self.draw_noise, self.draw_caption = draw_noise, draw_caption
         # what is cached, by (is_class, index, bucket, flip): (2C, h, w) and (1, h, w)
@@ -52,7 +56,7 @@ class TrainingData:
         size = cover_size(example.size, target)
         crop = draw_crop(size, target, rng, self.args)
         if self.args.cache_latents:
-            seed = stable_seed(self.args.seed, "crop", slot.is_class, example.name)
+            seed = stable_seed(self.args.seed, "crop", slot.is_class, example.draw_key)
             fixed = draw_crop(size, target, random.Random(seed), self.args)
             crop = Crop(fixed.left, fixed.top, crop.flip)
         return crop
@@ -83,7 +87,7 @@ class TrainingData:
     def __getitem__(self, slot: Slot) -> dict:
         """One sample: weight, sizes, latents' moments or pixels, mask, caption, and what the recipe draws."""
         example, target = self.stores[slot.is_class].examples[slot.index], self.buckets[slot.bucket]
-        place = (self.args.seed, slot.epoch, slot.is_class, example.name, slot.repeat)
+        place = (self.args.seed, slot.epoch, slot.is_class, example.draw_key, slot.repeat)
         rng = random.Random(stable_seed("image", *place))
         crop = self.draw_slot_crop(slot, rng)
         left = cover_size(example.size, target)[0] - target[0] - crop.left if crop.flip else crop.left
@@ -108,11 +112,21 @@ class TrainingData:
             item["caption"] = caption_rng.choice(example.captions)
         else:
             set_args = example.set_args or self.args
-            item["caption"] = self.draw_caption(example.captions, caption_rng, set_args)
+            captions = example.marked_captions or example.captions
+            item["caption"] = self.draw_caption(captions, caption_rng, set_args)
         generator = torch.Generator().manual_seed(stable_seed("noise", *place))
         shape = latent_shape(target, self.vae_config)
         item["posterior_noise"] = torch.randn(shape, generator=generator)
         return item | self.draw_noise(generator, shape, self.scheduler, self.args)
+
+
+def set_draw_keys(examples: list[Example]) -> None:
+    """Gives each example what its draws depend on: its name, and a number from the second of a name on."""
+    counts = Counter()
+    for example in examples:
+        number = counts[example.name]
+        example.draw_key = f"{example.name}\0{number}" if number else example.name
+        counts[example.name] += 1
 
 
 def collate(items: list[dict]) -> dict:

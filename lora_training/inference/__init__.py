@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "load_vae",
             "place_pipeline",
             "quantization_config",
+            "report_cut_prompts",
             "silence_libraries",
         ],
         "adapters": ["fuse_adapters", "load_adapter", "load_embeddings", "set_scale"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import logging
 import logging.handlers
 import os
@@ -15,7 +16,11 @@ import diffusers
 import torch
 import transformers
 
+from lora_training.console import print_status
+from lora_training.data.checks import find_cut_texts
 from lora_training.errors import UserError, is_out_of_memory, one_line
+from lora_training.families import FAMILIES
+from lora_training.inference.settings import list_prompts
 from lora_training.libraries import import_model_libraries
 
 
@@ -139,6 +144,21 @@ def scheduler_class(name: str, current: str):
         target = "the flow of SD3 and FLUX.1" if predicts_flow else "noise, as in Stable Diffusion and SDXL"
         raise UserError(f"scheduler: {matches[0]} is for bases that predict {target}; this one has {current}")
     return getattr(diffusers, matches[0])
+
+
+def report_cut_prompts(pipeline, settings) -> None:
+    """Says which prompts are longer than the base's text encoders read."""
+    named = [family for family in FAMILIES.values() if family.pipeline_class == type(pipeline).__name__]
+    negative = settings.negative_prompt or []
+    prompts = list_prompts(settings) + (negative if isinstance(negative, list) else [negative])
+    usual = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
+    values = {"max_token_length": settings.max_token_length}
+    values["max_sequence_length"] = settings.max_sequence_length or (usual and usual.default)
+    for family in named:  # one, or none for a base of another family
+        parts, pairs = pipeline.components, family.text_encoders.items()
+        tokenizers = {key: parts[name] for key, (name, encoder) in pairs if parts.get(encoder) is not None}
+        for finding in find_cut_texts("prompts", prompts, tokenizers, family, values):
+            print_status(f"warning: {finding.what}; {finding.advice}")
 
 
 def device_and_dtype(settings) -> tuple[str, torch.dtype]:

@@ -49,6 +49,12 @@ class Training:
     token_count: int = 0
     abstractions: dict[str, list[str]] = field(default_factory=dict)  # {"TOK": ["<s0>", "<s1>"]}
 
+    @property
+    def triggers(self) -> list[str]:
+        """Its trigger word, if it names one."""
+        trigger = self.about.get("trigger_word") or self.about.get("modelspec.trigger_phrase")
+        return [str(trigger)] if trigger else []
+
 
 def settings_of_training(path: str, explicit: dict[str, object], root: Path) -> dict[str, object]:
     """A training's settings by the keys of a drawing's, as defaults for those that are not in `explicit`.

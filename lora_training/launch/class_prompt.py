@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
 from lora_training.console import print_status
+from lora_training.data.captions import TRIGGER_MARK, word_pattern
 from lora_training.data.folders import folder_examples
 from lora_training.errors import UserError
 from lora_training.files import read_config_file
 from lora_training.launch.arguments import FOLDER_FLAGS, has_flag, take_flags
 
 # words without a meaning, which people use as a trigger word
-RARE_WORDS = {"sks", "ohwx", "zwx", "zkz", "tok", "szn", "aqr", "rare_token"}
+RARE_WORDS = {"sks", "ohwx", "zwx", "zkz", "tok", "szn", "aqr", "rare_token", TRIGGER_MARK}
 
 
 def add_class_prompt(argv: list[str]) -> list[str]:
@@ -62,10 +64,10 @@ def without_trigger(caption: str, trigger: str | None) -> str | None:
 
     None if nothing else is left, or if no trigger is named and the caption has none of RARE_WORDS.
     """
-    trigger_words = {word.lower() for word in trigger.split()} if trigger else RARE_WORDS
-    words = caption.split()
-    other_words = [word for word in words if word.strip(",.;:").lower() not in trigger_words]
-    rest = " ".join(other_words).strip(" ,.;:")
-    if not rest or (len(other_words) == len(words) and not trigger):
+    words = [trigger, TRIGGER_MARK] if trigger else RARE_WORDS
+    pattern = f"[,.;:]*{word_pattern(words)}(?:['’]s)?[,.;:]*"
+    others, removed = re.subn(pattern, " ", caption, flags=re.IGNORECASE)
+    rest = " ".join(others.split()).strip(" ,.;:")
+    if not rest or not (removed or trigger):
         return None
     return rest

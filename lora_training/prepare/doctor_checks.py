@@ -9,8 +9,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from lora_training.base_model.clip_tokenizer import clip_tokenizer
-from lora_training.data.captions import prepend_trigger
-from lora_training.data.checks import Finding, findings_for, truncated_captions, unvaried_captions
+from lora_training.data.captions import TRIGGER_MARK, contains_word, prepend_trigger
+from lora_training.data.checks import Finding, find_cut_texts, findings_for, unvaried_captions
 from lora_training.data.folders import IMAGE_SUFFIXES
 from lora_training.errors import UserError
 from lora_training.families import FAMILIES, Family
@@ -31,25 +31,26 @@ BASE_FLAG = "--pretrained_model_name_or_path"
 
 
 class WordCounter:
-    """Stands in for CLIP's tokenizer where none is at hand.
+    """Stands in for a tokenizer where none is at hand.
 
     It counts words, digits and signs, each of which is at least a token.
     """
-
-    model_max_length = 77
 
     def __call__(self, captions: list[str], truncation: bool = False) -> argparse.Namespace:
         pieces = [re.findall(r"[^\W\d_]+|\d|[^\s\w]+|_", caption) for caption in captions]
         return argparse.Namespace(input_ids=[["<start>", *words, "<end>"] for words in pieces])
 
 
-def load_clip_tokenizers(base: str | None, family: Family) -> dict:
-    """CLIP's tokenizers by key: the base's; without a base, the released one, or else a lower bound.
+def load_tokenizers(base: str | None, family: Family) -> dict:
+    """The tokenizers that count what is read, T5's or else CLIP's, by key: the base's; without a base, CLIP's
+    released one, or words and signs.
 
     base: hub id or folder. Errors: UserError if it has none.
     """
     from transformers import AutoTokenizer
 
+    if base is None and family.t5_tokens:
+        return {"t5 (words and signs counted)": WordCounter()}
     if base is None:
         tokenizer = clip_tokenizer()
         if tokenizer is None:
@@ -59,9 +60,10 @@ def load_clip_tokenizers(base: str | None, family: Family) -> dict:
         if tokenizer is None:
             return {"clip (words and signs counted)": WordCounter()}
         return {"clip": tokenizer}
-    encoders = family.text_encoders.items()
-    names = {key: tokenizer for key, (tokenizer, _) in encoders if key.startswith("clip")}
+    names = {key: tokenizer for key, (tokenizer, _) in family.text_encoders.items()}
     folder = model_folder(base, BASE_FLAG, [f"{name}/*" for name in names.values()])
+    if family.t5_tokens and not (folder / names["t5"]).is_dir():
+        del names["t5"]
     try:
         return {key: AutoTokenizer.from_pretrained(folder / name) for key, name in names.items()}
     except (OSError, ValueError) as error:
@@ -112,8 +114,10 @@ def find_caption_problems(examples: list[Example], settings: Settings) -> list[F
     findings += find_trigger_problems(captioned, trigger, bool(settings.instance_prompt))
     captions = [prepend_trigger(caption, trigger) for example in captioned for caption in example.captions]
     if captions:
-        tokenizers = load_clip_tokenizers(settings.pretrained_model_name_or_path, FAMILIES[settings.family])
-        findings += truncated_captions(captions, tokenizers)
+        family = FAMILIES[settings.family]
+        tokenizers = load_tokenizers(settings.pretrained_model_name_or_path, family)
+        usual = {"max_sequence_length": family.t5_tokens}
+        findings += find_cut_texts("captions", captions, tokenizers, family, usual)
     return findings
 
 
@@ -138,4 +142,4 @@ def find_trigger_problems(
 
 def lacks_trigger(example: Example, trigger: str) -> bool:
     """Whether a caption of an image doesn't have the trigger word."""
-    return any(prepend_trigger(caption, trigger) != caption for caption in example.captions)
+    return not all(contains_word(caption, [trigger, TRIGGER_MARK]) for caption in example.captions)

@@ -77,8 +77,6 @@ def measure_picture(raw: bytes, thumbnail: Path) -> dict:
 
     That is {"size", "look", "facts"}, or {"problem": why the picture can't be used}.
     """
-    if has_infinite_values(raw):
-        return {"problem": "damaged (values that are no numbers)"}
     try:
         image = decode_image(raw)
         facts = header_facts(raw) | {"sharpness": round(sharpness(image), 1)}
@@ -90,13 +88,6 @@ def measure_picture(raw: bytes, thumbnail: Path) -> dict:
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS, reducing_gap=1.0)
     write_file(thumbnail, encode_image(image, "jpg", 75))
     return measurement
-
-
-def has_infinite_values(raw: bytes) -> bool:
-    """Whether a file holds floats that aren't finite. Other faults are found when it is decoded."""
-    with contextlib.suppress(Exception), Image.open(io.BytesIO(raw)) as image:
-        return image.mode == "F" and not np.isfinite(np.asarray(image)).all()
-    return False
 
 
 def header_facts(raw: bytes) -> dict:

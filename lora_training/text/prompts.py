@@ -86,8 +86,11 @@ class Prompts:
 
     def compute(self, key: str, prompts: list[str]) -> dict:
         """One encoder's tensors (B, ...) for prompts, computed now; differentiable in whatever is trained."""
-        args = self.args
-        if prompts[0].startswith(UNSKIPPED):
+        args, unskipped = self.args, [prompt.startswith(UNSKIPPED) for prompt in prompts]
+        if any(unskipped) and not all(unskipped):  # rare: a dropped caption, --clip_skip, a trained encoder
+            rows = [self.compute(key, [prompt]) for prompt in prompts]
+            return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        if unskipped[0]:
             prompts = [prompt.removeprefix(UNSKIPPED) for prompt in prompts]
             args = argparse.Namespace(**vars(args) | {"clip_skip": None})
         return self.encode_prompts(key, prompts, self.tokenizers[key], self.text_encoder(key), args)
@@ -141,10 +144,28 @@ class Prompts:
                 encoded[key] = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         return self.join_embeds(encoded, self.args, self.components.config(self.family.denoiser))
 
+    def lookup_captions(self, captions: list[str], live: set[str] | tuple = ()) -> dict:
+        """As `lookup`, for captions that are trained: an empty one, as --caption_dropout leaves it, is what
+        the unconditional half of guidance is in the pipeline.
+        """
+        embeds = self.lookup([caption or self.negative_mark for caption in captions], live)
+        if all(captions):
+            return embeds
+        unconditional = self.negative_embeds(embeds, self.components)
+        for name, value in embeds.items():
+            empty = unconditional.get(f"negative_{name}", value)
+            if empty is not value:  # zeros; what is trained stays in the graph, without a gradient
+                pairs = zip(captions, value, empty, strict=True)
+                embeds[name] = torch.stack([row if c else zeros + 0 * row for c, row, zeros in pairs])
+        return embeds
+
     def for_pipeline(self, prompt: str, negative: str = "") -> dict:
         """A pipeline's embeddings for a prompt, and for the one that guidance leads away from."""
-        embeds = self.lookup([prompt])
-        return embeds | self.negative_embeds(self.lookup([self.negative_mark + negative]), self.components)
+        without = self.lookup([self.negative_mark + negative])
+        embeds = self.negative_embeds(without, self.components)
+        if negative:  # which no base replaces by zeros
+            embeds = {name: without[name.removeprefix("negative_")] for name in embeds}
+        return self.lookup([prompt]) | embeds
 
     def forget(self) -> None:
         """Drops the embeddings that a training step has changed."""

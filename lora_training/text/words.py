@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from lora_training.data.captions import clean_caption, word_pattern
 from lora_training.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def abstraction_tokens(args: argparse.Namespace, tokenizer) -> dict[str, list[st
         if not each:
             flag = f"--initializer_concept {args.initializer_concept!r}"
             raise UserError(f"{flag}: the tokenizer finds no token in it")
-    words = [word.strip() for word in args.token_abstraction.split(",") if word.strip()]
+    words = list(filter(None, map(clean_caption, args.token_abstraction.split(","))))
     if not words:
         raise UserError("--token_abstraction is empty")
     return {word: [f"<s{i * each + k}>" for k in range(each)] for i, word in enumerate(words)}
@@ -34,15 +35,13 @@ def concept_ids(tokenizer, concept: str) -> list[int]:
 
 
 def insert_tokens(text: str, abstractions: dict[str, list[str]]) -> str:
-    """The text with each abstraction replaced by its tokens: "a TOK" -> "a <s0><s1>"."""
+    """The text with each abstraction, as it is written, replaced by its tokens: "a TOK" -> "a <s0><s1>"."""
     if not abstractions:
         return text
-    pattern = "|".join(re.escape(word) for word in sorted(abstractions, key=len, reverse=True))
-    return re.sub(pattern, lambda match: "".join(abstractions[match[0]]), text)
+    return re.sub(word_pattern(abstractions), lambda match: "".join(abstractions[match[0]]), text)
 
 
 def class_caption(caption: str, class_name: str, words: Iterable[str]) -> str:
     """The caption with each of the learned words replaced by their class: "a sks dog" -> "a dog"."""
-    for word in words:
-        caption = caption.replace(f"{word} {class_name}", class_name).replace(word, class_name)
-    return caption
+    pattern = f"{word_pattern(words)}( (?={re.escape(class_name)}))?"
+    return re.sub(pattern, lambda match: "" if match[1] else class_name, caption, flags=re.IGNORECASE)

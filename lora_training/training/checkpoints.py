@@ -136,7 +136,7 @@ def identities(run: Run) -> dict[str, str]:
 
 def identify_examples(examples: list[Example]) -> str:
     """A text that changes with the images, their buckets or their captions."""
-    return "|".join(f"{e.digest}{e.bucket}{e.held_out}{e.captions}" for e in examples)
+    return "|".join(f"{e.digest}{e.bucket}{e.held_out}{e.marked_captions or e.captions}" for e in examples)
 
 
 def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict] | None:

@@ -79,7 +79,7 @@ class Probe:
     def image_batch(self, index: int, quantile: float) -> ProbeBatch:
         """Image `index` of the data with fixed noise at a quantile of the noise levels."""
         run, example = self.run, self.run.data.examples[index]
-        seed = stable_seed(run.args.seed, "held-out", example.name, quantile)
+        seed = stable_seed(run.args.seed, "held-out", example.draw_key, quantile)
         item = run.data[Slot(index, example.bucket, epoch=0, repeat=0, weight=1.0)]
         item |= self.fixed_noise(seed, item["posterior_noise"].shape, quantile)
         caption = prepend_trigger(example.captions[0], example.set_args.trigger_word)
@@ -114,7 +114,7 @@ class Probe:
 
     def evaluate(self, batch: dict, caption: str) -> Measurement:
         """Loss and prediction of a batch, with the weights of this moment."""
-        embeds = self.run.prompts.lookup([caption])
+        embeds = self.run.prompts.lookup_captions([caption])
         batch = move_to_device(batch, self.run.accelerator.device)
         loss, prediction = self.predict(self.run, batch, embeds)
         return Measurement(loss.item(), prediction)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
-from lora_training.data.captions import prepend_trigger
+from lora_training.data.captions import prepend_trigger, word_pattern
 
 if TYPE_CHECKING:
     import argparse
@@ -53,6 +54,5 @@ def control_prompts(
 
 def remove_words(caption: str, words: list[str]) -> str:
     """A caption without words, and without the spaces and commas that they leave."""
-    for word in words:
-        caption = " ".join(caption.replace(word, " ").split()).strip(" ,")
-    return caption
+    caption = re.sub(word_pattern(words), " ", caption, flags=re.IGNORECASE)
+    return " ".join(caption.split()).strip(" ,")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import random
 
 import numpy as np
 import pytest
+from color_profiles import ADOBE_RGB, DISPLAY_P3, profile
 from conftest import (
     to_pixels,
     training_data,
@@ -134,3 +136,54 @@ def test_pictures_are_read_as_people_see_them(tmp_path):
     assert pixels[:, 0].eq(255).all() and pixels[:, -1].eq(0).all()
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert to_pixels(decode_image((tmp_path / "clear.png").read_bytes())).eq(255).all()
+
+
+def saved(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
+    """The bytes of an image's file."""
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("primaries", [DISPLAY_P3, ADOBE_RGB], ids=["p3", "adobe"])
+@pytest.mark.parametrize("kind", ["RGBA", "P", "RGB with a clear colour", "P with a clear colour"])
+def test_a_profile_holds_for_every_kind_of_picture(kind, primaries):
+    """Palettes and transparent pictures too; what is clear stays clear."""
+    options = {"icc_profile": profile("RGB ", 2.2, primaries)}
+    image = Image.new("RGB", (8, 8), (200, 60, 40))
+    expected = decode_image(saved(image, **options)).getpixel((1, 1))
+    image.paste((0, 255, 0), (4, 0, 8, 8))
+    if kind == "RGBA":
+        alpha = Image.new("L", (8, 8), 255)
+        alpha.paste(0, (4, 0, 8, 8))
+        image.putalpha(alpha)
+    elif kind.startswith("P"):
+        image = image.quantize(8)
+    if "clear" in kind:
+        options["transparency"] = image.getpixel((5, 5))
+    decoded = decode_image(saved(image, **options))
+    assert np.abs(np.subtract(decoded.getpixel((1, 1)), expected)).max() <= 1
+    assert np.abs(np.subtract(expected, (200, 60, 40))).max() > 15
+    assert (decoded.getpixel((6, 6)) == (255, 255, 255)) == (kind != "P")
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1.8])
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16", "F"])
+def test_a_grey_profile_holds_for_every_depth(mode, gamma):
+    value, light = 120, (120 / 255) ** gamma
+    srgb = 255 * (1.055 * light ** (1 / 2.4) - 0.055)
+    if mode in ("L", "LA"):
+        image = Image.new(mode, (8, 8), (value, 255)[: len(mode)] if mode == "LA" else value)
+    else:
+        scale, dtype = {"I;16": (257, "uint16"), "F": (1 / 255, "float32")}[mode]
+        image = Image.fromarray(np.full((8, 8), value * scale, dtype=dtype))
+    raw = saved(image, "TIFF" if mode == "F" else "PNG", icc_profile=profile("GRAY", gamma))
+    assert np.abs(np.array(decode_image(raw).getpixel((2, 2))) - srgb).max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "int32", "float32 to 1", "float32 to 255"])
+def test_pictures_of_any_depth_are_scaled(kind):
+    dtype, largest = kind.split()[0], {"8": 255, "6": 65535, "2": 65535, "1": 1, "5": 255}[kind[-1]]
+    values = np.linspace(0, largest, 64).reshape(8, 8).astype(dtype)
+    decoded = np.asarray(decode_image(saved(Image.fromarray(values), "TIFF")).convert("L"))
+    assert np.abs(decoded - np.linspace(0, 255, 64).reshape(8, 8)).max() <= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import QUICKEST, losses, run_here, training_data
@@ -83,6 +84,23 @@ def test_a_white_mask_changes_nothing_and_a_mask_is_cached(tmp_path):
     half = losses_of_a_run("half", *masked)
     assert half != plain
     assert half == pytest.approx(losses_of_a_run("half cached", *masked, "--cache_latents"), rel=1e-4)
+
+
+@pytest.mark.parametrize("largest", [1.0, 255.0, 255, 65535])
+@pytest.mark.parametrize("low", [0, 0.25])
+def test_a_mask_of_any_depth_is_scaled(recipe, tmp_path, largest, low):
+    """A half-transparent grey counts half, in 16 bits and as floats too."""
+    data, masks = tmp_path / "data", tmp_path / "masks"
+    for folder in (data, masks):
+        folder.mkdir()
+    half_white(data / "a.png", (64, 64), "RGB")
+    dtype = "float32" if isinstance(largest, float) else "uint16" if largest > 255 else "uint8"
+    shares = np.repeat([1.0, 0.5], 32)[None].repeat(64, 0)
+    Image.fromarray((shares * largest).astype(dtype)).save(masks / "a.tif")
+    flags = ("-d", data, "--trigger_word", "x", "--masked_loss", masks, "--unmasked_weight", low)
+    mask = masked_data(recipe, *flags)[Slot(0, 0, 0, 0, 1.0)]["mask"]
+    expected = (1 + low) / 2
+    assert (mask[0, 0, -1] / mask[0, 0, 0]).item() == pytest.approx(expected, abs=0.01)
 
 
 def test_what_is_wrong_with_masks_is_said(recipe, tmp_path, capsys):

@@ -36,6 +36,10 @@ def no_gpu(monkeypatch):
         (None, ["a dog"], None, None),
         (None, ["a dog"], "sks", "a dog"),
         ("sks", [], None, None),
+        ("a photo of [trigger] dog", [], None, "a photo of dog"),
+        ("a photo of s_k_s., a dog", [], "s_k_s.", "a photo of a dog"),
+        (None, ["a red bike on a red road"], "red bike", "a on a red road"),
+        (None, ["sks's dog", "masks"], None, "dog"),
     ],
 )
 def test_class_prompt_of_dreambooth_alone(instance, captions, trigger, expected):

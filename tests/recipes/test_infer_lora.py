@@ -164,15 +164,16 @@ def test_negative_prompts_of_flux(write, family, capsys, tmp_path):
 @pytest.mark.families(*KINDS)
 def test_a_folder_says_all_that_a_configuration_would(family, trained, write, tmp_path, capsys):
     """Base, size, steps, guidance, seed are the training's; TOK its tokens; a flag takes several prompts."""
-    prompts = ["a <s0><s1> on a blue background", "a red star"]
+    prompts = ["a <s0><s1> on a blue background", "red semicircles"]
     assert infer_lora.main(["--infer_config", write(guidance_scale=3.0, prompt=prompts)]) == 0
     explicit = drawn(tmp_path)
     run, out = as_trained(family, trained, tmp_path / "run"), str(tmp_path / "mine" / "out")
-    argv = ["--prompt", "a circle on a blue background", "a red star", "--paths.infer_path", out]
+    argv = ["--prompt", "a circle on a blue background", "red semicircles", "--paths.infer_path", out]
     capsys.readouterr()
     assert infer_lora.main([str(run), *argv]) == 0
     output = capsys.readouterr().out
-    assert output.count("note:") == 1 and f"note: no circle in 'a red star': nothing calls {run}" in output
+    note = f"note: no circle in 'red semicircles': nothing calls {run}"
+    assert output.count("note:") == 1 and note in output
     pictures = drawn(tmp_path / "mine")
     assert pictures.keys() == explicit.keys() and len(pictures) == 3
     assert all(np.abs(pictures[name] - explicit[name]).max() <= 1 for name in pictures)
@@ -180,6 +181,28 @@ def test_a_folder_says_all_that_a_configuration_would(family, trained, write, tm
     assert infer_lora.main([str(kohya_file), *argv]) == 0
     other = drawn(tmp_path / "mine")
     assert all(np.abs(pictures[name] - other[name]).max() <= 2 for name in pictures if name != "grid.png")
+
+
+@pytest.mark.parametrize(
+    ("abouts", "prompts", "expected", "note"),
+    [
+        (
+            [{"trigger_word": "zorg"}],
+            ["a [trigger] hat", "masks"],
+            ["a zorg hat", "masks"],
+            "no zorg in 'masks'",
+        ),
+        ([{"modelspec.trigger_phrase": "s_k_s."}], ["([trigger])", "s_k_s."], ["(s_k_s.)", "s_k_s."], None),
+        ([{}, {"trigger_word": "sks"}], "[trigger], masks", "sks, masks", None),
+        ([{}], "[trigger], masks", "[trigger], masks", None),
+    ],
+)
+def test_a_trigger_words_mark_in_prompts_is_taken_for_it(abouts, prompts, expected, note, capsys):
+    settings = argparse.Namespace(prompt=prompts, negative_prompt=None, checkpoints=None)
+    trainings = [inference.Training("x", 1.0, None, None, about, None) for about in abouts]
+    infer_lora.insert_tokens(settings, trainings)
+    printed = capsys.readouterr().out
+    assert settings.prompt == expected and (f"note: {note}: nothing calls x" in printed) == bool(note)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])

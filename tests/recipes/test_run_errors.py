@@ -23,8 +23,10 @@ def test_lora_layer_that_matches_nothing(tmp_path, capsys, flag):
     assert "matches no layer" in one_line(capsys)
 
 
-def test_token_that_no_caption_has(tmp_path, capsys):
-    assert run_here(QUICKEST, tmp_path / "x", "-d", SAMPLE, "--train_text_encoder_ti") == 2
+@pytest.mark.parametrize("word", [None, "TOKYO", "a sTOK"])
+def test_token_that_no_caption_has(tmp_path, capsys, word):
+    flags = ("--trigger_word", word) if word else ()  # a part of a word is no word
+    assert run_here(QUICKEST, tmp_path / "x", "-d", SAMPLE, "--train_text_encoder_ti", *flags) == 2
     assert "--token_abstraction TOK: no caption contains it" in one_line(capsys)
 
 

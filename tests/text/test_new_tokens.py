@@ -70,6 +70,21 @@ def test_insert_tokens():
     assert insert_tokens("a TOKEN and TOK", words) == "a <s2><s3> and <s0><s1>"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("TOKYO at night", "TOKYO at night"),
+        ("a STOK, TOK's hat", "a STOK, <s0><s1>'s hat"),
+        ("in the style of TOK.", "in the style of <s0><s1>."),
+        ("TOKs and TOK2", "TOKs and TOK2"),
+        ("(TOK) TOKÉ", "(<s0><s1>) TOKÉ"),
+        ("p.x.", "<s2><s3>"),
+    ],
+)
+def test_new_tokens_stand_for_no_part_of_a_word(text, expected):
+    assert insert_tokens(text, {"TOK": ["<s0>", "<s1>"], "p.x.": ["<s2>", "<s3>"]}) == expected
+
+
 def test_text_moves_up_to_the_pivot():
     parts = [argparse.Namespace(name=n, last_step=s) for n, s in (("embeddings", 3), ("denoiser", 9))]
     run = argparse.Namespace(parts=parts)
@@ -84,3 +99,16 @@ def test_the_class_takes_the_place_of_the_word():
     }
     for caption, expected in captions.items():
         assert class_caption(caption, "dog", ["sks", "TOK"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("two masks, sks", "two masks, cat"),
+        ("Sks cats at TOKYO, a TOK", "cats at TOKYO, a cat"),
+        ("an s_k_s. by desks", "an cat by desks"),
+        ("SKS CAT", "CAT"),
+    ],
+)
+def test_the_class_takes_the_place_of_no_part_of_a_word(caption, expected):
+    assert class_caption(caption, "cat", ["sks", "TOK", "s_k_s."]) == expected

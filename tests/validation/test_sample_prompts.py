@@ -67,3 +67,17 @@ def test_what_a_class_set_draws_should_not_change():
     assert control_prompts(args, [example], {}) == ["dog"]
     args.control_prompt = ["a cat"]
     assert control_prompts(args, [example], {}) == ["a cat"]
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("Sks, two masks", "two masks"),
+        ("a TOK in TOKYO", "a in TOKYO"),
+        ("s_k_s., desks on tokens", "desks on tokens"),
+    ],
+)
+def test_control_prompts_lose_words_and_no_parts_of_words(caption, expected):
+    args = argparse.Namespace(control_prompt=None, class_prompt=None, sets=[], triggers=["sks", "s_k_s."])
+    example = argparse.Namespace(captions=[caption], held_out=False)
+    assert control_prompts(args, [example], {"TOK": ["<s0>"]}) == [expected]
