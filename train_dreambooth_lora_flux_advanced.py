@@ -481,7 +481,7 @@ def execute(args: argparse.Namespace) -> None:
     if run.control_prompts:
         run.probe = validation.Probe(run, first_step, draw_noise, predict)
     active_parts(run, first_step)
-    training.start_trackers(run)
+    training.start_trackers(run, first_step)
     training.report_plan(run)
     with disable_input_dtype_casting(run.denoiser, active=run.accelerator.mixed_precision != "no"):
         if run.draws_comparison and first_step == 0:
