@@ -96,7 +96,7 @@ FAMILY_RULES = ()
 def add_family_args(add) -> None:
     """Flags that only this family has."""
     # fmt: off
-    add("--clip_skip", type=cli.count,
+    add("--clip_skip", type=cli.count_or_off,
         help="use the text encoders' outputs so many layers before the usual (default: 0)")
     add("--max_token_length", type=int, choices=[75, 150, 225], default=75,
         help="tokens read of a caption (75)")
