@@ -227,7 +227,8 @@ def check_base(components: Components) -> None:
     if (components.args.clip_skip or 0) >= layers - 1:
         raise UserError(f"--clip_skip {components.args.clip_skip}: a text encoder has only {layers} layers")
     few_steps = schedule["_class_name"].startswith(("LCM", "TCD"))
-    few_steps |= schedule.get("timestep_spacing") == "trailing"
+    is_zero_snr = schedule.get("rescale_betas_zero_snr")  # whose pictures begin at the last timestep, too
+    few_steps |= schedule.get("timestep_spacing") == "trailing" and not is_zero_snr
     name = str(components.args.pretrained_model_name_or_path).lower()
     if few_steps or any(word in name for word in ("turbo", "lightning", "lcm", "hyper")):
         print_status(
