@@ -49,6 +49,11 @@ lora_training/. What all four scripts have in common is the same to the letter. 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run answers signals, Ctrl-C just ends it
+
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
