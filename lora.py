@@ -30,7 +30,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -237,7 +237,8 @@ def save_lora(models: torch.nn.Module | Mapping, file: str | Path, dtype: torch.
         raise ValueError("there is no LoRA to save: apply_lora_to_model comes first")
     part = file.with_name(f".{file.name}.part")
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, part, metadata={"format": "pt", METADATA_KEY: json.dumps(metadata)})
+    # not save_file, which writes for the owner alone
+    part.write_bytes(save(tensors, metadata={"format": "pt", METADATA_KEY: json.dumps(metadata)}))
     part.replace(file)
     return file
 

@@ -48,6 +48,11 @@ lora_training/. What all four scripts have in common is the same to the letter. 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run answers signals, Ctrl-C just ends it
+
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,7 +99,7 @@ FAMILY_RULES = ()
 def add_family_args(add) -> None:
     """Flags that only this family has."""
     # fmt: off
-    add("--clip_skip", type=cli.count,
+    add("--clip_skip", type=cli.count_or_off,
         help="use the text encoder's output so many layers before the last (default: 0)")
     add("--max_token_length", type=int, choices=[75, 150, 225], default=75,
         help="tokens read of a caption (75)")
@@ -424,7 +429,7 @@ def execute(args: argparse.Namespace) -> None:
     if run.control_prompts:
         run.probe = validation.Probe(run, first_step, draw_noise, predict)
     active_parts(run, first_step)
-    training.start_trackers(run)
+    training.start_trackers(run, first_step)
     training.report_plan(run)
     with disable_input_dtype_casting(run.denoiser, active=run.accelerator.mixed_precision != "no"):
         if run.draws_comparison and first_step == 0:

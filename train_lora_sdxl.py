@@ -50,6 +50,11 @@ lora_training/. What all four scripts have in common is the same to the letter. 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run answers signals, Ctrl-C just ends it
+
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,7 +101,7 @@ FAMILY_RULES = ()
 def add_family_args(add) -> None:
     """Flags that only this family has."""
     # fmt: off
-    add("--clip_skip", type=cli.count,
+    add("--clip_skip", type=cli.count_or_off,
         help="use the text encoders' outputs so many layers before the usual (default: 0)")
     add("--max_token_length", type=int, choices=[75, 150, 225], default=75,
         help="tokens read of a caption (75)")
@@ -227,7 +232,8 @@ def check_base(components: Components) -> None:
     if (components.args.clip_skip or 0) >= layers - 1:
         raise UserError(f"--clip_skip {components.args.clip_skip}: a text encoder has only {layers} layers")
     few_steps = schedule["_class_name"].startswith(("LCM", "TCD"))
-    few_steps |= schedule.get("timestep_spacing") == "trailing"
+    is_zero_snr = schedule.get("rescale_betas_zero_snr")  # whose pictures begin at the last timestep, too
+    few_steps |= schedule.get("timestep_spacing") == "trailing" and not is_zero_snr
     name = str(components.args.pretrained_model_name_or_path).lower()
     if few_steps or any(word in name for word in ("turbo", "lightning", "lcm", "hyper")):
         print_status(
@@ -453,7 +459,7 @@ def execute(args: argparse.Namespace) -> None:
     if run.control_prompts:
         run.probe = validation.Probe(run, first_step, draw_noise, predict)
     active_parts(run, first_step)
-    training.start_trackers(run)
+    training.start_trackers(run, first_step)
     training.report_plan(run)
     with disable_input_dtype_casting(run.denoiser, active=run.accelerator.mixed_precision != "no"):
         if run.draws_comparison and first_step == 0:

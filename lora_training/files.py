@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -29,6 +30,14 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+@functools.cache
+def umask() -> int:
+    """The rights that files are made without. It can be read only by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def flush_to_disk(path: Path) -> None:
     """Makes sure that a file's or a folder's content is on the disk.
 
@@ -44,7 +53,14 @@ def flush_to_disk(path: Path) -> None:
 
 
 def replace_file(source: Path, target: Path) -> None:
-    """Renames a file or folder; for some seconds, because a scanner on Windows may hold it."""
+    """Renames a file or folder; for some seconds, because a scanner on Windows may hold it.
+
+    Files get the rights that any file is made with here: safetensors makes them for their owner alone.
+    """
+    for file in source.rglob("*") if source.is_dir() else [source]:
+        with contextlib.suppress(OSError):  # a file system that knows no rights
+            if file.is_file():
+                file.chmod(0o666 & ~umask())
     for _ in range(20):
         with contextlib.suppress(PermissionError):
             return os.replace(source, target)

@@ -104,8 +104,7 @@ def unpack_single_file(path: Path, family: Family, cache_dir: str | None = None)
     if (folder / "model_index.json").is_file():
         return folder
     pipeline = read_single_file(path, family)
-    if settings := prediction_settings(path):
-        pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **settings)
+    set_prediction(pipeline, path)
     cache.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder) as unfinished:
         pipeline.save_pretrained(unfinished)
@@ -131,6 +130,12 @@ def read_single_file(path: Path, family: Family):
         if not lies_in_base:
             problem += "; without network, scripts/bases/unpack_checkpoint.py makes a diffusers folder of it"
         raise UserError(f"--pretrained_model_name_or_path {path}: {problem}") from None
+
+
+def set_prediction(pipeline, path: Path) -> None:
+    """Gives a pipeline the scheduler settings that its single file asks for."""
+    if settings := prediction_settings(path):
+        pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **settings)
 
 
 def prediction_settings(path: Path) -> dict:

@@ -17,7 +17,7 @@ from lora_training.base_model.clip_tokenizer import clip_tokenizer
 from lora_training.base_model.family_detection import detect_family, tensor_types
 from lora_training.base_model.reading import import_class
 from lora_training.base_model.released_layout import MODEL_INDEXES, write_layout
-from lora_training.base_model.sources import parts_with_weights
+from lora_training.base_model.sources import parts_with_weights, set_prediction
 from lora_training.errors import UserError, one_line
 from lora_training.families import FAMILIES
 from lora_training.files import atomic_write
@@ -41,6 +41,7 @@ def unpack_checkpoint(checkpoint: Path, folder: Path, named_family: str | None, 
             write_released_layout(checkpoint, family, Path(work))
             pipeline = load_checkpoint_pipeline(checkpoint, family, Path(work), {})
     check_finite(checkpoint, pipeline)
+    set_prediction(pipeline, checkpoint)
     with atomic_write(folder) as part:
         pipeline.save_pretrained(part)
     return family

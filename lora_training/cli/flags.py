@@ -10,6 +10,7 @@ from lora_training.cli.types import (
     OPTIMIZERS,
     amount,
     count,
+    count_or_off,
     natural,
     optimizer_name,
     part_of_one,
@@ -87,7 +88,7 @@ def add_data_flags(add) -> None:
     add("--dataset_split", "--data_split", default="train", help="split of the data set (train)")
     add("--image_column", default="image", help="image column of the data set (image)")
     add("--caption_column", help="caption column (default: the one of text, caption, prompt that exists)")
-    add("--max_train_samples", type=count, help="use so many images, drawn by --seed (default: all)")
+    add("--max_train_samples", type=count_or_off, help="use so many images, drawn by --seed (default: all)")
     add("--instance_data_dir", metavar="DIR", help="folder of images of one thing, without captions")
     add("--instance_prompt", help="caption of every image that has none of its own")
     add("--repeats", type=count, default=1, help="times that each image is shown per epoch (1)")
@@ -238,7 +239,7 @@ def add_length_and_batch_flags(add) -> None:
     add("--seed", type=int, help="same seed, same run (default: drawn, printed and stored)")
     add("--train_batch_size", type=count, default=1, help="images per process and step (1)")
     add("--num_train_epochs", type=count, help="times through the data")
-    add("--max_train_steps", type=count,
+    add("--max_train_steps", type=count_or_off,
         help="optimizer steps; wins over epochs (1000 when neither is given)")
     add("--gradient_accumulation_steps", type=count, default=1, help="batches per optimizer step (1)")
     add("--mixed_precision", choices=["no", "fp16", "bf16"],
@@ -266,7 +267,7 @@ def add_checkpoints_flags(add) -> None:
     add("--output_dir", "--output_path", "-o", metavar="DIR",
         help="folder for everything that is written (output/FAMILY-lora)")
     add("--checkpointing_steps", type=count, default=500, help="steps between checkpoints (500)")
-    add("--checkpoints_total_limit", type=count, help="keep the latest so many (default: all)")
+    add("--checkpoints_total_limit", type=count_or_off, help="keep the latest so many (default: all)")
     add("--resume_from_checkpoint", metavar="PATH", help='a checkpoint, or "latest"')
     add("--resume_anyway", action="store_true",
         help="go on with settings that have changed, as they are now; they are named")
@@ -281,8 +282,9 @@ def add_validation_flags(add, inference_steps: int, guidance: float) -> None:
     add("--validation_prompts_file", metavar="FILE",
         help="prompts with settings of their own: YAML, or kohya's lines (--n --w --h --d --s --l)")
     add("--num_validation_images", type=natural, default=4, help="per prompt (4; 0: none)")
-    add("--validation_epochs", type=count, help="draw every so many epochs")
-    add("--validation_steps", type=count, help="draw every so many steps (with neither: about five times)")
+    add("--validation_epochs", type=count_or_off, help="draw every so many epochs")
+    add("--validation_steps", type=count_or_off,
+        help="draw every so many steps (with neither: about five times)")
     add("--validation_inference_steps", type=count, default=inference_steps, help=f"({inference_steps})")
     add("--validation_guidance_scale", type=amount, default=guidance, help=f"({guidance})")
     add("--control_prompt", nargs="+", metavar="PROMPT",

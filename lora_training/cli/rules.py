@@ -130,6 +130,9 @@ BASE_RULES = (
               "with a base on this machine"),
 )
 DATA_RULES = (
+    *(rule(name, lambda a, name=name: Path(vars(a)[name]).is_file(),
+           f"{{flag}} {{a.{name}}}: a file; --dataset_name reads tables of pictures, such as .parquet")
+      for name in ("train_data_dir", "instance_data_dir")),
     rule("train_data_dir", lambda a: not Path(a.train_data_dir).is_dir(),
          "{flag} {a.train_data_dir}: no such folder"),
     rule("instance_data_dir", lambda a: not Path(a.instance_data_dir).is_dir(),

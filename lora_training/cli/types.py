@@ -32,6 +32,14 @@ signed = number("number", float, -100, 100, "is not a number between -100 and 10
 mode_scale = number("scale", float, 0, 1.75, "is not between 0 and 1.75: beyond, timesteps leave their range")
 tokens = number("count", int, 1, 512, "is not between 1 and the 512 tokens that the pipeline takes")
 
+
+def count_or_off(text: str) -> int | None:
+    """A count; 0 turns its flag off, as if it weren't there."""
+    return natural(text) or None
+
+
+count_or_off.__name__ = natural.__name__
+
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree")
 
 

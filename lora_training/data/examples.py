@@ -114,6 +114,10 @@ def source_examples(
     if args.dataset_name and not is_image_folder(folder):
         return dataset_examples(args)
     examples = folder_examples(folder, args.caption_column, missing, args.caption_per_line, suffixes)
+    if not examples and not is_image_folder(folder):
+        raise UserError(
+            f"no images in {folder}, but tables of a data set: --dataset_name {folder} reads them"
+        )
     if not examples:
         raise UserError(f"no images in {folder} (looked for {', '.join(sorted(suffixes))})")
     return attach_masks(examples, folder, args.masked_loss, suffixes)

@@ -17,6 +17,11 @@ from lora_training.errors import UserError, one_line
 if TYPE_CHECKING:
     import argparse
 
+TABLE_KINDS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}  # of files: the builder of `datasets` that reads them
+
 
 def dataset_examples(args: argparse.Namespace) -> list[Example]:
     """Images and captions of a `datasets` data set: from the hub, a local folder, or a Python builder.
@@ -35,7 +40,8 @@ def dataset_examples(args: argparse.Namespace) -> list[Example]:
     )
     table = table.cast_column(args.image_column, datasets.Image(decode=False))
     texts = table[caption_column] if caption_column else [None] * len(table)
-    reader = functools.partial(read_cell, table, args.image_column)  # a spawned worker can take it along
+    # a spawned worker can take it along
+    reader = functools.partial(read_cell, table, args.image_column, table_folders(args.dataset_name))
     examples = [
         Example(f"row {row}", as_captions(text), functools.partial(reader, row))
         for row, text in enumerate(texts)
@@ -60,6 +66,9 @@ def load_table(args: argparse.Namespace):
     try:
         if name.endswith(".py"):
             return builder_dataset(args)
+        if Path(name).suffix in TABLE_KINDS and Path(name).is_file():
+            kind, files = TABLE_KINDS[Path(name).suffix], {split: name}
+            return datasets.load_dataset(kind, data_files=files, split=split, cache_dir=args.cache_dir)
         if any((Path(name) / file).exists() for file in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(name)
             return saved[split] if isinstance(saved, dict) else saved
@@ -68,10 +77,26 @@ def load_table(args: argparse.Namespace):
         raise UserError(f"--dataset_name {name}: {one_line(error)}") from None
 
 
-def read_cell(table, column: str, row: int) -> bytes:
-    """The bytes of an image in a data set."""
-    cell = table[row][column]
-    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+def table_folders(name: str) -> list[Path]:
+    """The folders of a local data set's tables, to which paths in them are relative."""
+    place = Path(name)
+    if place.is_file():
+        return [place.parent]
+    tables = [file for file in place.rglob("*") if file.suffix in TABLE_KINDS] if place.is_dir() else []
+    return list(dict.fromkeys([place, *(file.parent for file in tables)]))
+
+
+def read_cell(table, column: str, folders: list[Path], row: int) -> bytes:
+    """The bytes of an image in a data set. Errors: ValueError for a cell without one."""
+    cell = table[row][column] or {}
+    if cell.get("bytes") is not None:
+        return cell["bytes"]
+    if not cell.get("path"):
+        raise ValueError("no picture in this row")
+    paths = [path for folder in folders if (path := folder / cell["path"]).is_file()]
+    if not paths:
+        raise ValueError(f"{cell['path']}: no such file")
+    return paths[0].read_bytes()
 
 
 def builder_dataset(args: argparse.Namespace):

@@ -15,6 +15,8 @@ from lora_training.console import print_status
 from lora_training.errors import UserError, is_out_of_memory, one_line
 from lora_training.families import FLUX, SD3
 from lora_training.inference.training_files import LORA_FILE, read_header
+from lora_training.lora.base_layers import candidate_bases
+from lora_training.lora.layer_names import split_key
 from lora_training.lora.reading import read_lora
 from lora_training.lora.writing import write_diffusers_lora
 
@@ -80,11 +82,31 @@ def load_lora_file(pipeline, file: Path, name: str, base: str) -> None:
     if has_diffusers_keys and has_factors:
         load_factors(pipeline, file, name)
     elif has_diffusers_keys or is_kohya:
+        warn_of_unknown_layers(list(keys), file, family, base)
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     elif has_factors and twin != file and twin.is_file() and file.stem == file.parent.resolve().name:
         load_lora_file(pipeline, twin, name, base)
     else:
         load_converted(pipeline, file, name, base, family)
+
+
+def warn_of_unknown_layers(keys: list[str], file: Path, family: str, base: str) -> None:
+    """Says which layers of a file fit nothing in the base: diffusers leaves them out without a word.
+
+    base: a diffusers folder, else the released models are looked at.
+    """
+    folder = base if (Path(base) / "model_index.json").is_file() else None
+    layers = sorted({split_key(key, file)[0] for key in keys})
+    unknown = min(
+        (
+            [layer for layer in layers if not layers_of.knows(layer)]
+            for layers_of in candidate_bases(family, folder)
+        ),
+        key=len,
+    )
+    if unknown:
+        which = f"{len(unknown)} of {len(layers)} layers of {file.name} fit nothing in {base}"
+        print_status(f"warning: {which} and are left out, such as {unknown[0]}")
 
 
 def load_converted(pipeline, file: Path, name: str, base: str, family: str | None) -> None:

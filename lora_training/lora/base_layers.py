@@ -112,6 +112,14 @@ class BaseLayers:
         advice = "--family and --base FOLDER say which base it is for"
         raise UserError(f"{source}: {key}: not a layer of {self.title}; {advice}")
 
+    def knows(self, key: str) -> bool:
+        """Whether a layer's key means a layer of this base."""
+        try:
+            self.meaning(key, Path())
+        except UserError:
+            return False
+        return True
+
 
 def in_row_order(places: dict[str, OriginalPlace]) -> list[tuple[str, OriginalPlace]]:
     """Layers and their places, by their first row: the parts of a fused layer from top to bottom."""

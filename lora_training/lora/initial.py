@@ -13,6 +13,7 @@ from lora_training.adapter_names import LORA_TYPES
 from lora_training.console import print_status
 from lora_training.errors import UserError, one_line
 from lora_training.lora.conversion import convert_lora_file
+from lora_training.lora.even_ranks import equalize_ranks
 from lora_training.tensors import read_safetensors
 
 if TYPE_CHECKING:
@@ -29,8 +30,7 @@ def read_initial_lora(args: argparse.Namespace, base: Path) -> dict[str, dict[st
     """The LoRA of --init_lora: {pipeline name: weights with peft's keys}; args get its kind, rank and alpha.
 
     base: the base's diffusers folder. New tokens that lie beside the file come under "embeddings". Errors:
-    UserError for a file that isn't a LoRA of this family, has layers of several ranks, or another setting
-    than the command line.
+    UserError for a file that isn't a LoRA of this family, or has another setting than the command line.
     """
     file = Path(args.init_lora)
     file = file / "pytorch_lora_weights.safetensors" if file.is_dir() else file
@@ -39,7 +39,16 @@ def read_initial_lora(args: argparse.Namespace, base: Path) -> dict[str, dict[st
     if args.family.denoiser not in start:
         advice = "is it a LoRA for another family?"
         raise UserError(f"--init_lora {file}: no layer of a {args.family.denoiser} in it: {advice}")
-    apply_settings(args, lora_settings(start, metadata, args.family, file), file)
+    settings = lora_settings(start, metadata, args.family, file)
+    if settings["rank"] is None:
+        stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        try:
+            rank, scale, changed = equalize_ranks(start, stated)
+        except UserError as error:
+            raise UserError(f"--init_lora {file}: {error}") from None
+        settings |= {"rank": rank, "lora_alpha": scale * (rank**0.5 if args.use_rslora else rank)}
+        print_status(f"{changed} layers of {file} get rank {rank} and alpha {settings['lora_alpha']:g}")
+    apply_settings(args, settings, file)
     kind = LORA_TYPES[args.lora_type]
     print_status(f"starting from {file}: {kind}, rank {args.rank}, alpha {args.lora_alpha:g}")
     if start.keys() - {args.family.denoiser} and not args.train_text_encoder:
@@ -84,7 +93,10 @@ def split_by_part(weights: dict[str, torch.Tensor], family: Family) -> dict[str,
 def lora_settings(
     start: dict[str, dict[str, torch.Tensor]], metadata: dict[str, str], family: Family, file: Path
 ) -> dict[str, object]:
-    """{flag: value} of a file's training. Errors: UserError for several ranks or alphas."""
+    """{flag: value} of a file's training; rank and alpha are None if a plain LoRA has several.
+
+    Errors: UserError for damaged metadata, and for another kind with several.
+    """
     denoiser = family.denoiser
     try:
         settings = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
@@ -100,12 +112,13 @@ def lora_settings(
     if kind not in LORA_TYPES:
         raise UserError(f"--init_lora {file}: {kind} is none of {', '.join(LORA_TYPES.values())}")
     patterns = [f"{part}.{name}" for part in start for name in ("rank_pattern", "alpha_pattern")]
-    if len(ranks) != 1 or len(alphas) != 1 or any(settings.get(pattern) for pattern in patterns):
-        advice = "scripts/lora/resize_lora.py makes them equal"
+    has_several = len(ranks) != 1 or len(alphas) != 1 or any(settings.get(pattern) for pattern in patterns)
+    if has_several and kind != "lora":
+        advice = "scripts/lora/resize_lora.py makes a plain LoRA of it"
         raise UserError(f"--init_lora {file}: layers of several ranks or alphas; {advice}")
     flags = {
-        "rank": ranks.pop(),
-        "lora_alpha": alphas.pop(),
+        "rank": None if has_several else ranks.pop(),
+        "lora_alpha": None if has_several else alphas.pop(),
         "use_dora": any("magnitude" in key for key in start[denoiser]),
         "lora_type": kind,
         "lokr_factor": settings.get(f"{denoiser}.decompose_factor", -1),

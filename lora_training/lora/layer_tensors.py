@@ -35,6 +35,8 @@ def read_layer(
         alpha, rank = settings[f"{part}.alpha"], settings[f"{part}.r"]
         if {"lokr_w1", "lokr_w2"} <= tensors.keys():  # which peft scales, LyCORIS doesn't
             layer.factors["lokr_w1"] = layer.factors["lokr_w1"] * (alpha / rank)
+    if alpha is not None and not math.isfinite(alpha):
+        raise UserError(f"{source}: its alpha is {alpha}")
     layer.alpha = alpha
     return layer
 

@@ -32,8 +32,8 @@ def merge_loras(
     dtype: str | None = None,
     family: str | None = None,
     shape: str | None = None,
-) -> None:
-    """Writes a base with LoRAs merged in; it appears only when it is whole.
+) -> Merger:
+    """Writes a base with LoRAs merged in; it appears only when it is whole. Returns what was done.
 
     target: a folder, or a .safetensors file with the original checkpoint's names. loras: files or folders,
     with their scales. dtype: a key of DTYPES; None for the base's. family: None to find it out. shape: for a
@@ -56,11 +56,20 @@ def merge_loras(
             if to_file:
                 tensors = single_file(family, part)
                 shutil.rmtree(part)
-                save_file(tensors, part, metadata={"format": "pt"})
+                save_file(tensors, part, metadata=file_metadata(tensors, {}))
         else:
             tensors = merge_single_file(base, family, shape, merger)
             merger.check_all_used()
-            save_file(merger.cast(tensors), part, metadata={"format": "pt"})
+            stated = read_safetensors_header(base)[0] if base.suffix == ".safetensors" else {}
+            save_file(merger.cast(tensors), part, metadata=file_metadata(tensors, stated))
+    return merger
+
+
+def file_metadata(tensors: dict[str, torch.Tensor], stated: dict[str, str]) -> dict[str, str]:
+    """The metadata of a merged file: what the base's file has stated, but for hashes of its weights."""
+    kept = {name: value for name, value in stated.items() if "hash" not in name}
+    prediction = {"modelspec.prediction_type": "v"} if "v_pred" in tensors else {}
+    return {"format": "pt"} | prediction | kept
 
 
 def family_of_base(base: Path, named_family: str | None) -> str:
@@ -104,6 +113,8 @@ class Merger:
         self.loras, self.dtype = loras, dtype
         self.parts = {part for lora, _ in loras for part in lora.layers}
         self.unused = {(k, part, name) for k, (lora, _) in enumerate(loras) for part, name, _ in lora}
+        # (norm of what rounding took, norm of the update), by layer
+        self.rounding: dict[str, tuple[float, float]] = {}
 
     def layers(self, part: str, name: str) -> list[tuple[LoraLayer | LycorisLayer, float]]:
         """The adapters of one layer, with their scales."""
@@ -116,20 +127,35 @@ class Merger:
         return layers
 
     def merge(self, part: str, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight of one layer with every LoRA in it, summed in float32, in the weight's own precision."""
-        merged = weight
+        """The weight of one layer with every LoRA in it, summed in float32, in the weight's own precision.
+
+        What that precision takes of the update is noted.
+        """
+        merged, layers = weight, self.layers(part, name)
         if not weight.is_floating_point():
             raise UserError(
                 f"{part}.{name}: the base's weights are {weight.dtype}, to which nothing can be added"
             )
-        for layer, scale in self.layers(part, name):
+        for layer, scale in layers:
             if layer.shape[0] != weight.shape[0] or math.prod(layer.shape) != weight.numel():
                 size = tuple(weight.shape)
                 raise UserError(f"{part}.{name} is {size} in the base, and another size in the LoRA")
             merged = apply_delta(merged, scale * layer.delta(), layer)
         if not torch.isfinite(merged).all():
             raise UserError(f"{part}.{name}: the base's weight is not finite")
-        return merged.to(weight.dtype)
+        stored = merged.to(weight.dtype)
+        if layers:
+            update = merged.float() - weight.float()
+            lost = stored.float() - merged.float()
+            self.rounding[f"{part}.{name}"] = (float(lost.norm()), float(update.norm()))
+        return stored
+
+    def lost_shares(self) -> tuple[float, float, str]:
+        """(the share of the update that rounding took, the largest of a layer, that layer's name)."""
+        lost, updates = (math.hypot(*norms) for norms in zip(*self.rounding.values(), strict=True))
+        shares = {name: lost / (update or math.inf) for name, (lost, update) in self.rounding.items()}
+        worst = max(shares, key=shares.get)
+        return lost / (updates or math.inf), shares[worst], worst
 
     def cast(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors in the result's precision, ready for a file."""

@@ -75,7 +75,19 @@ def single_file(family: str, folder: Path) -> dict[str, torch.Tensor]:
     for part in TEXT_PREFIXES[family]:
         if index.get(part) not in (None, [None, None]):
             out |= text_to_original(family, part, read_part(folder / part))
-    return {key: value.contiguous() for key, value in out.items()}
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    marks = prediction_marks(read_json_file(scheduler) if scheduler.is_file() else {})
+    return {key: value.contiguous() for key, value in out.items()} | marks
+
+
+def prediction_marks(schedule: dict) -> dict[str, torch.Tensor]:
+    """Empty tensors that tell other tools what a denoiser predicts, as `prediction_settings` reads them.
+
+    schedule: the scheduler's configuration.
+    """
+    marks = {"v_pred": schedule.get("prediction_type") == "v_prediction"}
+    marks["ztsnr"] = bool(schedule.get("rescale_betas_zero_snr"))
+    return {name: torch.tensor([]) for name, is_so in marks.items() if is_so}
 
 
 def part_files(folder: Path) -> list[Path]:

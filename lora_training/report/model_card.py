@@ -89,7 +89,22 @@ def usage_lines(run: Run) -> list[str]:
     for key, row in run.token_rows.items():
         embeddings = f"load_file('{name}/{name}_emb.safetensors')[{key!r}]"
         lines += embedding_lines(run.family, key, row.tokens, embeddings)
-    return lines
+    return lines + drawing_lines(run)
+
+
+def drawing_lines(run: Run) -> list[str]:
+    """Python lines that draw a picture as the training has read its prompts."""
+    args, name = run.args, output_name(run.args.output_dir)
+    settings = {flag: vars(args)[flag] for flag in args.family.text_settings}
+    length = settings.pop("max_sequence_length", None)
+    changed = [f"{flag} {value}" for flag, value in settings.items() if value != args.defaults.get(flag)]
+    if changed:
+        return [f"# trained with {', '.join(changed)}, which no pipeline reads: python infer_lora.py {name}"]
+    prompt = next(filter(None, (*run.sample_prompts, args.instance_prompt, *args.triggers)), "...")
+    options = f"num_inference_steps={args.validation_inference_steps}"
+    options += f", guidance_scale={args.validation_guidance_scale:g}"
+    options += f", max_sequence_length={length}" if length else ""
+    return [f"image = pipeline({prompt!r}, {options}).images[0]"]
 
 
 def embedding_lines(family: Family, key: str, tokens: list[str], embeddings: str) -> list[str]:

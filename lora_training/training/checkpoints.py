@@ -60,8 +60,12 @@ def training_state(run: Run, step: int) -> dict:
 def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
     """Restores a checkpoint; returns the number of steps done.
 
-    Errors: UserError if it is another training's, or can't be read.
+    Errors: UserError if it is another training's, is beyond this run's last step, or can't be read.
     """
+    if manifest["step"] > run.max_steps:
+        steps = f"{folder.name} has trained {manifest['step']} steps, this run ends at step {run.max_steps}"
+        ways = "raise --max_train_steps, or name an earlier checkpoint with --resume_from_checkpoint"
+        raise UserError(f"{steps}: {ways}")
     compare_settings(folder.name, manifest["settings"], resume_settings(run), run.args.resume_anyway)
     try:
         state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)

@@ -12,6 +12,9 @@ from lora_training.files import output_name
 from lora_training.lora.metadata import base_versions
 
 if TYPE_CHECKING:
+    import argparse
+
+    from lora_training.data.folders import Example
     from lora_training.training.run import Run
 
 KOHYA_SETTINGS = {  # kohya's name (without ss_): the flag that it stands for
@@ -27,7 +30,6 @@ KOHYA_SETTINGS = {  # kohya's name (without ss_): the flag that it stands for
     "gradient_checkpointing": "gradient_checkpointing",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "batch_size_per_device": "train_batch_size",
-    "clip_skip": "clip_skip",
     "noise_offset": "noise_offset",
     "min_snr_gamma": "snr_gamma",
     "loss_type": "loss_type",
@@ -60,6 +62,7 @@ def kohya_fields(run: Run, alpha: float, rank: int) -> dict[str, object]:
     return values | {
         "ss_network_module": "networks.lora" if is_lora else "lycoris.kohya",
         "ss_network_args": None if is_lora else json.dumps({"algo": args.lora_type}),
+        "ss_clip_skip": args.clip_skip + 1 if vars(args).get("clip_skip") else None,  # 1: no layer is skipped
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
         "ss_output_name": output_name(run.args.output_dir),
@@ -71,19 +74,55 @@ def kohya_fields(run: Run, alpha: float, rank: int) -> dict[str, object]:
 
 
 def dataset_fields(run: Run) -> dict[str, object]:
-    """The number of images, where they lay, and how often each tag stands in their captions."""
-    args = run.args
-    source = args.dataset_config or args.dataset_name or args.train_data_dir or args.instance_data_dir
-    folder = Path(source).name
+    """The number of images, where they lay, and how often each tag stands in their captions.
+
+    A set's name is its folder's; where several sets have that one, with the folder around it.
+    """
     examples = [example for example in run.data.examples if not example.held_out]
+    sets = examples_by_set(examples, run.args)
+    values = {
+        "ss_num_train_images": len(examples),
+        "ss_dataset_dirs": json.dumps({name: describe_set(group) for name, group in sets.items()}),
+        "ss_tag_frequency": json.dumps(
+            {name: tag_frequency(group) for name, group in sets.items()}, ensure_ascii=False
+        ),
+    }
+    if run.data.class_examples:
+        class_sets = examples_by_set(run.data.class_examples, run.args)
+        described = {name: describe_set(group) for name, group in class_sets.items()}
+        values |= {"ss_num_reg_images": len(run.data.class_examples)}
+        values |= {"ss_reg_dataset_dirs": json.dumps(described)}
+    return values
+
+
+def examples_by_set(examples: list[Example], args: argparse.Namespace) -> dict[str, list[Example]]:
+    """{the set's name: its examples}; those of no set are class images that the run has drawn."""
+    groups: dict[int, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(id(example.set_args), []).append(example)
+    sets = [group[0].set_args for group in groups.values()]
+    folders = [set_folder(each) if each else Path(args.class_data_dir) for each in sets]
+    counts = Counter(folder.name for folder in folders)
+    names = [folder.name if counts[folder.name] == 1 else "/".join(folder.parts[-2:]) for folder in folders]
+    return dict(zip(names, groups.values(), strict=True))
+
+
+def set_folder(args: argparse.Namespace) -> Path:
+    """Where the pictures of a set are, or the name of its data set."""
+    return Path(args.dataset_name or args.train_data_dir or args.instance_data_dir)
+
+
+def describe_set(examples: list[Example]) -> dict[str, int]:
+    """What kohya's scripts say of a set."""
+    set_args = examples[0].set_args
+    return {"n_repeats": set_args.repeats if set_args else 1, "img_count": len(examples)}
+
+
+def tag_frequency(examples: list[Example]) -> dict[str, int]:
+    """How often each tag stands in the captions of a set, the most frequent ones."""
     captions = [caption for example in examples for caption in example.captions]
     tags = [tag.strip() for caption in captions for tag in caption.split(",")]
-    frequency = dict(Counter(tag for tag in tags if tag).most_common(MAX_TAGS))
-    return {
-        "ss_num_train_images": len(examples),
-        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": args.repeats, "img_count": len(examples)}}),
-        "ss_tag_frequency": json.dumps({folder: frequency}, ensure_ascii=False),
-    }
+    return dict(Counter(tag for tag in tags if tag).most_common(MAX_TAGS))
 
 
 def modelspec_fields(run: Run) -> dict[str, object]:

@@ -162,8 +162,11 @@ def is_infinite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def start_trackers(run: Run) -> None:
-    """Starts the trackers with the settings as their configuration; the hub token is not among them."""
+def start_trackers(run: Run, first_step: int) -> None:
+    """Starts the trackers with the settings as their configuration; the hub token is not among them.
+
+    TensorBoard forgets what other runs have logged in the same folder from `first_step` on.
+    """
     args = run.args
     if not run.accelerator.log_with:
         return
@@ -173,6 +176,9 @@ def start_trackers(run: Run) -> None:
         for name, value in settings.items()
     }
     run_name = args.run_name or output_name(args.output_dir)
-    options = {"wandb": {"name": run_name, "dir": args.output_dir}}
+    options = {
+        "wandb": {"name": run_name, "dir": args.output_dir},
+        "tensorboard": {"purge_step": first_step + 1 if first_step else 0},
+    }
     with progress("starting the trackers"):
         run.accelerator.init_trackers(f"lora-{args.family.name}", config=config, init_kwargs=options)

@@ -6,8 +6,8 @@
 
 The weight after a LoRA is its scale (1). LoRAs may be of any spelling, with text encoders; DoRA, LoHa and
 LoKr too. A folder is diffusers' own layout, file by file as it was; a .safetensors file has the original
-checkpoint's names. Sums are made in float32 and stored in the base's precision, or in --dtype. A LoRA or
-base with NaN is refused.
+checkpoint's names. Sums are made in float32 and stored in the base's precision, or in --dtype; how much of
+the update that rounds away is printed. A LoRA or base with NaN is refused.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from lora_training import lora
 from lora_training.errors import UserError
 from lora_training.exits import run_command
 from lora_training.families import FAMILIES
+
+LARGEST_SHARE = 0.1  # of an update that may be lost without a warning
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -66,8 +68,13 @@ def file_and_scale(arguments: list[str]) -> tuple[str, float]:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     loras = [file_and_scale(arguments) for arguments in args.lora]
-    lora.merge_loras(args.base, args.target, loras, args.dtype, args.family, args.shape)
+    merger = lora.merge_loras(args.base, args.target, loras, args.dtype, args.family, args.shape)
     print(f"{args.target}: {args.base} with {', '.join(' x '.join(arguments) for arguments in args.lora)}")
+    share, worst, layer = merger.lost_shares()
+    print(f"rounding took {share:.1%} of the update (at most {worst:.1%}, of {layer})")
+    if share > LARGEST_SHARE:
+        advice = "--dtype float16 or float32 keeps more of it, or leave the LoRA in a file of its own"
+        print(f"warning: the result won't draw what base and LoRA do: {advice}")
     return 0
 
 

@@ -165,3 +165,22 @@ def test_damaged_bases_end_in_one_line(name, small_lora, tmp_path, capsys):
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert "Traceback" not in line and len(line) < 700
     assert not [f.name for f in tmp_path.iterdir() if "out" in f.name]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "is_distilled"),
+    [
+        ({"timestep_spacing": "trailing"}, True),
+        ({"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}, False),
+        ({"_class_name": "LCMScheduler"}, True),
+        ({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, False),
+    ],
+)
+def test_a_base_with_zero_terminal_snr_is_not_called_distilled(tmp_path, capsys, schedule, is_distilled):
+    shutil.copytree(ROOT / FAMILIES["sdxl"].base, tmp_path / "base")
+    file = tmp_path / "base" / OF_SCHEDULE
+    file.write_text(json.dumps(json.loads(file.read_text()) | schedule))
+    recipe = importlib.import_module(Path(FAMILIES["sdxl"].script).stem)
+    args = recipe.parse_args(["-m", "b", "-d", str(SAMPLE)])
+    recipe.check_base(Components(tmp_path / "base", args, None, None))
+    assert ("was distilled to draw in a few steps" in capsys.readouterr().out) == is_distilled

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import QUICKEST, SAMPLE, load_script, run_here
+from conftest import QUICKEST, ROOT, SAMPLE, load_script, run_here
 
 from lora_training import data
 from lora_training.base_model import components
@@ -105,3 +108,14 @@ def test_an_error_about_a_name_with_a_line_end_is_one_line_that_names_the_flag(t
     assert run_here(QUICKEST, tmp_path / "x", "-d", SAMPLE, "--validation_prompts_file", name) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "--validation_prompts_file a" in error
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("train_*.py")))
+def test_ctrl_c_while_the_library_is_imported_is_no_traceback(tmp_path, name):
+    """In the first tenth of a second no handler stands."""
+    shutil.copy(ROOT / name, tmp_path)
+    library = tmp_path / "lora_training" / "__init__.py"
+    library.parent.mkdir()
+    library.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nfor _ in range(1000): pass\n")
+    result = subprocess.run([sys.executable, str(tmp_path / name)], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import re
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -14,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from single_files import Payload
 from trained_loras import draw, save_small_lora, train_with_text_encoder
 
+from lora_training.files import read_safetensors_header
 from lora_training.lora.reading import read_lora
 from lora_training.lora.single_file import BaseWeights, single_file
+from scripts.bases import unpack_checkpoint
 from scripts.lora import convert_lora, merge_lora, resize_lora
 
 pytestmark = pytest.mark.run
@@ -161,3 +166,80 @@ def test_a_scale_is_a_number(scale, small_lora, tmp_path, capsys):
         merge_lora.main([FAMILIES["sd15"].base, str(tmp_path / "out"), "--lora", str(small_lora), scale]) == 2
     )
     assert "the scale is not" in capsys.readouterr().err
+
+
+def velocity_base(folder: Path) -> Path:
+    """A copy of SD 1.5's toy whose scheduler is that of velocity prediction with zero terminal SNR."""
+    shutil.copytree(ROOT / FAMILIES["sd15"].base, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes | {"timestep_spacing": "trailing"}))
+    return folder
+
+
+def test_what_a_base_predicts_goes_with_it(small_lora, tmp_path):
+    """Folder -> file -> file -> folder: ComfyUI and A1111 draw noise where these marks are lost."""
+    base, one, two = (
+        velocity_base(tmp_path / "base"),
+        tmp_path / "one.safetensors",
+        tmp_path / "two.safetensors",
+    )
+    assert merge_lora.main([str(base), str(one), "--lora", str(small_lora)]) == 0
+    shape = ["--shape", str(base)]
+    assert merge_lora.main([str(one), str(two), "--lora", str(small_lora), *shape]) == 0
+    for file in (one, two):
+        assert {"v_pred", "ztsnr"} <= load_file(file).keys()
+        assert read_safetensors_header(file)[0]["modelspec.prediction_type"] == "v"
+    layout = ["--layout", str(ROOT / FAMILIES["sd15"].base)]
+    assert unpack_checkpoint.main([str(two), str(tmp_path / "back"), *layout]) == 0
+    schedule = json.loads((tmp_path / "back" / "scheduler" / "scheduler_config.json").read_text())
+    assert schedule["prediction_type"] == "v_prediction" and schedule["rescale_betas_zero_snr"]
+
+
+def test_what_a_file_states_of_itself_goes_with_it_but_for_its_hashes(small_lora, tmp_path):
+    base, target = tmp_path / "base.safetensors", tmp_path / "merged.safetensors"
+    stated = {"modelspec.prediction_type": "v", "modelspec.author": "someone", "sshs_model_hash": "1"}
+    shape = ROOT / FAMILIES["sd15"].base
+    save_file(single_file("sd15", shape), base, metadata=stated | {"modelspec.hash_sha256": "0x1"})
+    assert merge_lora.main([str(base), str(target), "--lora", str(small_lora), "--shape", str(shape)]) == 0
+    expected = {"format": "pt", "modelspec.prediction_type": "v", "modelspec.author": "someone"}
+    assert read_safetensors_header(target)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "least", "most"),
+    [
+        (torch.float8_e4m3fn, 1, 0.5, 1.1),
+        (torch.float8_e5m2, 3, 0.5, 1.1),
+        (torch.bfloat16, 1, 0.02, 0.4),
+        (torch.float16, 1, 0.001, 0.05),
+        (torch.float32, 1, 0, 1e-4),
+    ],
+)
+def test_the_share_of_an_update_that_is_rounded_away_is_told(tmp_path, capsys, dtype, scale, least, most):
+    """An update of 1 or 3% merged into fp8 was nearly lost, in silence."""
+    tensors = single_file("sd15", ROOT / FAMILIES["sd15"].base)
+    cast = {key: value.to(dtype) if value.dim() > 1 else value for key, value in tensors.items()}
+    save_file(cast, tmp_path / "base.safetensors")
+    lora = relative_lora(tmp_path / "lora.safetensors", 0.01 * scale)
+    command = [str(tmp_path / "base.safetensors"), str(tmp_path / "merged.safetensors"), "--lora", str(lora)]
+    assert merge_lora.main([*command, "--shape", str(ROOT / FAMILIES["sd15"].base)]) == 0
+    told = capsys.readouterr().out
+    share = float(re.search(r"rounding took ([\d.]+)% of the update", told)[1]) / 100
+    assert least <= share <= most, told
+    assert ("warning: the result won't draw" in told) == (share > 0.1)
+
+
+def relative_lora(file: Path, size: float) -> Path:
+    """A LoRA on SD 1.5's toy whose updates are `size` of the norm of each layer's weight."""
+    base = load_file(ROOT / FAMILIES["sd15"].base / "unet" / "diffusion_pytorch_model.safetensors")
+    tensors, generator = {}, torch.Generator().manual_seed(0)
+    for key, weight in base.items():
+        if "attn1" in key and weight.dim() == 2:
+            down = torch.randn(4, weight.shape[1], generator=generator)
+            up = torch.randn(weight.shape[0], 4, generator=generator)
+            up *= size * weight.float().norm() / (up @ down).norm()
+            name = key.removesuffix(".weight")
+            tensors |= {f"unet.{name}.lora.down.weight": down, f"unet.{name}.lora.up.weight": up}
+    save_file(tensors, file)
+    return file

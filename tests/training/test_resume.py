@@ -164,3 +164,37 @@ def test_only_the_latest_checkpoints_stay_and_the_seed_is_kept(pictures, tmp_pat
     folders = sorted((tmp_path / "x").glob("checkpoint-*"))
     assert [folder.name for folder in folders] == ["checkpoint-2", "checkpoint-3"]
     assert json.loads((folders[-1] / "manifest.json").read_text())["seed"] == 3
+
+
+@pytest.mark.parametrize("name", ["latest", "checkpoint-4"])
+def test_a_checkpoint_beyond_the_last_step_is_an_error(five_steps, tmp_path, capsys, name):
+    """It ended as "finished: step 3" with the weights of step 4."""
+    flags, output = ("-d", five_steps / "pictures"), tmp_path / "x"
+    assert run_here(QUICKEST, output, *flags, "--max_train_steps", 5, "--checkpointing_steps", 2) == 0
+    forget_results(output)
+    before = {file: file.read_bytes() for file in output.glob("checkpoint-*/*")}
+    capsys.readouterr()
+    assert run_here(QUICKEST, output, *flags, "--max_train_steps", 3, "--resume_from_checkpoint", name) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "has trained 4 steps, this run ends at step 3: raise --max_train_steps" in line
+    assert before == {file: file.read_bytes() for file in output.glob("checkpoint-*/*")}
+    assert not list(output.glob("*.safetensors"))
+
+
+def test_tensorboard_shows_each_step_once(five_steps, tmp_path):
+    """Steps after a checkpoint were there twice after a resume, and a run before --overwrite for good."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def logged_losses() -> list[tuple[int, float]]:
+        accumulator = EventAccumulator(str(output / "logs" / f"lora-{QUICKEST.name}"))
+        accumulator.Reload()
+        return [(event.step, event.value) for event in accumulator.Scalars("loss")]
+
+    flags, output = ("-d", five_steps / "pictures", "--report_to", "tensorboard"), tmp_path / "x"
+    assert run_here(QUICKEST, output, *flags, "--max_train_steps", 5, "--checkpointing_steps", 3) == 0
+    forget_results(output)
+    assert run_here(QUICKEST, output, *flags, "--max_train_steps", 5, *LATEST) == 0
+    assert [step for step, _ in logged_losses()] == [1, 2, 3, 4, 5]
+    anew = ("--max_train_steps", 2, "--overwrite", "--seed", 8)
+    assert run_here(QUICKEST, output, *flags, *anew) == 0
+    assert logged_losses() == [(row["step"], pytest.approx(row["loss"])) for row in metrics(output)]
