@@ -38,7 +38,7 @@ def peer_program(name: str, case: Case, work: Path, folder: Path) -> Program:
     peer = PEERS[name]
 
     def prepare() -> None:
-        sys.path.insert(0, str(folder))
+        sys.path = [str(folder), *sys.path]
         load_without_content()
         put_in_stand_ins(peer.stand_ins)
         peer.prepare(case, work)
