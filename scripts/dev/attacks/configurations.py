@@ -36,6 +36,7 @@ def paths_of(stage: Path, family: str, folder: Path) -> dict[str, Path]:
     return {
         "folder": folder,
         "data": DATA,
+        "twin": folder / "twin" / DATA.name,
         "base": base_of(family),
         "trained": trained,
         "lora": trained / "pytorch_lora_weights.safetensors",
@@ -49,6 +50,8 @@ def paths_of(stage: Path, family: str, folder: Path) -> dict[str, Path]:
 def attack_configuration(stage: Path, family: str, rng: random.Random, folder: Path) -> Case:
     """A training script with random flags, in half of the cases partly in a --config file."""
     paths = paths_of(stage, family, folder)
+    paths["twin"].parent.mkdir()
+    paths["twin"].symlink_to(DATA)
     (folder / "p.txt").write_text(rng.choice(PROMPTS), encoding="utf-8")
     (folder / "s.yaml").write_text(fill_paths(rng.choice(SETS), paths), encoding="utf-8")
     flags = [fill_paths(argument, paths) for argument in draw_flags(actions_of(family), rng)]

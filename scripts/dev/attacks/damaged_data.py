@@ -71,6 +71,26 @@ def write_captions(folder: Path, files: list[Path], rng: random.Random) -> list[
     return [folder / "buckets.json", write_json_lines(folder / "metadata.jsonl", rows)]
 
 
+def write_table(file: Path, pictures: list[Path], rng: random.Random) -> Path:
+    """A table of pictures, some of whose cells are empty, broken, or name a file that isn't there."""
+    import pyarrow
+    import pyarrow.parquet
+
+    cells, captions = [], []
+    for picture in pictures:
+        raw = picture.read_bytes()
+        whole = {"bytes": raw, "path": picture.name}
+        odd = (None, {"bytes": None, "path": None}, {"bytes": raw[: len(raw) // 2], "path": None})
+        odd += ({"bytes": b"", "path": "a"}, {"bytes": None, "path": "gone.png"})
+        cells.append(rng.choice((whole, whole, {"bytes": None, "path": f"../data/{picture.name}"}, *odd)))
+        captions.append(rng.choice(("a circle", "a circle", "", None)))
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    file.parent.mkdir()
+    table = pyarrow.table({"image": pyarrow.array(cells, kind), "text": captions})
+    pyarrow.parquet.write_table(table, file)
+    return file
+
+
 def write_json_lines(file: Path, rows: list[dict]) -> Path:
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return file
@@ -95,7 +115,14 @@ def damaged_data(stage: Path, family: str, rng: random.Random, folder: Path) -> 
         preparing,
         Job(PREPARE, ["--doctor", "-d", str(data), "--resolution", "64"]),
     ]
-    if rng.random() < 0.2:  # its journal and results
+    if rng.random() < 0.2:
+        table = write_table(folder / "table" / "train.parquet", files, rng)
+        argv = train_argv(family, output, "--dataset_name", rng.choice((table, table.parent)), *one_step)
+        job = Job(script, [*argv, *options])
+        if rng.random() < 0.5:
+            return ["train.parquet: odd cells"], job
+        victims = [table]
+    elif rng.random() < 0.2:  # its journal and results
         yield preparing
         victims, job = [file for file in sorted(prepared.rglob("*")) if file.is_file()], preparing
         if rng.random() < 0.3:

@@ -140,7 +140,9 @@ PROMPTS = (
     "a --q 1\n", "a --s 0\n", "a --d\n", "a --n\n", "a --s 1 --s 2\n", "\n\n", "a --w 64 --w\n",
     "a --l nan\n", "字 --d 1\n", "a -- b\n", "a --h 99999999\n",
 )  # fmt: skip
-SETS = (  # of --dataset_config
+SETS = (  # of --dataset_config; {twin} is a folder of the same name as {data}
+    '[{"train_data_dir": "{data}", "trigger_word": "sks"}, {"train_data_dir": "{twin}", "repeats": 2}]',
+    '[{"train_data_dir": "{data}"}, {"train_data_dir": "{twin}", "class_prompt": "a circle"}]',
     '[{"train_data_dir": "{data}"}]', '[{"train_data_dir": "{data}", "repeats": 2, "trigger_word": "sks"}]',
     '[{"train_data_dir": "{data}"}, {"train_data_dir": "{data}", "class_prompt": "a circle"}]', "[]", "[{}]",
     "{}", "null",
