@@ -25,9 +25,9 @@ Pivotal tuning: new tokens for CLIP in the first half, the LoRA all along:
         --train_text_encoder_ti --train_text_encoder_ti_frac 0.5 --optimizer prodigy --learning_rate 1 \\
         --text_encoder_lr 1 --rank 8 --gradient_checkpointing --max_train_steps 700
 
-What features cost and bring (docs/step.md; a step at 1024 px, batch 1, bf16, rank 4: 47 GiB, 161 TFLOP):
+What features cost and bring (docs/step.md; a step at 1024 px, batch 1, bf16, rank 4: 47 GiB, 171 TFLOP):
 
-    --gradient_checkpointing  25 GiB, 212 TFLOP
+    --gradient_checkpointing  25 GiB, 222 TFLOP
     --optimizer adamw8bit     2 bytes of state a weight, not 8
     --quantize_base fp8       base 11 GiB, not 22
     --with_prior_preservation twice the pictures a step

@@ -24,9 +24,9 @@ DreamBooth with prior preservation, from pictures without captions:
         --instance_data_dir dog --instance_prompt "a photo of sks dog" \\
         --with_prior_preservation --class_prompt "a photo of a dog" -o output/dog
 
-What features cost and bring (docs/step.md; a step at 512 px, batch 1, bf16, rank 4: 2.4 GiB, 1.8 TFLOP):
+What features cost and bring (docs/step.md; a step at 512 px, batch 1, bf16, rank 4: 2.3 GiB, 1.8 TFLOP):
 
-    --gradient_checkpointing  1.8 GiB, 2.3 TFLOP
+    --gradient_checkpointing  1.8 GiB, 2.4 TFLOP
     --optimizer adamw8bit     2 bytes of state a weight, not 8
     --train_text_encoder      CLIP is held and run
     --with_prior_preservation twice the pictures a step

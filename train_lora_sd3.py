@@ -25,9 +25,9 @@ DreamBooth with prior preservation, from pictures without captions:
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --mixed_precision bf16 \\
         --with_prior_preservation --class_prompt "a photo of a dog" -o output/dog
 
-What features cost and bring (docs/step.md; a step at 1024 px, batch 1, bf16, rank 4: 11.5 GiB, 26 TFLOP):
+What features cost and bring (docs/step.md; a step at 1024 px, batch 1, bf16, rank 4: 11.5 GiB, 27 TFLOP):
 
-    --gradient_checkpointing  5.3 GiB, 35 TFLOP
+    --gradient_checkpointing  5.3 GiB, 36 TFLOP
     --optimizer adamw8bit     2 bytes of state a weight, not 8
     --train_text_encoder      both CLIPs held and run
     --with_prior_preservation twice the pictures a step

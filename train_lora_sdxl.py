@@ -26,9 +26,9 @@ DreamBooth with prior preservation, from pictures without captions:
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --mixed_precision bf16 \\
         --with_prior_preservation --class_prompt "a photo of a dog" -o output/dog
 
-What features cost and bring (docs/step.md; a step at 1024 px, batch 1, bf16, rank 4: 10.2 GiB, 14 TFLOP):
+What features cost and bring (docs/step.md; a step at 1024 px, batch 1, bf16, rank 4: 9.4 GiB, 14 TFLOP):
 
-    --gradient_checkpointing  5.5 GiB, 19 TFLOP
+    --gradient_checkpointing  5.5 GiB, 20 TFLOP
     --optimizer adamw8bit     2 bytes of state a weight, not 8
     --train_text_encoder      both CLIPs held and run
     --with_prior_preservation twice the pictures a step
