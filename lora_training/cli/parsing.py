@@ -54,6 +54,7 @@ def parse_args(
     settings, defaults = dict(vars(args)), {name: parser.get_default(name) for name in vars(args)}
     set_flags = {name for name, value in vars(marked).items() if value is not unset}
     args.family, args.script = family, Path(script).resolve()
+    args.lora_targets = lora_targets
     if args.script.parent.is_file():  # of scripts/bundle.py
         args.script = args.script.parent
     args.weight, args.is_class = 1.0, False

@@ -76,6 +76,16 @@ def text_share(a: argparse.Namespace) -> float:
     return max(tokens, a.train_text_encoder and a.train_text_encoder_frac)
 
 
+def is_schedule_free(a: argparse.Namespace) -> bool:
+    """Whether --optimizer is schedule-free, as far as its name says."""
+    return "schedulefree" in optimizer_of(a).lower()
+
+
+def makes_own_rate(a: argparse.Namespace) -> bool:
+    """Whether Adafactor's relative steps take the place of learning rate and schedule."""
+    return optimizer_of(a) == "adafactor" and "relative_step=True" in (a.optimizer_args or ())
+
+
 def varies_captions(a: argparse.Namespace) -> bool:
     """Whether captions are made anew each time."""
     return a.shuffle_tags or a.tag_dropout
@@ -248,8 +258,10 @@ LOSS_AND_OPTIMIZER_RULES = (
     rule("use_8bit_adam use_prodigy", lambda a: a.optimizer not in ("adamw", optimizer_of(a)),
          "{flag} and --optimizer {a.optimizer} contradict each other"),
     no_effect(PRODIGY_FLAGS, lambda a: optimizer_of(a) != "prodigy", "without --optimizer prodigy"),
-    always(lambda a: optimizer_of(a) == "schedulefree" and (a.lr_scheduler != "constant" or a.use_ema),
-           "--optimizer schedulefree averages by itself: use --lr_scheduler constant and no --use_ema"),
+    always(lambda a: is_schedule_free(a) and (a.lr_scheduler != "constant" or a.use_ema),
+           "--optimizer {a.optimizer} averages by itself: use --lr_scheduler constant and no --use_ema"),
+    no_effect("learning_rate text_encoder_lr scale_lr lr_scheduler lr_warmup_steps", makes_own_rate,
+              "with --optimizer_args relative_step=True, which makes its own rate"),
     no_effect("loraplus_lr_ratio", lambda a: optimizer_of(a) in ONE_RATE_OPTIMIZERS,
               "with --optimizer {a.optimizer}: it takes one rate for all"),
     no_effect("adam_beta1 adam_beta2 adam_epsilon", lambda a: "." in a.optimizer,

@@ -49,6 +49,10 @@ def key_and_value(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
         raise UserError(f"--optimizer_args {text} is not key=value")
+    if key == "params":
+        raise UserError(
+            "--optimizer_args params: what is trained is for other flags to say, as --lora_layers"
+        )
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):

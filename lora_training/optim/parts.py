@@ -35,6 +35,8 @@ class TrainedPart:
     gradients: object = None  # (N,) float32, its gradient
     shadow: object = None  # (N,) the weights in the modules' precision; None where that is float32
     micro_gradients: object = None  # (N,) of the last micro-batch, in the shadow's precision
+    # what the optimizer has: Parameters in `weights`, each with its gradient in `gradients`
+    pieces: list[tuple[object, object]] = field(default_factory=list)
     initial: object = None  # (N,) on the CPU, the weights at the start
     initial_stds: list[float] = field(default_factory=list)  # of new tokens: each table's standard deviation
     optimizer: object = None
@@ -51,7 +53,9 @@ class TrainedPart:
         self.parameters = dict(sorted(self.parameters.items(), key=lambda item: ".lora_B." in item[0]))
         values = torch.cat([p.detach().flatten().float() for p in self.parameters.values()])
         self.weights, self.gradients = torch.nn.Parameter(values), torch.zeros_like(values)
-        self.weights.grad, self.initial = self.gradients, values.cpu().clone()
+        self.pieces = [(self.weights, self.gradients)]
+        self.attach_gradients()
+        self.initial = values.cpu().clone()
         if self.name == "embeddings":
             self.initial_stds = [rows.std().item() for rows in self.views(self.initial).values()]
         module_weights, module_gradients = values, self.gradients
@@ -68,6 +72,11 @@ class TrainedPart:
         sizes = [p.numel() for p in self.parameters.values()]
         named = zip(self.parameters.items(), flat.split(sizes), strict=True)
         return {name: stretch.view(parameter.shape) for (name, parameter), stretch in named}
+
+    def attach_gradients(self) -> None:
+        """Gives the optimizer's parameters their gradients, which some optimizers take away."""
+        for parameter, gradient in self.pieces:
+            parameter.grad = gradient
 
     def accumulate_gradients(self) -> None:
         """Adds a micro-batch's gradients to the others; to be called after each backward pass."""
@@ -89,6 +98,7 @@ class TrainedPart:
         """One step of optimizer, schedule and moving average; gradients start again at zero."""
         self.current_lr = self.optimizer_settings()["lr"]
         self.optimizer.step()
+        self.attach_gradients()
         self.schedule.step()
         self.gradients.zero_()
         if self.initial_stds:
@@ -103,18 +113,30 @@ class TrainedPart:
 
         Adam makes rows grow, and an encoder reads rows of the size of its own.
         """
-        views = [self.views(self.weights.data)]
-        views += [self.views(s["z"]) for s in self.optimizer.state.values() if "z" in s]  # schedule-free's
-        for initial_std, *tensors in zip(self.initial_stds, *(v.values() for v in views), strict=False):
-            factor = (initial_std / tensors[0].std()).pow(0.1)
-            for tensor in tensors:
+        rows = list(self.views(self.weights.data).values())
+        states = [self.optimizer.state.get(parameter, {}) for parameter, _ in self.pieces]
+        averages = averages_by_itself(self.optimizer)  # then it has other weights, z
+        second = [state["z"] for state in states if averages and "z" in state]
+        if len(second) == 1:
+            second = list(self.views(second[0].view(-1)).values())
+        for number, initial_std in enumerate(self.initial_stds):
+            factor = (initial_std / rows[number].std()).pow(0.1)
+            for tensor in (rows[number], *second[number : number + 1]):
                 tensor.mul_(factor)
 
     def optimizer_settings(self) -> dict:
-        """The optimizer's settings: the learning rate in use, lr, and Prodigy's estimate d, which multiplies
-        it.
-        """
+        """The optimizer's settings, of which lr is the learning rate in use."""
         return self.optimizer.param_groups[0]
+
+    def step_size_estimate(self):
+        """What Prodigy and D-Adaptation have found and multiply the learning rate by, a tensor; else None."""
+        settings = self.optimizer_settings()
+        if "d" not in settings or not {"d0", "growth_rate"} & settings.keys():  # torch's Adafactor clips at d
+            return None
+        estimate = settings["d"]
+        if not torch.is_tensor(estimate):
+            return torch.full((), estimate, device=self.weights.device)
+        return estimate.detach().float().reshape(())
 
     def load_state_dict(self, saved: dict, ema_decay: float) -> None:
         """Takes what `training_state` has of this part; rates and decays stay those of this run."""
@@ -140,7 +162,7 @@ class TrainedPart:
         """Ends the training of this part: no gradients, no optimizer state; it stays at its average, if it
         has one.
         """
-        if type(self.optimizer).__name__.endswith("ScheduleFree"):
+        if averages_by_itself(self.optimizer):
             self.optimizer.eval()
         if self.ema is not None:
             self.ema.copy_to([self.weights])
@@ -149,7 +171,13 @@ class TrainedPart:
             parameter.requires_grad_(False)
             parameter.grad = None
         self.gradients = self.micro_gradients = self.weights.grad = None
+        self.pieces = []
         self.optimizer = self.schedule = self.ema = None
+
+
+def averages_by_itself(optimizer) -> bool:
+    """Whether an optimizer is schedule-free: it has other weights for training than for use."""
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
 @contextlib.contextmanager
@@ -166,7 +194,7 @@ def restored_afterwards(parts: list[TrainedPart]):
 @contextlib.contextmanager
 def averaged_weights(parts: list[TrainedPart]):
     """While inside, parameters are what should be saved and shown: moving averages, where there are any."""
-    schedule_free = [p.optimizer for p in parts if type(p.optimizer).__name__.endswith("ScheduleFree")]
+    schedule_free = [part.optimizer for part in parts if averages_by_itself(part.optimizer)]
     with restored_afterwards(parts):
         for part in parts:
             if part.ema is not None:
