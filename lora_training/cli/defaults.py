@@ -80,6 +80,22 @@ def check_sizes(args: argparse.Namespace) -> None:
             raise UserError(f'--aspect_ratio_buckets: {what}; or use "auto"')
 
 
+def usual_rate(args: argparse.Namespace) -> float:
+    """The default of --learning_rate: 1 where the optimizer finds its own step size and multiplies it."""
+    name = optimizer_of(args).rpartition(".")[2].lower()
+    return 1.0 if name.startswith(("prodigy", "dadapt")) else 1e-4
+
+
+def turn_off_untrained(args: argparse.Namespace) -> None:
+    """What is trained in no step is not trained; says so."""
+    if args.train_text_encoder and args.train_text_encoder_frac == 0:
+        args.train_text_encoder = False
+        print_status("note: --train_text_encoder_frac 0: no text encoder is trained")
+    if args.train_text_encoder_ti and args.train_text_encoder_ti_frac == 0 < args.train_transformer_frac:
+        args.train_text_encoder_ti = False
+        print_status("note: --train_text_encoder_ti_frac 0: no new tokens are learned")
+
+
 def optimizer_of(args: argparse.Namespace) -> str:
     """The optimizer that --optimizer, --use_8bit_adam or --use_prodigy names."""
     if args.use_8bit_adam:

@@ -210,7 +210,7 @@ def add_optimizer_flags(add) -> None:
         help="LoRA+: the B matrices' learning rate is so many times as high, 16 is usual (1: off)")
     add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
     add("--use_prodigy", action="store_true", help="the same as --optimizer prodigy")
-    add("--learning_rate", type=rate, default=1e-4, help="(1e-4; for prodigy use 1)")
+    add("--learning_rate", type=rate, help="(1e-4; 1 for prodigy)")
     add("--scale_lr", action="store_true", help="multiply it by processes, batch size and accumulation steps")
     add("--lr_scheduler", default="constant", choices=SCHEDULES,
         help="(constant)")

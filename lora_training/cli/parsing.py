@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lora_training.cli.checks import check_args
 from lora_training.cli.data_sets import read_set, set_entries
+from lora_training.cli.defaults import turn_off_untrained, usual_rate
 from lora_training.cli.flags import add_shared_args
 from lora_training.cli.parser import OneLineParser, config_to_argv
 from lora_training.errors import UserError
@@ -51,7 +52,11 @@ def parse_args(
         vars(marked).pop(name)
         if (vars(args).pop(name) or "none").lower() not in OFF_VALUES:
             raise UserError(f"--{name}: {reason}")
-    settings, defaults = dict(vars(args)), {name: parser.get_default(name) for name in vars(args)}
+    defaults = {name: parser.get_default(name) for name in vars(args)}
+    defaults["learning_rate"] = usual_rate(args)
+    if args.learning_rate is None:
+        args.learning_rate = defaults["learning_rate"]
+    settings = dict(vars(args))
     set_flags = {name for name, value in vars(marked).items() if value is not unset}
     args.family, args.script = family, Path(script).resolve()
     args.lora_targets = lora_targets
@@ -62,6 +67,7 @@ def parse_args(
     args.validation_split = max(own.validation_split for own in args.sets or [args])
     args.triggers = list(dict.fromkeys(own.trigger_word for own in args.sets or [args] if own.trigger_word))
     check_args(args, set_flags, parser)
+    turn_off_untrained(args)
     if args.overwrite and "resume_from_checkpoint" not in command_line_flags:  # which a configuration has
         args.resume_from_checkpoint = None
     args.settings, args.defaults = settings, defaults  # settings: before anything was filled in

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import math
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ import torch
 from lora_training.base_model.reading import import_class
 from lora_training.errors import UserError, one_line
 from lora_training.optim.nonblocking import nonblocking_adamw8bit, nonblocking_prodigy
-from lora_training.optim.parts import averages_by_itself
+from lora_training.optim.parts import arguments_of, averages_by_itself
 
 if TYPE_CHECKING:
     import argparse
@@ -122,13 +121,6 @@ def flag_settings(optimizer_class: type, part: TrainedPart, args: argparse.Names
         if args.optimizer_args.get("relative_step"):
             settings["lr"] = None
     return settings
-
-
-def arguments_of(optimizer_class: type) -> list[str]:
-    """The names of a class's arguments; one that takes any has weight_decay, too."""
-    parameters = inspect.signature(optimizer_class).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return [*parameters, *(["weight_decay"] if takes_any else [])]
 
 
 def needs_shapes(optimizer_class: type) -> bool:

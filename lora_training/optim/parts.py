@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 from dataclasses import dataclass, field
 
 import torch
 
-# what this run's optimizer keeps of its own where a checkpoint's is loaded
-RUN_SETTINGS = (
-    *("weight_decay", "betas", "eps", "initial_lr", "beta3", "decouple"),
-    *("use_bias_correction", "safeguard_warmup", "warmup_steps"),
-)
+from lora_training.errors import UserError, one_line
 
 
 @dataclass
@@ -139,24 +137,49 @@ class TrainedPart:
         return estimate.detach().float().reshape(())
 
     def load_state_dict(self, saved: dict, ema_decay: float) -> None:
-        """Takes what `training_state` has of this part; rates and decays stay those of this run."""
+        """Takes what `training_state` has of this part; rates and other settings stay those of this run."""
         from diffusers.training_utils import EMAModel
 
         self.assign(saved["weights"])
         self.initial = saved["initial"]
         if saved["optimizer"] is not None:
-            groups = self.optimizer.param_groups
-            run_settings = [{k: v for k, v in group.items() if k in RUN_SETTINGS} for group in groups]
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.load_optimizer(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"] | {"base_lrs": self.schedule.base_lrs})
             factor = self.schedule.lr_lambdas[0](self.schedule.last_epoch)
-            for group, values in zip(self.optimizer.param_groups, run_settings, strict=True):
-                group.update(values, lr=values["initial_lr"] * factor)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
         if self.ema is not None:  # frozen, newly asked for, or continued
             self.ema = None if saved["optimizer"] is None else EMAModel([self.weights], decay=ema_decay)
         if self.ema is not None and saved["ema"] is not None:
             self.ema.load_state_dict(saved["ema"] | {"decay": ema_decay})
             self.ema.to(self.weights.device)
+
+    def load_optimizer(self, saved: dict) -> None:
+        """Takes the state of an optimizer; its arguments stay those of this run.
+
+        Errors: UserError for arguments that need another state.
+        """
+        names = {"initial_lr", *arguments_of(type(self.optimizer))} - {"lr", "params"}
+        groups = self.optimizer.param_groups
+        settings = [{key: group[key] for key in names & group.keys()} for group in groups]
+        try:
+            pairs = zip(saved["param_groups"], settings, strict=True)
+            changed = {key for old, new in pairs for key in old.keys() & new if old[key] != new[key]}
+            if fixed := changed & {"d0"}:  # what has been summed up is in units of it
+                raise ValueError(f"{', '.join(fixed)} can't change any more")
+            for state in [copy.deepcopy(saved), saved] if changed - {"initial_lr"} else [saved]:
+                weights = self.weights.detach().clone()
+                self.optimizer.load_state_dict(state)
+                for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+                    group.update(own)
+                if state is not saved:  # a step for trial, on a copy
+                    self.optimizer.step()
+                    self.attach_gradients()
+                    self.gradients.zero_()
+                    self.assign(weights)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            advice = "set --optimizer_args and --loraplus_lr_ratio as they were, or --overwrite begins anew"
+            raise UserError(f"its optimizer's state doesn't fit ({one_line(error)}): {advice}") from None
 
     def freeze(self) -> None:
         """Ends the training of this part: no gradients, no optimizer state; it stays at its average, if it
@@ -173,6 +196,13 @@ class TrainedPart:
         self.gradients = self.micro_gradients = self.weights.grad = None
         self.pieces = []
         self.optimizer = self.schedule = self.ema = None
+
+
+def arguments_of(optimizer_class: type) -> list[str]:
+    """The names of a class's arguments; one that takes any has weight_decay, too."""
+    parameters = inspect.signature(optimizer_class).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return [*parameters, *(["weight_decay"] if takes_any else [])]
 
 
 def averages_by_itself(optimizer) -> bool:

@@ -9,8 +9,8 @@ import pickle
 import torch
 
 from lora_training.errors import UserError, one_line
-from lora_training.optim.optimizers import arguments_of, find_class, make_optimizer
-from lora_training.optim.parts import TrainedPart, averages_by_itself
+from lora_training.optim.optimizers import find_class, make_optimizer
+from lora_training.optim.parts import TrainedPart, arguments_of, averages_by_itself
 
 LINEAR_SHAPES = {"lora_A": (4, 1024), "lora_B": (1024, 4)}
 DORA_SHAPES = {"lora_magnitude_vector": (1024,)}

@@ -156,8 +156,11 @@ IN_THE_LIBRARY = (
      "num_training_steps=part.last_step,",
      "num_training_steps=2 * part.last_step,", PLAIN_LOOP),
     # checkpoints
+    ("arguments of before", "optim/parts.py", "checkpoints",
+     "group.update(own)",
+     "pass", "test_changed_arguments_are_used"),
     ("optimizer not resumed", "optim/parts.py", "checkpoints",
-     'self.optimizer.load_state_dict(saved["optimizer"])',
+     'self.load_optimizer(saved["optimizer"])',
      "pass", f"{RESUMED} -k 'sdxl and (cached or ema)'"),
     ("schedule not resumed", "optim/parts.py", "checkpoints",
      'self.schedule.load_state_dict(saved["schedule"] | {"base_lrs": self.schedule.base_lrs})',
