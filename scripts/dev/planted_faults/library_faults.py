@@ -47,6 +47,9 @@ IN_THE_LIBRARY = (
     ("one image held out too many", "data/examples.py", "plan",
      "round(len(examples) * args.validation_split)",
      "round(len(examples) * args.validation_split) + 1", HELD_OUT),
+    ("splits mixed", "data/examples.py", "plan",
+     "for example in examples if example.name in files]",
+     "for example in examples]", "test_a_folder_with_splits_is_read_split_by_split"),
     # captions
     ("trigger word behind", "data/captions.py", "captions",
      'return f"{trigger}, {caption}" if caption',
