@@ -50,7 +50,7 @@ def use_prepared_buckets(args: argparse.Namespace) -> None:
     if args.aspect_ratio_buckets is not None or not file.is_file():
         return
     try:
-        prepared = json.loads(file.read_text(encoding="utf-8"))
+        prepared = json.loads(file.read_text(encoding="utf-8-sig"))
         side, buckets = count(prepared["resolution"]), str(prepared["aspect_ratio_buckets"])
     except Exception:  # of a damaged file, half a dozen kinds
         raise UserError(
@@ -94,6 +94,16 @@ def turn_off_untrained(args: argparse.Namespace) -> None:
     if args.train_text_encoder_ti and args.train_text_encoder_ti_frac == 0 < args.train_transformer_frac:
         args.train_text_encoder_ti = False
         print_status("note: --train_text_encoder_ti_frac 0: no new tokens are learned")
+
+
+def drop_samplers(args: argparse.Namespace) -> None:
+    """Pictures are drawn with the base's sampler, whatever kohya's --ss in a file of prompts names."""
+    samplers = {settings.pop("sampler") for settings in args.prompt_settings if "sampler" in settings}
+    if samplers:
+        names = ", ".join(sorted(samplers))
+        print_status(
+            f"note: --ss {names} in {args.validation_prompts_file}: the base's sampler draws instead"
+        )
 
 
 def optimizer_of(args: argparse.Namespace) -> str:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from lora_training.cli.checks import check_args
 from lora_training.cli.data_sets import read_set, set_entries
-from lora_training.cli.defaults import turn_off_untrained, usual_rate
+from lora_training.cli.defaults import drop_samplers, turn_off_untrained, usual_rate
 from lora_training.cli.flags import add_shared_args
 from lora_training.cli.parser import OneLineParser, config_to_argv
+from lora_training.cli.types import path
 from lora_training.errors import UserError
 from lora_training.files import read_config_file
 
@@ -68,6 +69,8 @@ def parse_args(
     args.triggers = list(dict.fromkeys(own.trigger_word for own in args.sets or [args] if own.trigger_word))
     check_args(args, set_flags, parser)
     turn_off_untrained(args)
+    drop_samplers(args)
+    args.captions_vary = args.captions_vary or any(own.captions_vary for own in args.sets)
     if args.overwrite and "resume_from_checkpoint" not in command_line_flags:  # which a configuration has
         args.resume_from_checkpoint = None
     args.settings, args.defaults = settings, defaults  # settings: before anything was filled in
@@ -90,6 +93,6 @@ def make_parser(
 def config_arguments(parser: OneLineParser, argv: list[str]) -> list[str]:
     """What the --config file says, if one is named, as arguments of the command line."""
     finder = OneLineParser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
+    finder.add_argument("--config", type=path)
     file = finder.parse_known_args(argv)[0].config
     return config_to_argv(parser, read_config_file(file), f"--config {file}") if file else []

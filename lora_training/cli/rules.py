@@ -88,7 +88,7 @@ def makes_own_rate(a: argparse.Namespace) -> bool:
 
 def varies_captions(a: argparse.Namespace) -> bool:
     """Whether captions are made anew each time."""
-    return a.shuffle_tags or a.tag_dropout
+    return a.shuffle_tags or a.tag_dropout or any(varies_captions(own) for own in vars(a).get("sets", ()))
 
 
 def draws_nothing(a: argparse.Namespace) -> bool:
@@ -165,7 +165,8 @@ DATA_RULES = (
               "without --shuffle_tags or --tag_dropout"),
     always(lambda a: varies_captions(a) and not a.tag_separator,
            "--tag_separator is empty: what stands between tags?"),
-    no_effect("caption_per_line", lambda a: a.dataset_name and not Path(a.dataset_name).is_dir(),
+    no_effect("caption_per_line caption_extension",
+              lambda a: a.dataset_name and not Path(a.dataset_name).is_dir(),
               "with --dataset_name: it is for .txt files in a folder"),
 )
 PRIOR_AND_CACHE_RULES = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import os
 
 from lora_training.errors import UserError
 
@@ -31,6 +32,12 @@ amount = number("amount", float, 0, 1e9, "is not a number from 0 to 1e9")
 signed = number("number", float, -100, 100, "is not a number between -100 and 100")
 mode_scale = number("scale", float, 0, 1.75, "is not between 0 and 1.75: beyond, timesteps leave their range")
 tokens = number("count", int, 1, 512, "is not between 1 and the 512 tokens that the pipeline takes")
+
+
+def path(text: str) -> str:
+    """A file or folder; ~ is the home folder, also where no shell has replaced it."""
+    return os.path.expanduser(text)
+
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree")
 

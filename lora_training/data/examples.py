@@ -90,7 +90,8 @@ def source_examples(
     folder = Path(args.dataset_name or args.train_data_dir or args.instance_data_dir)
     if args.dataset_name and not is_image_folder(folder, args):
         return dataset_examples(args)
-    examples = folder_examples(folder, args.caption_column, missing, args.caption_per_line, suffixes)
+    text = {"per_line": args.caption_per_line, "extension": args.caption_extension}
+    examples = folder_examples(folder, args.caption_column, missing, suffixes=suffixes, **text)
     if args.dataset_name:
         examples = examples_of_split(examples, folder, args)
     if not examples:

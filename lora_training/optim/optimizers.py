@@ -112,8 +112,8 @@ def flag_settings(optimizer_class: type, part: TrainedPart, args: argparse.Names
         other = args.optimizer_args.get("foreach") or args.optimizer_args.get("differentiable")
         settings["fused"] = part.weights.is_cuda and not other
     elif name == "prodigy":
-        flags = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
-        settings |= {flag: vars(args)[f"prodigy_{flag}"] for flag in flags}
+        flags = ("decouple", "use_bias_correction", "safeguard_warmup")
+        settings |= {flag: vars(args)[f"prodigy_{flag}"] for flag in flags} | {"beta3": args.prodigy_beta3}
     elif name == "schedulefree":
         settings["warmup_steps"] = args.lr_warmup_steps
     elif name == "adafactor":

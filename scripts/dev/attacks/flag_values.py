@@ -12,6 +12,7 @@ BY_TYPE = {  # the name of argparse's type: good values, borderline ones
     "amount": (("0", "0.1", "1", "5"), ("1e9", "1e-30", "1e5", "1e-9")),
     "number": (("0", "0.5", "1"), ("-100", "100", "-99.9")),
     "scale": (("1.29", "0.5"), ("0", "1.75", "1.7500001")),
+    "path": (("{folder}/z", "{data}"), ("~", "~nobody/x", "nowhere", "")),
     "yes_or_no": (("true", "false"), ("TRUE", "no", "2")),
     "int": (
         ("0", "7"),
@@ -146,7 +147,7 @@ BY_NAME = {
 PROMPTS = (
     "a circle\n", "a circle --n bad --w 64 --h 64 --d 3 --s 1 --l 2\n# x\n", "a --w 63\n", "--n x\n", "",
     "a --q 1\n", "a --s 0\n", "a --d\n", "a --n\n", "a --s 1 --s 2\n", "\n\n", "a --w 64 --w\n",
-    "a --l nan\n", "字 --d 1\n", "a -- b\n", "a --h 99999999\n",
+    "a --ss euler_a\n", "\ufeffa --S 1\n", "a --l nan\n", "字 --d 1\n", "a -- b\n", "a --h 99999999\n",
 )  # fmt: skip
 SETS = (  # of --dataset_config
     '[{"train_data_dir": "{data}"}]', '[{"train_data_dir": "{data}", "repeats": 2, "trigger_word": "sks"}]',
@@ -164,5 +165,9 @@ SETS = (  # of --dataset_config
     '[{"instance_data_dir": "{data}", "instance_prompt": ""}]',
     '[{"train_data_dir": "{data}", "class_prompt": [1]}]', '[{"train_data_dir": "{data}", "weight": true}]',
     '[{"train_data_dir": "{data}", "weight": null}]', '[{"train_data_dir": "{data}", "validation_split": 1}]',
-    '[{1: 2}]',
+    '[{1: 2}]', '{"datasets": [{"resolution": 64, "subsets": [{"image_dir": "{data}", "num_repeats": 2}]}]}',
+    '{"datasets": [{"shuffle_caption": true, "keep_tokens": 1, "subsets": [{"image_dir": "{data}"}]}]}',
+    '{"datasets": []}', '{"datasets": [{"subsets": [{}]}]}', '{"datasets": {}, "general": 1}',
+    '{"datasets": [{"subsets": [{"image_dir": "{data}", "is_reg": true}]}]}',
+    '[{"train_data_dir": "{data}", "shuffle_tags": true, "tag_dropout": 0.5, "keep_tokens": 1}]',
 )  # fmt: skip

@@ -57,6 +57,9 @@ IN_THE_LIBRARY = (
     ("class images with captions dropped", "data/samples.py", "captions",
      "caption_rng.choice(example.captions)",
      "self.draw_caption(example.captions, caption_rng, self.args)", "test_class_images_keep_their_prompt"),
+    ("class tokens lost", "cli/kohya_sets.py", "captions",
+     '"class_tokens": "default_caption",',
+     '"class_tokens": "trigger_word",', "test_sets_and_subsets_have_what_they_and_those_above_them_say"),
     # crops
     ("always cropped at the top", "data/crops.py", "crops",
      "(cover[1] - target[1]) * v)",
