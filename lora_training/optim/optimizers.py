@@ -91,13 +91,21 @@ def find_class(name: str) -> type:
             raise TypeError("it is no class of an optimizer")
         return found
     if name == "adamw8bit":
-        return nonblocking_adamw8bit(import_class("bitsandbytes.optim", "AdamW8bit"))
+        from bitsandbytes.optim import AdamW8bit
+
+        return nonblocking_adamw8bit(AdamW8bit)
     if name == "prodigy":
-        return nonblocking_prodigy(import_class("prodigyopt", "Prodigy"))
+        from prodigyopt import Prodigy
+
+        return nonblocking_prodigy(Prodigy)
     if name == "adafactor":
-        return import_class("transformers.optimization", "Adafactor")
+        from transformers.optimization import Adafactor
+
+        return Adafactor
     if name == "schedulefree":
-        return import_class("schedulefree", "AdamWScheduleFree")
+        from schedulefree import AdamWScheduleFree
+
+        return AdamWScheduleFree
     return torch.optim.AdamW
 
 
