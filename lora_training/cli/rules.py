@@ -77,8 +77,8 @@ def text_share(a: argparse.Namespace) -> float:
 
 
 def is_schedule_free(a: argparse.Namespace) -> bool:
-    """Whether --optimizer is schedule-free, as far as its name says."""
-    return "schedulefree" in optimizer_of(a).lower()
+    """Whether --optimizer is schedulefree or a class of that library."""
+    return optimizer_of(a).startswith("schedulefree")
 
 
 def makes_own_rate(a: argparse.Namespace) -> bool:

@@ -86,6 +86,8 @@ def take_steps(part: TrainedPart, args: argparse.Namespace) -> None:
     if not part.weights.isfinite().all():
         raise ValueError("its steps make weights that aren't finite")
     if averages_by_itself(part.optimizer):
+        if args.use_ema:
+            raise ValueError("it averages by itself: leave out --use_ema")
         part.optimizer.eval()
         part.optimizer.train()
     file = io.BytesIO()

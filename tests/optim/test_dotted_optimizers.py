@@ -196,7 +196,13 @@ def test_a_run_goes_on_where_it_was_broken_off(tmp_path, case):
     assert len(rows) == 10
 
 
-@pytest.mark.parametrize("name", ["schedulefree.AdamWScheduleFree", "prodigyplus.ProdigyPlusScheduleFree"])
+def test_no_average_on_top_of_another_class_that_averages(recipe):
+    args = arguments(recipe, "--optimizer", "odd_optimizers.Averaging", "--use_ema")
+    with pytest.raises(UserError, match="odd_optimizers.Averaging can't train here: it averages by itself"):
+        try_optimizer(args, CPU)
+
+
+@pytest.mark.parametrize("name", ["schedulefree.AdamWScheduleFree", "schedulefree.SGDScheduleFree"])
 def test_no_schedule_and_no_average_on_top_of_a_schedule_free_class(recipe, name):
     for flags in (("--lr_scheduler", "cosine"), ("--use_ema",)):
         with pytest.raises(UserError, match=f"--optimizer {name} averages by itself"):
