@@ -80,10 +80,19 @@ def check_sizes(args: argparse.Namespace) -> None:
             raise UserError(f'--aspect_ratio_buckets: {what}; or use "auto"')
 
 
-def usual_rate(args: argparse.Namespace) -> float:
-    """The default of --learning_rate: 1 where the optimizer finds its own step size and multiplies it."""
+def fill_learning_rate(args: argparse.Namespace, defaults: dict) -> None:
+    """--learning_rate and its default: 1 where the optimizer finds its own step size and multiplies it."""
     name = optimizer_of(args).rpartition(".")[2].lower()
-    return 1.0 if name.startswith(("prodigy", "dadapt")) else 1e-4
+    defaults["learning_rate"] = 1.0 if name.startswith(("prodigy", "dadapt")) else 1e-4
+    if args.learning_rate is None:
+        args.learning_rate = defaults["learning_rate"]
+
+
+def settle_run(args: argparse.Namespace) -> None:
+    """What concerns the run and not its sets, and what has no effect, which is said."""
+    turn_off_untrained(args)
+    drop_samplers(args)
+    args.captions_vary = args.captions_vary or any(own.captions_vary for own in args.sets)
 
 
 def turn_off_untrained(args: argparse.Namespace) -> None:

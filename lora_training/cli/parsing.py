@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lora_training.cli.checks import check_args
 from lora_training.cli.data_sets import read_set, set_entries
-from lora_training.cli.defaults import drop_samplers, turn_off_untrained, usual_rate
+from lora_training.cli.defaults import fill_learning_rate, settle_run
 from lora_training.cli.flags import add_shared_args
 from lora_training.cli.parser import OneLineParser, config_to_argv
 from lora_training.cli.types import path
@@ -54,9 +54,7 @@ def parse_args(
         if (vars(args).pop(name) or "none").lower() not in OFF_VALUES:
             raise UserError(f"--{name}: {reason}")
     defaults = {name: parser.get_default(name) for name in vars(args)}
-    defaults["learning_rate"] = usual_rate(args)
-    if args.learning_rate is None:
-        args.learning_rate = defaults["learning_rate"]
+    fill_learning_rate(args, defaults)
     settings = dict(vars(args))
     set_flags = {name for name, value in vars(marked).items() if value is not unset}
     args.family, args.script = family, Path(script).resolve()
@@ -68,9 +66,7 @@ def parse_args(
     args.validation_split = max(own.validation_split for own in args.sets or [args])
     args.triggers = list(dict.fromkeys(own.trigger_word for own in args.sets or [args] if own.trigger_word))
     check_args(args, set_flags, parser)
-    turn_off_untrained(args)
-    drop_samplers(args)
-    args.captions_vary = args.captions_vary or any(own.captions_vary for own in args.sets)
+    settle_run(args)
     if args.overwrite and "resume_from_checkpoint" not in command_line_flags:  # which a configuration has
         args.resume_from_checkpoint = None
     args.settings, args.defaults = settings, defaults  # settings: before anything was filled in
