@@ -11,6 +11,7 @@ import re
 import shutil
 import threading
 import time
+import tomllib
 from pathlib import Path
 
 from lora_training.console import print_status
@@ -160,23 +161,25 @@ def read_metrics(output: str) -> list[dict]:
 
 
 def read_config_file(file: str, flag: str = "--config", kind: type = dict):
-    """The content of a YAML or JSON file, a dict or a list.
+    """The content of a YAML, JSON or TOML file: a dict or a list, or what else `kind` says.
 
     Errors: UserError that names the flag if it is anything else.
     """
+    language = "TOML" if file.lower().endswith(".toml") else "YAML or JSON"
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(file).expanduser().read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{flag} {file}: {error.strerror}") from None
     except ValueError:
-        raise UserError(f"{flag} {file}: not YAML or JSON: not UTF-8 text") from None
+        raise UserError(f"{flag} {file}: not {language}: not UTF-8 text") from None
     import yaml  # not before the file is known to be there
 
     try:
-        values = yaml.safe_load(text)  # JSON is YAML too
+        # JSON is YAML too
+        values = (tomllib.loads(text) or None) if language == "TOML" else yaml.safe_load(text)
     # an impossible date; lists in lists in lists
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{flag} {file}: not YAML or JSON: {one_line(error)}") from None
+        raise UserError(f"{flag} {file}: not {language}: {one_line(error)}") from None
     if values is None:
         raise UserError(f"{flag} {file} is empty")
     if not isinstance(values, kind):
@@ -212,6 +215,6 @@ def read_safetensors_header(file: Path) -> tuple[dict[str, str], dict[str, tuple
 def read_text_file(file: str, flag: str) -> str:
     """The text of a file that a flag names."""
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return Path(file).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {file}: {getattr(error, 'strerror', error)}") from None

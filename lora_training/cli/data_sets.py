@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from lora_training.cli.checks import check_args
+from lora_training.cli.kohya_sets import is_kohya_file, subset_entries
 from lora_training.cli.parser import config_to_argv
 from lora_training.errors import UserError
 from lora_training.files import read_config_file
@@ -19,6 +20,7 @@ SET_KEYS = (
     "caption_column", "instance_data_dir", "instance_prompt", "default_caption", "trigger_word", "repeats",
     "caption_dropout", "caption_per_line", "masked_loss", "unmasked_weight", "validation_split",
     "max_train_samples", "resolution", "aspect_ratio_buckets", "weight", "resolutions", "class_prompt",
+    "shuffle_tags", "tag_separator", "tag_dropout", "keep_tokens", "caption_extension",
 )
 # fmt: on
 
@@ -27,7 +29,7 @@ def set_entries(args: argparse.Namespace) -> list[tuple[str, dict]]:
     """(where it stands, keys and values) of each set of --dataset_config, or of a folder as kohya's."""
     if args.kohya_folders and args.train_data_dir and Path(args.train_data_dir).is_dir():
         return kohya_entries(Path(args.train_data_dir))
-    return config_entries(args.dataset_config) if args.dataset_config else []
+    return config_entries(args.dataset_config, args) if args.dataset_config else []
 
 
 def kohya_entries(folder: Path) -> list[tuple[str, dict]]:
@@ -42,10 +44,15 @@ def kohya_entries(folder: Path) -> list[tuple[str, dict]]:
     return entries
 
 
-def config_entries(file: str) -> list[tuple[str, dict]]:
+def config_entries(file: str, args: argparse.Namespace) -> list[tuple[str, dict]]:
     """The sets of a --dataset_config file; one with several resolutions is several sets."""
-    entries = []
-    for number, entry in enumerate(read_config_file(file, "--dataset_config", list), 1):
+    content, entries = read_config_file(file, "--dataset_config", object), []
+    if is_kohya_file(content):
+        return subset_entries(content, file, args)
+    if not isinstance(content, list):
+        expected = "a list of sets, or kohya's datasets"
+        raise UserError(f"--dataset_config {file}: expected {expected}, found {type(content).__name__}")
+    for number, entry in enumerate(content, 1):
         where = f"--dataset_config {file}, set {number}"
         unknown = [key for key in entry if key not in SET_KEYS] if isinstance(entry, dict) else [entry]
         if unknown:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lora_training.cli.prompt_files import read_prompts
 from lora_training.cli.types import count, key_and_value
 from lora_training.console import print_status
-from lora_training.data.captions import clean_caption
+from lora_training.data.captions import clean_caption, insert_trigger
 from lora_training.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def use_prepared_buckets(args: argparse.Namespace) -> None:
     if args.aspect_ratio_buckets is not None or not file.is_file():
         return
     try:
-        prepared = json.loads(file.read_text(encoding="utf-8"))
+        prepared = json.loads(file.read_text(encoding="utf-8-sig"))
         side, buckets = count(prepared["resolution"]), str(prepared["aspect_ratio_buckets"])
     except Exception:  # of a damaged file, half a dozen kinds
         raise UserError(
@@ -79,6 +79,45 @@ def check_sizes(args: argparse.Namespace) -> None:
         if len(sides) != 2 or not all(side and side % args.family.pixel_divisor == 0 for side in sides):
             what = f'{pair!r} is no "height,width" of multiples of {args.family.pixel_divisor}'
             raise UserError(f'--aspect_ratio_buckets: {what}; or use "auto"')
+
+
+def fill_learning_rate(args: argparse.Namespace, defaults: dict) -> None:
+    """--learning_rate and its default: 1 where the optimizer finds its own step size and multiplies it."""
+    name = optimizer_of(args).rpartition(".")[2].lower()
+    defaults["learning_rate"] = 1.0 if name.startswith(("prodigy", "dadapt")) else 1e-4
+    if args.learning_rate is None:
+        args.learning_rate = defaults["learning_rate"]
+
+
+def settle_run(args: argparse.Namespace) -> None:
+    """What concerns the run and not its sets, and what has no effect, which is said."""
+    turn_off_untrained(args)
+    drop_samplers(args)
+    args.triggers = list(dict.fromkeys(own.trigger_word for own in args.sets or [args] if own.trigger_word))
+    trigger = args.triggers[0] if args.triggers else None
+    prompts = args.validation_prompt or []
+    args.validation_prompt = [insert_trigger(p, trigger, "--validation_prompt") for p in prompts] or None
+    args.captions_vary = args.captions_vary or any(own.captions_vary for own in args.sets)
+
+
+def turn_off_untrained(args: argparse.Namespace) -> None:
+    """What is trained in no step is not trained; says so."""
+    if args.train_text_encoder and args.train_text_encoder_frac == 0:
+        args.train_text_encoder = False
+        print_status("note: --train_text_encoder_frac 0: no text encoder is trained")
+    if args.train_text_encoder_ti and args.train_text_encoder_ti_frac == 0 < args.train_transformer_frac:
+        args.train_text_encoder_ti = False
+        print_status("note: --train_text_encoder_ti_frac 0: no new tokens are learned")
+
+
+def drop_samplers(args: argparse.Namespace) -> None:
+    """Pictures are drawn with the base's sampler, whatever kohya's --ss in a file of prompts names."""
+    samplers = {settings.pop("sampler") for settings in args.prompt_settings if "sampler" in settings}
+    if samplers:
+        names = ", ".join(sorted(samplers))
+        print_status(
+            f"note: --ss {names} in {args.validation_prompts_file}: the base's sampler draws instead"
+        )
 
 
 def optimizer_of(args: argparse.Namespace) -> str:

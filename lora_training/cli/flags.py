@@ -14,6 +14,7 @@ from lora_training.cli.types import (
     natural,
     optimizer_name,
     part_of_one,
+    path,
     rate,
     share,
     yes_or_no,
@@ -58,30 +59,30 @@ def add_shared_args(
 
 # fmt: off
 def add_run_flags(add) -> None:
-    add("--config", metavar="FILE",
+    add("--config", type=path, metavar="FILE",
         help="YAML or JSON file with flag names as keys; flags on the command line win")
     add("--dry_run", action="store_true",
         help="check everything with one real step, save and validation; keep nothing")
 
 
 def add_model_flags(add) -> None:
-    add("--pretrained_model_name_or_path", "--model_name_or_path", "-m", metavar="BASE",
+    add("--pretrained_model_name_or_path", "--model_name_or_path", "-m", type=path, metavar="BASE",
         help="hub id, diffusers folder, or .safetensors/.ckpt file")
-    add("--pretrained_vae_model_name_or_path", metavar="VAE",
+    add("--pretrained_vae_model_name_or_path", type=path, metavar="VAE",
         help="another VAE: hub id, folder or file (default: the base's)")
     add("--revision", help="revision of the base on the hub")
     add("--variant", help="weights variant of the base, such as fp16")
-    add("--cache_dir", help="folder for downloads (default: the hub's own)")
+    add("--cache_dir", type=path, help="folder for downloads (default: the hub's own)")
 
 
 def add_data_flags(add) -> None:
-    add("--train_data_dir", "--data_dir", "-d", metavar="DIR",
+    add("--train_data_dir", "--data_dir", "-d", type=path, metavar="DIR",
         help="folder of images with metadata.jsonl/.csv or a .txt beside each image")
-    add("--dataset_name", "--data_name", metavar="NAME",
+    add("--dataset_name", "--data_name", type=path, metavar="NAME",
         help="hub data set, local folder, or a Python file with a datasets builder")
-    add("--dataset_config", metavar="FILE",
+    add("--dataset_config", type=path, metavar="FILE",
         help="YAML list of several sets, each with its folder, repeats, trigger word, weight, sizes, "
-             "masks, ...")
+             "masks, ...; or kohya's dataset.toml")
     add("--kohya_folders", action="store_true",
         help="--train_data_dir holds folders such as `10_sks dog`: repeats and caption")
     add("--dataset_config_name", help="configuration of the data set")
@@ -89,7 +90,8 @@ def add_data_flags(add) -> None:
     add("--image_column", default="image", help="image column of the data set (image)")
     add("--caption_column", help="caption column (default: the one of text, caption, prompt that exists)")
     add("--max_train_samples", type=count_or_off, help="use so many images, drawn by --seed (default: all)")
-    add("--instance_data_dir", metavar="DIR", help="folder of images of one thing, without captions")
+    add("--instance_data_dir", type=path, metavar="DIR",
+        help="folder of images of one thing, without captions")
     add("--instance_prompt", help="caption of every image that has none of its own")
     add("--repeats", type=count, default=1, help="times that each image is shown per epoch (1)")
     add("--trigger_word", help="word put before each caption, once, or in the place of its [trigger]")
@@ -104,6 +106,8 @@ def add_data_flags(add) -> None:
         help="the first so many tags, or those before a |||, are neither shuffled nor dropped (0)")
     add("--caption_per_line", action="store_true",
         help="each line of a .txt is a caption, one of which is drawn each time")
+    add("--caption_extension", metavar="END",
+        help="how the names of caption files end, such as .tags (default: .txt, else .caption)")
     add("--validation_split", type=share, default=0.0,
         help="share of images held out for the held-out loss (0: none)")
 
@@ -128,14 +132,14 @@ def add_caches_flags(add) -> None:
         help="encode each image once; its crop is then drawn once per image")
     add("--cache_text_embeddings", action="store_true",
         help="encode each caption once (always on where captions and encoders can't change)")
-    add("--cache_folder", metavar="DIR",
+    add("--cache_folder", type=path, metavar="DIR",
         help="keep the caches on disk, for the next run (default: in memory)")
 
 
 def add_prior_preservation_flags(add) -> None:
     add("--with_prior_preservation", "--dreambooth", action="store_true",
         help="train on images of the class too, so that it is not forgotten")
-    add("--class_data_dir", metavar="DIR",
+    add("--class_data_dir", type=path, metavar="DIR",
         help="class images; missing ones are generated (default: class_images in the output folder)")
     add("--class_prompt", help="prompt of the class images")
     add("--num_class_images", type=count, default=100, help="class images (100)")
@@ -165,7 +169,7 @@ def add_lora_flags(add, lora_targets: tuple[str, ...]) -> None:
              "root)")
     add("--use_dora", action="store_true", help="weight-decomposed LoRA (DoRA)")
     add("--use_rslora", action="store_true", help="scale by alpha/sqrt(rank)")
-    add("--init_lora", "--network_weights", metavar="FILE",
+    add("--init_lora", "--network_weights", type=path, metavar="FILE",
         help="start from this LoRA, of any tool; rank, alpha and layers are its own")
     add("--init_lora_weights", default="gaussian",
         help="gaussian, default, olora, pissa, pissa_niter_N, orthogonal, ... as peft (gaussian)")
@@ -194,7 +198,7 @@ def add_text_encoders_flags(add) -> None:
 def add_loss_flags(add) -> None:
     add("--loss_type", choices=["l2", "huber"], default="l2", help="(l2)")
     add("--huber_c", type=amount, default=0.1, help="where huber turns from square to linear (0.1)")
-    add("--masked_loss", metavar="WHERE",
+    add("--masked_loss", type=path, metavar="WHERE",
         help='train on what masks show in white: "alpha" (the picture\'s own), a folder, or the end of their '
              'names, as in --masked_loss=-mask')
     add("--unmasked_weight", type=share, default=0.1, help="weight of the rest (0.1)")
@@ -211,7 +215,7 @@ def add_optimizer_flags(add) -> None:
         help="LoRA+: the B matrices' learning rate is so many times as high, 16 is usual (1: off)")
     add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
     add("--use_prodigy", action="store_true", help="the same as --optimizer prodigy")
-    add("--learning_rate", type=rate, default=1e-4, help="(1e-4; for prodigy use 1)")
+    add("--learning_rate", type=rate, help="(1e-4; 1 for prodigy)")
     add("--scale_lr", action="store_true", help="multiply it by processes, batch size and accumulation steps")
     add("--lr_scheduler", default="constant", choices=SCHEDULES,
         help="(constant)")
@@ -264,11 +268,11 @@ def add_memory_and_speed_flags(add) -> None:
 
 
 def add_checkpoints_flags(add) -> None:
-    add("--output_dir", "--output_path", "-o", metavar="DIR",
+    add("--output_dir", "--output_path", "-o", type=path, metavar="DIR",
         help="folder for everything that is written (output/FAMILY-lora)")
     add("--checkpointing_steps", type=count, default=500, help="steps between checkpoints (500)")
     add("--checkpoints_total_limit", type=count_or_off, help="keep the latest so many (default: all)")
-    add("--resume_from_checkpoint", metavar="PATH", help='a checkpoint, or "latest"')
+    add("--resume_from_checkpoint", type=path, metavar="PATH", help='a checkpoint, or "latest"')
     add("--resume_anyway", action="store_true",
         help="go on with settings that have changed, as they are now; they are named")
     add("--overwrite", action="store_true", help="write over the results of another run in the output folder")
@@ -279,7 +283,7 @@ def add_checkpoints_flags(add) -> None:
 def add_validation_flags(add, inference_steps: int, guidance: float) -> None:
     add("--validation_prompt", "--eval_prompt", nargs="+", metavar="PROMPT",
         help="prompts drawn during training")
-    add("--validation_prompts_file", metavar="FILE",
+    add("--validation_prompts_file", type=path, metavar="FILE",
         help="prompts with settings of their own: YAML, or kohya's lines (--n --w --h --d --s --l)")
     add("--num_validation_images", type=natural, default=4, help="per prompt (4; 0: none)")
     add("--validation_epochs", type=count_or_off, help="draw every so many epochs")

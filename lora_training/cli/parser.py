@@ -6,6 +6,7 @@ import argparse
 import difflib
 
 from lora_training.cli.other_trainers import NAMES_ELSEWHERE
+from lora_training.cli.types import path
 from lora_training.errors import UserError, one_line
 from lora_training.exits import report_error
 
@@ -54,7 +55,7 @@ def config_to_argv(parser: argparse.ArgumentParser, values: dict, where: str) ->
             if not isinstance(value, bool):
                 raise UserError(f"{where}: {key} must be true or false, not {value!r}")
             tokens += [flag] if value else []
-        elif isinstance(value, bool) and action.type is None:
+        elif isinstance(value, bool) and action.type in (None, path):
             raise UserError(
                 f"{where}: {key} takes text: put {str(value).lower()} in quotes if it's meant as such"
             )

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from lora_training.cli.checks import check_args
 from lora_training.cli.data_sets import read_set, set_entries
+from lora_training.cli.defaults import fill_learning_rate, settle_run
 from lora_training.cli.flags import add_shared_args
 from lora_training.cli.parser import OneLineParser, config_to_argv
-from lora_training.data.captions import insert_trigger
+from lora_training.cli.types import path
 from lora_training.errors import UserError
 from lora_training.files import read_config_file
 
@@ -52,19 +53,19 @@ def parse_args(
         vars(marked).pop(name)
         if (vars(args).pop(name) or "none").lower() not in OFF_VALUES:
             raise UserError(f"--{name}: {reason}")
-    settings, defaults = dict(vars(args)), {name: parser.get_default(name) for name in vars(args)}
+    defaults = {name: parser.get_default(name) for name in vars(args)}
+    fill_learning_rate(args, defaults)
+    settings = dict(vars(args))
     set_flags = {name for name, value in vars(marked).items() if value is not unset}
     args.family, args.script = family, Path(script).resolve()
+    args.lora_targets = lora_targets
     if args.script.parent.is_file():  # of scripts/bundle.py
         args.script = args.script.parent
     args.weight, args.is_class = 1.0, False
     args.sets = [read_set(parser, args, *entry) for entry in set_entries(args)]
     args.validation_split = max(own.validation_split for own in args.sets or [args])
     check_args(args, set_flags, parser)
-    args.triggers = list(dict.fromkeys(own.trigger_word for own in args.sets or [args] if own.trigger_word))
-    trigger = args.triggers[0] if args.triggers else None
-    prompts = args.validation_prompt or []
-    args.validation_prompt = [insert_trigger(p, trigger, "--validation_prompt") for p in prompts] or None
+    settle_run(args)
     if args.overwrite and "resume_from_checkpoint" not in command_line_flags:  # which a configuration has
         args.resume_from_checkpoint = None
     args.settings, args.defaults = settings, defaults  # settings: before anything was filled in
@@ -87,6 +88,6 @@ def make_parser(
 def config_arguments(parser: OneLineParser, argv: list[str]) -> list[str]:
     """What the --config file says, if one is named, as arguments of the command line."""
     finder = OneLineParser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
+    finder.add_argument("--config", type=path)
     file = finder.parse_known_args(argv)[0].config
     return config_to_argv(parser, read_config_file(file), f"--config {file}") if file else []

@@ -17,6 +17,7 @@ PROMPT_KEYS = {  # of --validation_prompts_file: kohya's letter, the flag that i
     "seed": ("d", "sample_seed", natural),
     "steps": ("s", "validation_inference_steps", count),
     "guidance": ("l", "validation_guidance_scale", amount),
+    "sampler": ("ss", "sampler", str),  # which is the base's
     "lora_scale": ("", "lora_scale", amount),
 }
 
@@ -43,7 +44,7 @@ def parse_line(line: str) -> dict:
     """A line as kohya's scripts read it, "a cat --w 512 --n blurry", by our keys."""
     letters = {letter: key for key, (letter, *_) in PROMPT_KEYS.items() if letter} | {"g": "guidance"}
     prompt, *options = re.split(r"\s--(\w+)\s+", line)
-    values = zip(options[::2], options[1::2], strict=True)
+    values = zip(map(str.lower, options[::2]), options[1::2], strict=True)
     return {"prompt": prompt} | {letters.get(letter, letter): value for letter, value in values}
 
 

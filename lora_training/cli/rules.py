@@ -77,9 +77,19 @@ def text_share(a: argparse.Namespace) -> float:
     return max(tokens, a.train_text_encoder and a.train_text_encoder_frac)
 
 
+def is_schedule_free(a: argparse.Namespace) -> bool:
+    """Whether --optimizer is schedulefree or a class of that library."""
+    return optimizer_of(a).startswith("schedulefree")
+
+
+def makes_own_rate(a: argparse.Namespace) -> bool:
+    """Whether Adafactor's relative steps take the place of learning rate and schedule."""
+    return optimizer_of(a) == "adafactor" and "relative_step=True" in (a.optimizer_args or ())
+
+
 def varies_captions(a: argparse.Namespace) -> bool:
     """Whether captions are made anew each time."""
-    return a.shuffle_tags or a.tag_dropout
+    return a.shuffle_tags or a.tag_dropout or any(varies_captions(own) for own in vars(a).get("sets", ()))
 
 
 def draws_nothing(a: argparse.Namespace) -> bool:
@@ -159,7 +169,8 @@ DATA_RULES = (
               "without --shuffle_tags or --tag_dropout"),
     always(lambda a: varies_captions(a) and not a.tag_separator,
            "--tag_separator is empty: what stands between tags?"),
-    no_effect("caption_per_line", lambda a: a.dataset_name and not Path(a.dataset_name).is_dir(),
+    no_effect("caption_per_line caption_extension",
+              lambda a: a.dataset_name and not Path(a.dataset_name).is_dir(),
               "with --dataset_name: it is for .txt files in a folder"),
 )
 PRIOR_AND_CACHE_RULES = (
@@ -252,8 +263,10 @@ LOSS_AND_OPTIMIZER_RULES = (
     rule("use_8bit_adam use_prodigy", lambda a: a.optimizer not in ("adamw", optimizer_of(a)),
          "{flag} and --optimizer {a.optimizer} contradict each other"),
     no_effect(PRODIGY_FLAGS, lambda a: optimizer_of(a) != "prodigy", "without --optimizer prodigy"),
-    always(lambda a: optimizer_of(a) == "schedulefree" and (a.lr_scheduler != "constant" or a.use_ema),
-           "--optimizer schedulefree averages by itself: use --lr_scheduler constant and no --use_ema"),
+    always(lambda a: is_schedule_free(a) and (a.lr_scheduler != "constant" or a.use_ema),
+           "--optimizer {a.optimizer} averages by itself: use --lr_scheduler constant and no --use_ema"),
+    no_effect("learning_rate text_encoder_lr scale_lr lr_scheduler lr_warmup_steps", makes_own_rate,
+              "with --optimizer_args relative_step=True, which makes its own rate"),
     no_effect("loraplus_lr_ratio", lambda a: optimizer_of(a) in ONE_RATE_OPTIMIZERS,
               "with --optimizer {a.optimizer}: it takes one rate for all"),
     no_effect("adam_beta1 adam_beta2 adam_epsilon", lambda a: "." in a.optimizer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import os
 
 from lora_training.errors import UserError
 
@@ -33,6 +34,11 @@ mode_scale = number("scale", float, 0, 1.75, "is not between 0 and 1.75: beyond,
 tokens = number("count", int, 1, 512, "is not between 1 and the 512 tokens that the pipeline takes")
 
 
+def path(text: str) -> str:
+    """A file or folder; ~ is the home folder, also where no shell has replaced it."""
+    return os.path.expanduser(text)
+
+
 def count_or_off(text: str) -> int | None:
     """A count; 0 turns its flag off, as if it weren't there."""
     return natural(text) or None
@@ -57,6 +63,10 @@ def key_and_value(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
         raise UserError(f"--optimizer_args {text} is not key=value")
+    if key == "params":
+        raise UserError(
+            "--optimizer_args params: what is trained is for other flags to say, as --lora_layers"
+        )
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):

@@ -12,7 +12,7 @@ from lora_training.console import print_status, summarize_names
 from lora_training.data.buckets import bucket_sizes
 from lora_training.data.captions import clean_caption, insert_trigger, without_marks
 from lora_training.data.folders import IMAGE_SUFFIXES, Example, folder_examples
-from lora_training.data.hf_datasets import dataset_examples
+from lora_training.data.hf_datasets import dataset_examples, files_of_split
 from lora_training.data.masks import attach_masks
 from lora_training.errors import UserError
 from lora_training.seeds import stable_seed
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     import argparse
 
 DATASET_FILES = (".arrow", ".parquet", "dataset_dict.json", "state.json", "dataset_infos.json")
+
+# what `datasets` takes for splits
+SPLIT_FOLDERS = (
+    *("train", "training", "validation", "valid", "dev", "val"),
+    *("test", "testing", "eval", "evaluation"),
+)
 
 
 def load_sets(args: argparse.Namespace) -> tuple[list[Example], list[Example], list[tuple[int, int]]]:
@@ -111,10 +117,13 @@ def source_examples(
     missing, suffixes: as `folder_examples` takes them.
     """
     folder = Path(args.dataset_name or args.train_data_dir or args.instance_data_dir)
-    if args.dataset_name and not is_image_folder(folder):
+    if args.dataset_name and not is_image_folder(folder, args):
         return dataset_examples(args)
-    examples = folder_examples(folder, args.caption_column, missing, args.caption_per_line, suffixes)
-    if not examples and not is_image_folder(folder):
+    text = {"per_line": args.caption_per_line, "extension": args.caption_extension}
+    examples = folder_examples(folder, args.caption_column, missing, suffixes=suffixes, **text)
+    if args.dataset_name:
+        examples = examples_of_split(examples, folder, args)
+    if not examples and not is_image_folder(folder, args):
         raise UserError(
             f"no images in {folder}, but tables of a data set: --dataset_name {folder} reads them"
         )
@@ -123,9 +132,32 @@ def source_examples(
     return attach_masks(examples, folder, args.masked_loss, suffixes)
 
 
-def is_image_folder(folder: Path) -> bool:
-    """Whether a local folder holds images, and not the files of a `datasets` data set."""
-    return folder.is_dir() and not any(file.name.endswith(DATASET_FILES) for file in folder.rglob("*"))
+def is_image_folder(folder: Path, args: argparse.Namespace) -> bool:
+    """Whether a local folder holds images, and neither a `datasets` data set nor a description of one."""
+    if not folder.is_dir() or (args.dataset_config_name and (folder / "README.md").is_file()):
+        return False
+    return not any(file.name.endswith(DATASET_FILES) for file in folder.rglob("*"))
+
+
+def examples_of_split(examples: list[Example], folder: Path, args: argparse.Namespace) -> list[Example]:
+    """The images of --dataset_split, where a folder has folders such as train and test; else all of them.
+
+    Errors: UserError for a split, a configuration or an image column that the folder doesn't have.
+    """
+    unused = {"dataset_config_name": None, "image_column": "image"}
+    in_root = any("/" not in example.name for example in examples)
+    names = {path.name.lower() for path in folder.iterdir() if path.is_dir()}
+    has_splits = not in_root and bool(names & set(SPLIT_FOLDERS))
+    if not has_splits:
+        unused["dataset_split"] = "train"
+    for flag, usual in unused.items():
+        if vars(args)[flag] not in (usual, None):
+            what = f"{folder} is a folder of pictures and has no such thing"
+            raise UserError(f"--{flag} {vars(args)[flag]}: {what}: leave it out")
+    if not has_splits:
+        return examples
+    files = files_of_split(folder, args.dataset_split)
+    return [example for example in examples if example.name in files]
 
 
 def hold_out_sets(examples: list[Example], args: argparse.Namespace) -> None:

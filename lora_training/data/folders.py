@@ -44,10 +44,12 @@ def folder_examples(
     missing: list[str] | None = None,
     per_line: bool = False,
     suffixes: set[str] = IMAGE_SUFFIXES,
+    extension: str | None = None,
 ) -> list[Example]:
     """Images below a folder with captions from metadata files, or from a .txt or .caption beside each image.
 
-    per_line: each line of a text file is a caption, else the whole is one. suffixes: of image files. Where
+    per_line: each line of a text file is a caption, else the whole is one. suffixes: of image files.
+    extension: how the names of text files end, None for .txt, else .caption. Where
     both are there and differ, the text file is taken, for it's what people edit; a named column wins over it.
     Files that the metadata name and that are not there are an error, or are noted in `missing`, if it's
     given. A picture that is a link is read wherever it leads; a folder that is one is not entered, which is
@@ -56,16 +58,20 @@ def folder_examples(
     folder = folder.resolve()
     files = files_below(folder)
     described = described_captions(folder, files, caption_column, missing)
+    endings = [".txt", ".caption"]
+    if extension:
+        endings = [f".{extension}" if extension.isalnum() else extension]
+    texts_beside = {(file.parent, file.name.lower()): file for file in reversed(files)}
     examples, edited, others = [], [], Counter()
     for file in files:
         suffix = file.suffix.lower()
         if suffix not in suffixes and file not in described:
-            if suffix not in TEXT_SUFFIXES:
+            if not file.name.lower().endswith((*TEXT_SUFFIXES, *map(str.lower, endings))):
                 others[printable(file.suffix or file.name)] += 1
             continue
         name, captions = printable(file.relative_to(folder).as_posix()), described.get(file, [])
         if not captions or caption_column is None:
-            texts = text_captions(file, per_line)
+            texts = text_captions(file, texts_beside, endings, per_line)
             if texts and texts[0] not in captions:
                 edited += [name] if captions else []
                 captions = texts
@@ -89,12 +95,21 @@ def files_below(folder: Path) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def text_captions(image: Path, per_line: bool) -> list[str]:
-    """The captions in the .txt or .caption beside an image."""
-    for file in (image.with_suffix(".txt"), image.with_suffix(".caption")):
-        if file.is_file():
-            text = decode_text(file.read_bytes(), file)
-            return as_captions(text.splitlines() if per_line else text)
+def text_captions(
+    image: Path, texts_beside: dict[tuple[Path, str], Path], endings: list[str], per_line: bool
+) -> list[str]:
+    """The captions in the text file beside an image: x.txt, or x.jpg.txt, for x.jpg.
+
+    texts_beside: files by folder and name in small letters. endings: of such files' names, the first one
+    first.
+    """
+    for ending in endings:
+        exact = [image.with_suffix(""), image]
+        for beside in (image.with_name(f"{each.name}{ending}") for each in exact):
+            file = beside if beside.is_file() else texts_beside.get((beside.parent, beside.name.lower()))
+            if file:
+                text = decode_text(file.read_bytes(), file)
+                return as_captions(text.splitlines() if per_line else text)
     return []
 
 

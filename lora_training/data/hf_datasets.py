@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_training.console import print_status, printable
 from lora_training.data.captions import as_captions
 from lora_training.data.folders import Example
 from lora_training.data.metadata_files import CAPTION_COLUMNS
@@ -70,11 +71,39 @@ def load_table(args: argparse.Namespace):
             kind, files = TABLE_KINDS[Path(name).suffix], {split: name}
             return datasets.load_dataset(kind, data_files=files, split=split, cache_dir=args.cache_dir)
         if any((Path(name) / file).exists() for file in ("dataset_dict.json", "state.json")):
-            saved = datasets.load_from_disk(name)
-            return saved[split] if isinstance(saved, dict) else saved
+            return choose_saved(datasets.load_from_disk(name), args)
         return datasets.load_dataset(name, args.dataset_config_name, split=split, cache_dir=args.cache_dir)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"--dataset_name {name}: {one_line(error)}") from None
+        flags = ("dataset_name", "dataset_config_name", "dataset_split")
+        given = " ".join(
+            f"--{flag} {vars(args)[flag]}" for flag in flags if vars(args)[flag] not in (None, "train")
+        )
+        raise UserError(f"{given}: {one_line(error)}") from None
+
+
+def choose_saved(saved, args: argparse.Namespace):
+    """The split of a data set on the disk, which is one table or several. Errors: UserError."""
+    split, config = args.dataset_split, args.dataset_config_name
+    if config:
+        raise UserError(f"--dataset_config_name {config}: {args.dataset_name} has none: leave it out")
+    splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved, "train": saved}
+    if split not in splits:
+        raise UserError(f"--dataset_split {split}: {args.dataset_name} has {', '.join(splits)}")
+    return splits[split]
+
+
+def files_of_split(folder: Path, split: str) -> set[str]:
+    """The names in a folder of images that `datasets` takes for a split. Errors: UserError for no split."""
+    import datasets
+
+    builder = datasets.load_dataset_builder("imagefolder", data_dir=str(folder.resolve()))
+    splits = {str(name): files for name, files in builder.config.data_files.items()}
+    names = ", ".join(splits)
+    if split not in splits:
+        way_out = "--train_data_dir reads all of it"
+        raise UserError(f"--dataset_split {split}: {folder} has the splits {names}; {way_out}")
+    print_status(f"{folder} has the splits {names}: {split} is read")
+    return {printable(Path(file).relative_to(folder.resolve()).as_posix()) for file in splits[split]}
 
 
 def table_folders(name: str) -> list[Path]:

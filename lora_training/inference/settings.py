@@ -5,9 +5,10 @@ Flags and files of them are read by `lora_training.settings`; whether they fit t
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, WrapValidator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, WrapValidator
 
 from lora_training.settings import SettingsModel
 
@@ -39,7 +40,8 @@ Layers = Annotated[Integer, Field(ge=0, le=100)]
 Seed = Annotated[Integer, Field(ge=-(2**62), le=2**62)]
 Amount = Annotated[Number, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
-OptionalText = Annotated[str | None, BeforeValidator(lambda value: None if value == "" else value)]
+EmptyIsNone = BeforeValidator(lambda value: None if value == "" else value)
+OptionalText = Annotated[str | None, EmptyIsNone]
 Texts = Annotated[str | Annotated[list[str], Field(min_length=1)], expected("a text or a list of texts")]
 Numbers = Annotated[
     Number | Annotated[list[Number], Field(min_length=1)], expected("a finite number or a list of them")
@@ -50,27 +52,36 @@ Checkpoints = Annotated[
 ]
 
 
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
 class Adapter(SettingsModel):
     """A LoRA and its strength."""
 
-    path: str
+    path: PathText
     weight: Number = 1.0
 
 
-Loras = Annotated[str | list[str | Adapter], expected("a path, or a list of paths or {path: …, weight: 0.8}")]
+Loras = Annotated[
+    PathText | list[PathText | Adapter], expected("a path, or a list of paths or {path: …, weight: 0.8}")
+]
 
 
 class Paths(SettingsModel):
     """Where things are."""
 
-    base_model_path: Text = Field(
+    base_model_path: Annotated[PathText, Field(min_length=1)] = Field(
         description="hub id, diffusers folder, or .safetensors/.ckpt file (the training's)"
     )
     lora_weights_path: Loras | None = Field(
         None, description="a training's folder or LoRA file, or [{path: ..., weight: 0.8}, ...]"
     )
-    pretrained_vae_model_name_or_path: OptionalText = Field(None, description="another VAE")
-    infer_path: Text = Field("output/infer", description="each run makes a folder of its own in here")
+    pretrained_vae_model_name_or_path: Annotated[PathText | None, EmptyIsNone] = Field(
+        None, description="another VAE"
+    )
+    infer_path: Annotated[PathText, Field(min_length=1)] = Field(
+        "output/infer", description="each run makes a folder of its own in here"
+    )
 
 
 class Resolution(SettingsModel):

@@ -106,7 +106,7 @@ def read_training(path: str) -> dict[str, object]:
     file = folder / "config.yaml"
     if file.is_file():
         with contextlib.suppress(*unreadable):
-            config = yaml.safe_load(file.read_text(encoding="utf-8"))
+            config = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
             if isinstance(config, dict) and "pretrained_model_name_or_path" in config:
                 return about | config
         print_status(

@@ -43,9 +43,10 @@ def add_class_prompt(argv: list[str]) -> list[str]:
 
 def first_captions(folder: str | None) -> list[str]:
     """The first caption of each image in a folder."""
-    if not folder or not Path(folder).is_dir():
+    place = Path(folder or "").expanduser()
+    if not folder or not place.is_dir():
         return []
-    return [example.captions[0] for example in folder_examples(Path(folder), None) if example.captions]
+    return [example.captions[0] for example in folder_examples(place, None) if example.captions]
 
 
 def derive_class_prompt(instance_prompt: str | None, captions: list[str], trigger: str | None) -> str | None:

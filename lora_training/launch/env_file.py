@@ -25,14 +25,18 @@ def read_env_file(file: Path) -> dict[str, str | list[str]]:
     from dotenv import dotenv_values
 
     text = file.read_text(encoding="utf-8-sig")
-    lists = {name: shlex.split(items, comments=True) for name, items in ARRAY.findall(text)}
-    values = dotenv_values(stream=io.StringIO(ARRAY.sub("", text)))
-    texts = {
-        name: os.path.expanduser(os.path.expandvars(value))
-        for name, value in values.items()
-        if value is not None
+    lists = {
+        name: [expand(item) for item in shlex.split(items, comments=True)]
+        for name, items in ARRAY.findall(text)
     }
-    return texts | lists
+    values = dotenv_values(stream=io.StringIO(ARRAY.sub("", text)))
+    return {name: expand(value) for name, value in values.items() if value is not None} | lists
+
+
+def expand(text: str) -> str:
+    """A value with `~`, `$HOME` and the like replaced, also `~` after the = of a flag."""
+    flag, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
+    return flag + equals + os.path.expanduser(os.path.expandvars(value))
 
 
 def merge_settings(file: Path, variables: Mapping[str, str]) -> dict[str, str | list[str]]:

@@ -27,7 +27,7 @@ PASS_PARAMETERS = (
     ("prior_loss_weight", "prior_loss_weight", None),
 )
 TRAINING_ARGUMENTS = (
-    ("learning_rate", "learning_rate", 1e-4),
+    ("learning_rate", "learning_rate", None),
     ("max_train_steps", "max_train_steps", 1000),
     ("train_batch_size", "train_batch_size", 1),
     ("gradient_accumulation_steps", "gradient_accumulation_steps", 4),

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 from dataclasses import dataclass, field
 
 import torch
 
-# what this run's optimizer keeps of its own where a checkpoint's is loaded
-RUN_SETTINGS = (
-    *("weight_decay", "betas", "eps", "initial_lr", "beta3", "decouple"),
-    *("use_bias_correction", "safeguard_warmup", "warmup_steps"),
-)
+from lora_training.errors import UserError, one_line
 
 
 @dataclass
@@ -35,6 +33,8 @@ class TrainedPart:
     gradients: object = None  # (N,) float32, its gradient
     shadow: object = None  # (N,) the weights in the modules' precision; None where that is float32
     micro_gradients: object = None  # (N,) of the last micro-batch, in the shadow's precision
+    # what the optimizer has: Parameters in `weights`, each with its gradient in `gradients`
+    pieces: list[tuple[object, object]] = field(default_factory=list)
     initial: object = None  # (N,) on the CPU, the weights at the start
     initial_stds: list[float] = field(default_factory=list)  # of new tokens: each table's standard deviation
     optimizer: object = None
@@ -51,7 +51,9 @@ class TrainedPart:
         self.parameters = dict(sorted(self.parameters.items(), key=lambda item: ".lora_B." in item[0]))
         values = torch.cat([p.detach().flatten().float() for p in self.parameters.values()])
         self.weights, self.gradients = torch.nn.Parameter(values), torch.zeros_like(values)
-        self.weights.grad, self.initial = self.gradients, values.cpu().clone()
+        self.pieces = [(self.weights, self.gradients)]
+        self.attach_gradients()
+        self.initial = values.cpu().clone()
         if self.name == "embeddings":
             self.initial_stds = [rows.std().item() for rows in self.views(self.initial).values()]
         module_weights, module_gradients = values, self.gradients
@@ -68,6 +70,11 @@ class TrainedPart:
         sizes = [p.numel() for p in self.parameters.values()]
         named = zip(self.parameters.items(), flat.split(sizes), strict=True)
         return {name: stretch.view(parameter.shape) for (name, parameter), stretch in named}
+
+    def attach_gradients(self) -> None:
+        """Gives the optimizer's parameters their gradients, which some optimizers take away."""
+        for parameter, gradient in self.pieces:
+            parameter.grad = gradient
 
     def accumulate_gradients(self) -> None:
         """Adds a micro-batch's gradients to the others; to be called after each backward pass."""
@@ -89,6 +96,7 @@ class TrainedPart:
         """One step of optimizer, schedule and moving average; gradients start again at zero."""
         self.current_lr = self.optimizer_settings()["lr"]
         self.optimizer.step()
+        self.attach_gradients()
         self.schedule.step()
         self.gradients.zero_()
         if self.initial_stds:
@@ -103,44 +111,81 @@ class TrainedPart:
 
         Adam makes rows grow, and an encoder reads rows of the size of its own.
         """
-        views = [self.views(self.weights.data)]
-        views += [self.views(s["z"]) for s in self.optimizer.state.values() if "z" in s]  # schedule-free's
-        for initial_std, *tensors in zip(self.initial_stds, *(v.values() for v in views), strict=False):
-            factor = (initial_std / tensors[0].std()).pow(0.1)
-            for tensor in tensors:
+        rows = list(self.views(self.weights.data).values())
+        states = [self.optimizer.state.get(parameter, {}) for parameter, _ in self.pieces]
+        averages = averages_by_itself(self.optimizer)  # then it has other weights, z
+        second = [state["z"] for state in states if averages and "z" in state]
+        if len(second) == 1:
+            second = list(self.views(second[0].view(-1)).values())
+        for number, initial_std in enumerate(self.initial_stds):
+            factor = (initial_std / rows[number].std()).pow(0.1)
+            for tensor in (rows[number], *second[number : number + 1]):
                 tensor.mul_(factor)
 
     def optimizer_settings(self) -> dict:
-        """The optimizer's settings: the learning rate in use, lr, and Prodigy's estimate d, which multiplies
-        it.
-        """
+        """The optimizer's settings, of which lr is the learning rate in use."""
         return self.optimizer.param_groups[0]
 
+    def step_size_estimate(self):
+        """What Prodigy and D-Adaptation have found and multiply the learning rate by, a tensor; else None."""
+        settings = self.optimizer_settings()
+        if "d" not in settings or not {"d0", "growth_rate"} & settings.keys():  # torch's Adafactor clips at d
+            return None
+        estimate = settings["d"]
+        if not torch.is_tensor(estimate):
+            return torch.full((), estimate, device=self.weights.device)
+        return estimate.detach().float().reshape(())
+
     def load_state_dict(self, saved: dict, ema_decay: float) -> None:
-        """Takes what `training_state` has of this part; rates and decays stay those of this run."""
+        """Takes what `training_state` has of this part; rates and other settings stay those of this run."""
         from diffusers.training_utils import EMAModel
 
         self.assign(saved["weights"])
         self.initial = saved["initial"]
         if saved["optimizer"] is not None:
-            groups = self.optimizer.param_groups
-            run_settings = [{k: v for k, v in group.items() if k in RUN_SETTINGS} for group in groups]
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.load_optimizer(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"] | {"base_lrs": self.schedule.base_lrs})
             factor = self.schedule.lr_lambdas[0](self.schedule.last_epoch)
-            for group, values in zip(self.optimizer.param_groups, run_settings, strict=True):
-                group.update(values, lr=values["initial_lr"] * factor)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
         if self.ema is not None:  # frozen, newly asked for, or continued
             self.ema = None if saved["optimizer"] is None else EMAModel([self.weights], decay=ema_decay)
         if self.ema is not None and saved["ema"] is not None:
             self.ema.load_state_dict(saved["ema"] | {"decay": ema_decay})
             self.ema.to(self.weights.device)
 
+    def load_optimizer(self, saved: dict) -> None:
+        """Takes the state of an optimizer; its arguments stay those of this run.
+
+        Errors: UserError for arguments that need another state.
+        """
+        names = {"initial_lr", *arguments_of(type(self.optimizer))} - {"lr", "params"}
+        groups = self.optimizer.param_groups
+        settings = [{key: group[key] for key in names & group.keys()} for group in groups]
+        try:
+            pairs = zip(saved["param_groups"], settings, strict=True)
+            changed = {key for old, new in pairs for key in old.keys() & new if old[key] != new[key]}
+            if fixed := changed & {"d0"}:  # what has been summed up is in units of it
+                raise ValueError(f"{', '.join(fixed)} can't change any more")
+            for state in [copy.deepcopy(saved), saved] if changed - {"initial_lr"} else [saved]:
+                weights = self.weights.detach().clone()
+                self.optimizer.load_state_dict(state)
+                for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+                    group.update(own)
+                if state is not saved:  # a step for trial, on a copy
+                    self.optimizer.step()
+                    self.attach_gradients()
+                    self.gradients.zero_()
+                    self.assign(weights)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            advice = "set --optimizer_args and --loraplus_lr_ratio as they were, or --overwrite begins anew"
+            raise UserError(f"its optimizer's state doesn't fit ({one_line(error)}): {advice}") from None
+
     def freeze(self) -> None:
         """Ends the training of this part: no gradients, no optimizer state; it stays at its average, if it
         has one.
         """
-        if type(self.optimizer).__name__.endswith("ScheduleFree"):
+        if averages_by_itself(self.optimizer):
             self.optimizer.eval()
         if self.ema is not None:
             self.ema.copy_to([self.weights])
@@ -149,7 +194,20 @@ class TrainedPart:
             parameter.requires_grad_(False)
             parameter.grad = None
         self.gradients = self.micro_gradients = self.weights.grad = None
+        self.pieces = []
         self.optimizer = self.schedule = self.ema = None
+
+
+def arguments_of(optimizer_class: type) -> list[str]:
+    """The names of a class's arguments; one that takes any has weight_decay, too."""
+    parameters = inspect.signature(optimizer_class).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return [*parameters, *(["weight_decay"] if takes_any else [])]
+
+
+def averages_by_itself(optimizer) -> bool:
+    """Whether an optimizer is schedule-free: it has other weights for training than for use."""
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
 @contextlib.contextmanager
@@ -166,7 +224,7 @@ def restored_afterwards(parts: list[TrainedPart]):
 @contextlib.contextmanager
 def averaged_weights(parts: list[TrainedPart]):
     """While inside, parameters are what should be saved and shown: moving averages, where there are any."""
-    schedule_free = [p.optimizer for p in parts if type(p.optimizer).__name__.endswith("ScheduleFree")]
+    schedule_free = [part.optimizer for part in parts if averages_by_itself(part.optimizer)]
     with restored_afterwards(parts):
         for part in parts:
             if part.ema is not None:

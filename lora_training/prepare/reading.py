@@ -44,6 +44,7 @@ def source_args(settings: Settings) -> argparse.Namespace:
         image_column=settings.image_column,
         caption_column=settings.caption_column,
         caption_per_line=False,
+        caption_extension=None,
         masked_loss=settings.masked_loss,
         cache_dir=settings.cache_dir,
     )

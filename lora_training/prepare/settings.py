@@ -5,6 +5,7 @@ Flags and files of them are read by `lora_training.settings`; whether they fit t
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
@@ -63,7 +64,7 @@ def as_path(value):
     """A path; None for an empty one."""
     if isinstance(value, str) and "\0" in value:
         raise ValueError("no file has such a name")
-    return value or None
+    return os.path.expanduser(value) if isinstance(value, str) and value else value or None
 
 
 Off = BeforeValidator(off_is_none)
@@ -196,7 +197,7 @@ class Source(SettingsModel):
         None,
         description="caption column, also of metadata files (the one of text, caption, prompt that exists)",
     )
-    cache_dir: str | None = Field(None, description="folder for downloads (the hub's own)")
+    cache_dir: PathText = Field(None, description="folder for downloads (the hub's own)")
     output_dir: Annotated[PathText, Flag("DIR", ("--output_path", "-o"))] = Field(
         None, description="a folder of its own, outside the input"
     )
@@ -236,7 +237,7 @@ class Doctor(SettingsModel):
     validation_split: Share | None = Field(None, description="as in training: do held-out images leak? (0)")
     seed: int | None = Field(None, description="as in training: which ones are held out")
     instance_prompt: str | None = Field(None, description="as in training: no captions are wanted")
-    pretrained_model_name_or_path: Annotated[str | None, Flag("BASE", ("-m",))] = Field(
+    pretrained_model_name_or_path: Annotated[PathText, Flag("BASE", ("-m",))] = Field(
         None, description="the base whose tokenizers count the captions' tokens"
     )
 

@@ -9,19 +9,24 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_training.base_model.components import Components
-from lora_training.base_model.reading import reading_base
+from lora_training.base_model.reading import import_class, reading_base
 from lora_training.base_model.sharding import shard_base
 from lora_training.base_model.sources import resolve_base
 from lora_training.base_model.vae import latent_shape
 from lora_training.console import print_status
 from lora_training.errors import UserError
+from lora_training.lora.adapters import find_target_layers
 from lora_training.memory.activations import save_activation_memory
 from lora_training.memory.checkpointing import compile_blocks, enable_checkpointing
 from lora_training.memory.cuda_graphs import CudaGraphs
 from lora_training.memory.lora_products import fuse_lora
+from lora_training.optim.optimizers import find_class, needs_shapes
+from lora_training.optim.trial import try_optimizer
 from lora_training.tensors import torch_dtype
 
 if TYPE_CHECKING:
+    import argparse
+
     from accelerate import Accelerator
 
     from lora_training.training.run import Run
@@ -46,8 +51,19 @@ def open_base(run: Run, check_base: Callable, draw_noise: Callable) -> Component
         check_base(components)
         shape = latent_shape((64, 64), components.config("vae"))
         draw_noise(torch.Generator(), shape, components.training_scheduler(), args)
+    if (args.lora_layers or args.lora_blocks) and needs_shapes(find_class(args.optimizer)):
+        try_optimizer(args, accelerator.device, has_convolutions(components, args))
     limit_threads(components, accelerator)
     return components
+
+
+def has_convolutions(components: Components, args: argparse.Namespace) -> bool:
+    """Whether --lora_layers and --lora_blocks name a convolution. Errors: UserError for no layer at all."""
+    name = components.family.denoiser
+    with reading_base(name), torch.device("meta"):
+        denoiser = import_class(*components.index[name]).from_config(components.config(name))
+    targets = find_target_layers(denoiser, args, args.lora_targets, ())
+    return any(isinstance(denoiser.get_submodule(target), torch.nn.Conv2d) for target in targets)
 
 
 def limit_threads(components: Components, accelerator: Accelerator) -> None:

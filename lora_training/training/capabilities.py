@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import shutil
@@ -13,8 +14,7 @@ import torch
 from lora_training.console import print_status
 from lora_training.errors import UserError, one_line
 from lora_training.memory.frozen_linear import FrozenLinear, linear_product
-from lora_training.optim.optimizers import make_optimizer
-from lora_training.optim.parts import TrainedPart
+from lora_training.optim.trial import try_optimizer, try_steps
 from lora_training.tensors import torch_dtype
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def try_kernels(args: argparse.Namespace, device: torch.device) -> None:
                 raise UserError(f"{problem}: leave it out") from None
             setattr(args, trial.flag, trial.fallback)
             print_status(f"{problem}: done without")
+    try_optimizer(args, device)
 
 
 def trials_for(args: argparse.Namespace, device: torch.device) -> list[Trial]:
@@ -126,19 +127,12 @@ def trials_for(args: argparse.Namespace, device: torch.device) -> list[Trial]:
         weight, inputs = (torch.zeros(64, 64, device=device, dtype=dtype) for _ in range(2))
         linear_product(FrozenLinear(weight, None, args.quantize_base, dtype), inputs)
 
-    def step_optimizer() -> None:
-        weights = torch.nn.Parameter(torch.zeros(64, 64, device=device))
-        part = TrainedPart("trial", {"weights": weights}, 1e-3, 0.0, 1)
-        part.allocate()
-        make_optimizer(part, args).step()
-
     trials = []
     if args.quantize_base:
         trials.append(Trial("quantize_base", args.quantize_base, multiply_quantized))
     if args.optimizer == "adamw8bit":
-        trials.append(Trial("optimizer", args.optimizer, step_optimizer, fallback="adamw"))
-    if args.optimizer_args:  # which an optimizer's class may accept, and its step may not
-        trials.append(Trial("optimizer_args", "", step_optimizer))
+        step = functools.partial(try_steps, args, device)
+        trials.append(Trial("optimizer", args.optimizer, step, fallback="adamw"))
     if args.compile:
         trials.append(Trial("compile", "", lambda: import_compiler(device), fallback=False))
     return trials

@@ -73,6 +73,8 @@ def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
         for part in run.parts:
             part.load_state_dict(state["parts"][part.name], run.args.ema_decay)
         step = int(state["step"])
+    except UserError as error:
+        raise UserError(f"{folder.name}: {error}") from None
     except Exception as error:  # unpickling fails in many ways
         raise UserError(f"{folder.name}: {STATE_FILE} can't be read: {one_line(error)}") from None
     print_status(f"going on from {folder.name}")

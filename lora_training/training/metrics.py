@@ -21,7 +21,16 @@ if TYPE_CHECKING:
 
 MAX_BAD_STEPS = 10  # steps in a row with a loss that isn't finite, after which a run ends
 # settings that are no setting of the training, or secret
-INTERNAL_SETTINGS = ("hub_token", "settings", "defaults", "sets", "command_line_flags", "family", "script")
+INTERNAL_SETTINGS = (
+    "hub_token",
+    "settings",
+    "defaults",
+    "sets",
+    "command_line_flags",
+    "family",
+    "script",
+    "lora_targets",
+)
 
 
 class PendingRow(NamedTuple):
@@ -92,8 +101,8 @@ class MetricsLogger:
         """The numbers of a PendingRow, on the device; the loss is the mean of `steps` steps."""
         run, guard = self.run, self.run.guard
         numbers = [self.loss_sum / steps, grad_norm, guard.bad_run, guard.bad_total]
-        settings = [part.optimizer_settings() for part in active]
-        numbers += [values["d"] for values in settings if values.get("d") is not None]
+        estimates = [part.step_size_estimate() for part in active]
+        numbers += [estimate for estimate in estimates if estimate is not None]
         stacked = torch.stack(numbers)
         if run.accelerator.num_processes > 1:
             stacked[0] = run.accelerator.reduce(stacked[0], reduction="sum")

@@ -202,7 +202,7 @@ def read_recorded_settings(output: Path) -> tuple[dict, int]:
     import yaml
 
     try:
-        text = (output / "config.yaml").read_text(encoding="utf-8")
+        text = (output / "config.yaml").read_text(encoding="utf-8-sig")
         settings = dict(yaml.safe_load(text))
         step = text.rpartition(FINISHED)[2].strip()
         return settings, int(step) if step.isdecimal() else 0

@@ -12,7 +12,10 @@ from lora_training.files import read_metrics
 if TYPE_CHECKING:
     import argparse
 
+    from lora_training.optim.parts import TrainedPart
     from lora_training.training.run import Run
+
+LEAST_MULTIPLIER = 0.1  # of a step size that an optimizer finds; far below, nothing is learned
 
 
 def plan_steps(run: Run) -> None:
@@ -64,8 +67,19 @@ def report_parts(run: Run) -> None:
         size = f"{part.weights.numel() / 1e6:.3f} million parameters"
         steps = f"steps 1 to {part.last_step}, learning rate {part.learning_rate:g}"
         print_status(f"training {part.name}: {size}, {steps}")
+        warn_of_rate(part, run.args)
     if run.args.deepspeed:
         mib = sum(part.weights.numel() for part in run.parts) * 8 / 2**20
         state = f"the optimizer's state ({mib:.0f} MiB) isn't split"
         way_out = "config/accelerate_config_fsdp2.yaml splits the base"
         print_status(f"DeepSpeed's launcher: trained as with DDP; {state}, and {way_out}")
+
+
+def warn_of_rate(part: TrainedPart, args: argparse.Namespace) -> None:
+    """Warns of a learning rate that is never reached, or with which little is learned."""
+    if args.lr_warmup_steps > part.last_step:
+        until = f"the {part.name} is trained for {part.last_step} steps"
+        print_status(f"warning: --lr_warmup_steps {args.lr_warmup_steps}: {until}, never at its full rate")
+    if part.step_size_estimate() is not None and part.learning_rate < LEAST_MULTIPLIER:
+        what = f"{args.optimizer} finds its own step size for the {part.name}, and"
+        print_status(f"warning: {what} the learning rate of {part.learning_rate:g} multiplies it: use 1")

@@ -14,7 +14,8 @@ from small_models import (
 )
 
 from lora_training.memory.lora_products import fuse_lora
-from lora_training.optim.optimizers import make_optimizer, nonblocking_prodigy
+from lora_training.optim.nonblocking import nonblocking_prodigy
+from lora_training.optim.optimizers import make_optimizer
 
 pytestmark = pytest.mark.unit
 
@@ -92,8 +93,12 @@ LORA = "pytorch_lora_weights.safetensors"
 OPTIMIZERS = {  # flags: how large a first step is, or the message
     ("--optimizer", "torch.optim.RMSprop", "--optimizer_args", "alpha=0.75"): 2e-4,
     ("--optimizer", "adamw", "--optimizer_args", "lr=3e-4", "amsgrad=True"): 3e-4,
-    ("--optimizer", "torch.optim.Nix"): "--optimizer torch.optim.Nix",
-    ("--optimizer=torch.optim.SGD", "--optimizer_args", "betas=(0,1)"): "unexpected keyword argument 'betas'",
+    ("--optimizer", "torch.optim.Nix"): "--optimizer torch.optim.Nix can't train here: module",
+    (
+        "--optimizer=torch.optim.SGD",
+        "--optimizer_args",
+        "betas=(0,1)",
+    ): "--optimizer_args betas: torch.optim.SGD has no",
     ("--optimizer_args", "eps"): "--optimizer_args eps is not key=value",
     ("--optimizer", "lion"): "dotted name",
     ("--optimizer", "prodigy", "--loraplus_lr_ratio", "4"): "one rate for all",
