@@ -37,7 +37,7 @@ def lock_holder(folder: Path):
         "import os, sys, time\nfrom pathlib import Path\nfrom filelock import FileLock\n"
         "folder = Path(sys.argv[1]); lock = FileLock(folder / '.lock'); lock.acquire()\n"
         "(folder / '.lock_owner').write_text('process 7 on host since noon')\n"
-        "os.fork() and print('held', flush=True)\n"
+        "os.fork() or print('held', flush=True)\n"
         "time.sleep(5)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE)
