@@ -127,7 +127,7 @@ def write_sparse_model(file: Path, make_model: Callable, config) -> None:
 # ---- ai-toolkit --------------------------------------------------------------------------------------------
 
 UNET_LAYERS = ["attn1", "attn2"]  # parts of names
-TRANSFORMER_LAYERS = {"sd3": [".attn.", ".attn2."], "flux": [".attn.", ".ff.net", ".ff_context.net"]}
+TRANSFORMER_LAYERS = {"sd3": [".attn."], "flux": [".attn.", ".ff.net", ".ff_context.net"]}
 
 
 def write_ai_toolkit_settings(case: Case, work: Path) -> list:
