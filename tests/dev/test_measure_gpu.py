@@ -131,8 +131,8 @@ def test_the_table_of_a_gpu():
         {"machine": machine, "settings": {"steps": 10, "warm_up": 5, "repeats": 2}, "rows": rows}
     )
     flux, sdxl, failed = text.splitlines()[-3:]
-    assert "| 100.0 / 250.0 / – | 2.50 | 1611 | 163% | 24.6 / 30.0 / – | 0.9999 | – |" in flux
-    assert "| 14.0 / out of memory / – | – | 1000 | 101% |" in sdxl
+    assert "| 100.0 / 250.0 / – | 2.50 | 1710 | 173% | 24.6 / 30.0 / – | 0.9999 | – |" in flux
+    assert "| 14.0 / out of memory / – | – | 1035 | 105% |" in sdxl
     assert "| out of memory |" in failed and {line.count("|") for line in text.splitlines()[2:]} == {10}
 
 
