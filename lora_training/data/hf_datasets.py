@@ -60,7 +60,7 @@ def load_table(args: argparse.Namespace):
     """The split of --dataset_name. Errors: UserError."""
     import datasets
 
-    datasets.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # an error is raised too
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     name, split = args.dataset_name, args.dataset_split

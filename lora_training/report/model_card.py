@@ -100,7 +100,8 @@ def drawing_lines(run: Run) -> list[str]:
     changed = [f"{flag} {value}" for flag, value in settings.items() if value != args.defaults.get(flag)]
     if changed:
         return [f"# trained with {', '.join(changed)}, which no pipeline reads: python infer_lora.py {name}"]
-    prompt = next(filter(None, (*run.sample_prompts, args.instance_prompt, *args.triggers)), "...")
+    captions = run.data.examples[0].captions
+    prompt = next(filter(None, (*run.sample_prompts, args.instance_prompt, *args.triggers, *captions)), "")
     options = f"num_inference_steps={args.validation_inference_steps}"
     options += f", guidance_scale={args.validation_guidance_scale:g}"
     options += f", max_sequence_length={length}" if length else ""

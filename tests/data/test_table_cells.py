@@ -55,6 +55,16 @@ def test_paths_in_a_table_are_relative_to_it(tmp_path, monkeypatch, capsys, plac
     assert "2 images from" in out and "left out" not in out
 
 
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_damaged_table_is_one_line(tmp_path, capfd, left):
+    """`datasets` logs what it then raises."""
+    file = write_table(tmp_path / "t" / "train.parquet", [{"bytes": RAW, "path": "a"}], ["a"])
+    file.write_bytes(file.read_bytes()[:left])
+    assert run_here(QUICKEST, tmp_path / "x", "--dataset_name", file) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert f"--dataset_name {file}: " in line
+
+
 @pytest.mark.parametrize("flag", ["-d", "--instance_data_dir"])
 def test_a_table_given_as_a_folder_is_told_where_it_goes(tmp_path, capsys, flag):
     file = write_table(tmp_path / "t" / "train.parquet", [{"bytes": RAW, "path": "a"}], ["a"])
