@@ -51,11 +51,21 @@ def set_labels(sets: list[argparse.Namespace]) -> list[str]:
     """
     if len(sets) == 1:
         return [""]
-    sources = [os.path.abspath(s.dataset_name or s.train_data_dir or s.instance_data_dir) for s in sets]
+    return [f"{tail}/" for tail in distinct_tails([set_source(each) for each in sets])]
+
+
+def set_source(args: argparse.Namespace) -> str:
+    """The folder or data set that a set's flags name."""
+    return args.dataset_name or args.train_data_dir or args.instance_data_dir
+
+
+def distinct_tails(paths: list[str]) -> list[str]:
+    """Of each path as much of its end as tells it from the others; the same path has the same."""
+    whole = [os.path.abspath(path) for path in paths]
     for depth in itertools.count(1):
-        labels = ["/".join([*Path(source).parts[-depth:], ""]) for source in sources]
-        if len(set(labels)) == len(set(sources)):
-            return labels
+        tails = ["/".join(Path(path).parts[-depth:]) for path in whole]
+        if len(set(tails)) == len(set(whole)):
+            return tails
 
 
 def load_examples(
@@ -116,7 +126,7 @@ def source_examples(
 
     missing, suffixes: as `folder_examples` takes them.
     """
-    folder = Path(args.dataset_name or args.train_data_dir or args.instance_data_dir)
+    folder = Path(set_source(args))
     if args.dataset_name and not is_image_folder(folder, args):
         return dataset_examples(args)
     text = {"per_line": args.caption_per_line, "extension": args.caption_extension}

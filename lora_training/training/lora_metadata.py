@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_training.data.examples import distinct_tails, set_source
 from lora_training.files import output_name
 from lora_training.lora.metadata import base_versions
 
@@ -76,7 +77,7 @@ def kohya_fields(run: Run, alpha: float, rank: int) -> dict[str, object]:
 def dataset_fields(run: Run) -> dict[str, object]:
     """The number of images, where they lay, and how often each tag stands in their captions.
 
-    A set's name is its folder's; where several sets have that one, with the folder around it.
+    A set's name is its folder's; where several sets have that one, with the folders around it.
     """
     examples = [example for example in run.data.examples if not example.held_out]
     sets = examples_by_set(examples, run.args)
@@ -97,19 +98,11 @@ def dataset_fields(run: Run) -> dict[str, object]:
 
 def examples_by_set(examples: list[Example], args: argparse.Namespace) -> dict[str, list[Example]]:
     """{the set's name: its examples}; those of no set are class images that the run has drawn."""
-    groups: dict[int, list[Example]] = {}
+    groups: dict[str, list[Example]] = {}
     for example in examples:
-        groups.setdefault(id(example.set_args), []).append(example)
-    sets = [group[0].set_args for group in groups.values()]
-    folders = [set_folder(each) if each else Path(args.class_data_dir) for each in sets]
-    counts = Counter(folder.name for folder in folders)
-    names = [folder.name if counts[folder.name] == 1 else "/".join(folder.parts[-2:]) for folder in folders]
-    return dict(zip(names, groups.values(), strict=True))
-
-
-def set_folder(args: argparse.Namespace) -> Path:
-    """Where the pictures of a set are, or the name of its data set."""
-    return Path(args.dataset_name or args.train_data_dir or args.instance_data_dir)
+        source = set_source(example.set_args) if example.set_args else args.class_data_dir
+        groups.setdefault(source, []).append(example)
+    return dict(zip(distinct_tails(list(groups)), groups.values(), strict=True))
 
 
 def describe_set(examples: list[Example]) -> dict[str, int]:

@@ -60,6 +60,17 @@ def test_sets_of_one_name_and_class_images_are_told_apart(tmp_path):
     assert said["ss_num_reg_images"] == "2"
 
 
+def test_sets_whose_outer_folders_have_one_name_are_told_apart_and_two_sizes_are_one_set(tmp_path):
+    """Of two sets of one name the metadata had one."""
+    folders = [copy_pictures(tmp_path / who / "set" / "images", n) for n, who in enumerate("ab")]
+    sets = [{"train_data_dir": str(folder), "resolutions": [32, 64]} for folder in folders]
+    (tmp_path / "sets.json").write_text(json.dumps(sets))
+    flags = ("--dataset_config", tmp_path / "sets.json", "--max_train_steps", 1)
+    assert run_here(FAMILIES["flux"], tmp_path / "x", *flags) == 0
+    said = json.loads(metadata_of(tmp_path / "x")["ss_dataset_dirs"])
+    assert said == {f"{who}/set/images": {"n_repeats": 1, "img_count": 2} for who in "ab"}
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "line"),
     [
