@@ -68,8 +68,8 @@ def load_table(args: argparse.Namespace):
         if name.endswith(".py"):
             return builder_dataset(args)
         if Path(name).suffix in TABLE_KINDS and Path(name).is_file():
-            kind, files = TABLE_KINDS[Path(name).suffix], {split: name}
-            return datasets.load_dataset(kind, data_files=files, split=split, cache_dir=args.cache_dir)
+            kind, options = TABLE_KINDS[Path(name).suffix], {"cache_dir": args.cache_dir}
+            return choose_saved(datasets.load_dataset(kind, data_files=name, **options), args)
         if any((Path(name) / file).exists() for file in ("dataset_dict.json", "state.json")):
             return choose_saved(datasets.load_from_disk(name), args)
         return datasets.load_dataset(name, args.dataset_config_name, split=split, cache_dir=args.cache_dir)
@@ -82,7 +82,7 @@ def load_table(args: argparse.Namespace):
 
 
 def choose_saved(saved, args: argparse.Namespace):
-    """The split of a data set on the disk, which is one table or several. Errors: UserError."""
+    """The split of a data set on the disk, a file or a folder of one table or several. Errors: UserError."""
     split, config = args.dataset_split, args.dataset_config_name
     if config:
         raise UserError(f"--dataset_config_name {config}: {args.dataset_name} has none: leave it out")
@@ -107,12 +107,11 @@ def files_of_split(folder: Path, split: str) -> set[str]:
 
 
 def table_folders(name: str) -> list[Path]:
-    """The folders of a local data set's tables, to which paths in them are relative."""
+    """The folders to which paths in a data set are relative: those of its tables, else the working folder."""
     place = Path(name)
-    if place.is_file():
-        return [place.parent]
     tables = [file for file in place.rglob("*") if file.suffix in TABLE_KINDS] if place.is_dir() else []
-    return list(dict.fromkeys([place, *(file.parent for file in tables)]))
+    folders = [place.parent if place.is_file() else place, *(file.parent for file in tables)]
+    return list(dict.fromkeys([*folders, Path()]))
 
 
 def read_cell(table, column: str, folders: list[Path], row: int) -> bytes:

@@ -9,6 +9,8 @@ import pyarrow.parquet
 import pytest
 from conftest import QUICKEST, SAMPLE, metrics, run_here
 
+from lora_training.data.hf_datasets import read_cell, table_folders
+
 pytestmark = pytest.mark.faults
 
 RAW = (SAMPLE / "smiley_00.png").read_bytes()
@@ -53,6 +55,26 @@ def test_paths_in_a_table_are_relative_to_it(tmp_path, monkeypatch, capsys, plac
     assert run_here(QUICKEST, tmp_path / "x", "--dataset_name", named, *flags) == 0
     out = capsys.readouterr().out
     assert "2 images from" in out and "left out" not in out
+
+
+@pytest.mark.parametrize("name", ["someone/pictures", "t", "t/train.parquet"])
+def test_paths_that_are_whole_are_read_wherever_the_table_is(tmp_path, monkeypatch, name):
+    """As in a data set of the hub, whose pictures `datasets` has unpacked."""
+    monkeypatch.chdir(tmp_path)
+    picture = tmp_path / "cache" / "a.png"
+    picture.parent.mkdir()
+    picture.write_bytes(RAW)
+    write_table(tmp_path / "t" / "train.parquet", [], [])
+    table = [{"image": {"bytes": None, "path": path}} for path in (str(picture), "cache/a.png")]
+    for row in range(2):
+        assert read_cell(table, "image", table_folders(name), row) == RAW
+
+
+@pytest.mark.parametrize("flags", [("--dataset_split", "nonsense"), ("--dataset_config_name", "other")])
+def test_a_table_file_has_no_split_or_configuration_but_train(tmp_path, capsys, flags):
+    file = write_table(tmp_path / "t" / "train.parquet", [{"bytes": RAW, "path": "a"}], ["a"])
+    assert run_here(QUICKEST, tmp_path / "x", "--dataset_name", file, *flags) == 2
+    assert " ".join(flags) in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("left", [0, 100])
