@@ -28,7 +28,7 @@ TOKEN_FLAGS = (
 )
 LORA_FLAGS = (
     "lora_alpha lora_type lora_dropout lora_layers lora_blocks use_dora use_rslora init_lora_weights"
-    " merge_lora use_ema preserve_class init_lora"
+    " merge_lora use_ema preserve_class init_lora copy_to_adapter"
 )
 PRODIGY_FLAGS = "prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup"
 
