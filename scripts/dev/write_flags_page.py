@@ -21,10 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from lora_training.cli.flags import add_shared_args  # noqa: E402
-from lora_training.cli.types import path  # noqa: E402
+from lora_training.cli.types import optimizer_name, path, yes_or_no  # noqa: E402
 from lora_training.families import FAMILIES  # noqa: E402
 
 PAGE = ROOT / "docs" / "flags.md"
+TYPE_NAMES = {None: "TEXT", path: "PATH", yes_or_no: "`true`, `false`", optimizer_name: "NAME"}
 TITLES = {"sd15": "SD 1.5", "sdxl": "SDXL", "sd3": "SD3", "flux": "FLUX.1"}
 HEAD = """\
 # Flags of the training scripts
@@ -111,7 +112,7 @@ def value_cell(action: argparse.Action) -> str:
         return ""
     if action.choices:
         return ", ".join(f"`{choice}`" for choice in action.choices)
-    name = action.metavar or {None: "TEXT", path: "PATH"}.get(action.type, "NUMBER")
+    name = action.metavar or TYPE_NAMES.get(action.type, "NUMBER")
     several = " …" if action.nargs in ("+", "*") or isinstance(action.nargs, int) else ""
     return f"{name if isinstance(name, str) else ' '.join(name)}{several}"
 
