@@ -27,7 +27,7 @@ def anchors(text: str) -> set[str]:
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_links_lead_to_files_and_headings_that_are_there(name):
-    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[name]):
+    for target in re.findall(r'(?:\]\(|src=")([^)"\s]+)[)"]', TEXTS[name]):
         if target.startswith("https://"):
             continue
         file, _, heading = target.partition("#")
