@@ -290,12 +290,13 @@ def merge_lora_weights(model: torch.nn.Module, adapter: str | None = None) -> to
             raise ValueError("the LoRA has weights that are not finite")
     for name, layer in lora_layers(model).items():
         base = layer.get_base_layer()
+        weight = base.weight.detach().float()
         for merged in [adapter] if adapter else layer.active_adapters:
             if merged in layer.lora_A:
                 down, up = layer.lora_A[merged].weight.detach(), layer.lora_B[merged].weight.detach()
                 update = layer.scaling[merged] * up.flatten(1) @ down.flatten(1)
-                weight = base.weight.float() + update.view_as(base.weight)
-                base.weight.data = weight.to(base.weight.dtype)
+                weight = weight + update.view_as(weight)
+        base.weight.data = weight.to(base.weight.dtype)
         if remove_adapter(layer, adapter):
             continue
         if not name:

@@ -240,6 +240,16 @@ def test_loras_are_blended_by_weights_and_one_of_them_merged(two_loras):
     assert torch.equal(model[0](x), base[0](x))
 
 
+def test_several_loras_are_merged_with_one_rounding():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8)).bfloat16()
+    model = filled(filled(copy.deepcopy(base), adapter="a"), adapter="b")
+    layer = model[0]
+    updates = [layer.lora_B[name].weight @ layer.lora_A[name].weight for name in ("a", "b")]
+    expected = (base[0].weight.float() + updates[0] + updates[1]).bfloat16()
+    assert torch.equal(lora.merge_lora_weights(model)[0].weight, expected)
+
+
 def test_one_of_several_loras_is_trained(two_loras):
     _, model, x = two_loras
     before = {n: p.clone() for n, p in model.named_parameters()}
