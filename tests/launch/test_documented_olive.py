@@ -239,6 +239,40 @@ def test_each_documented_workflow_trains_what_it_says(name, tmp_path, monkeypatc
     assert args.copy_to_adapter
 
 
+PREPARATION = {  # a step: its documented parameters with their defaults, under our names
+    "image_filtering": {
+        **{"min_size": 256, "min_aspect_ratio": 0.5, "max_aspect_ratio": 2.0},
+        **{"remove_duplicates": False, "blur_threshold": None},
+    },
+    "auto_caption": {
+        **{"model_type": "blip2", "model_name": "Salesforce/blip2-opt-2.7b", "trigger_word": None},
+        **{"overwrite": False, "trust_remote_code": False},
+    },
+    "auto_tagging": {
+        "model_name": "SmilingWolf/wd-swinv2-tagger-v3",
+        "threshold": 0.35,
+        "captions": "missing",
+    },
+    "image_resizing": {
+        **{"target_resolution": (512, 512), "mode": "cover", "interpolation": "lanczos"},
+        **{"fill": "white", "crop_position": "center"},
+    },
+    "aspect_ratio_bucketing": {
+        **{"base_resolution": 512, "custom_buckets": None, "resize_images": True},
+        **{"interpolation": "lanczos", "crop_position": "center"},
+    },
+}
+
+
+@pytest.mark.parametrize("step", PREPARATION)
+def test_each_documented_step_of_the_preparation_has_its_defaults(step, tmp_path):
+    chain = f'{{"steps": {{"{step}": {{}}}}}}'
+    (tmp_path / "config.json").write_text(with_own_paths(workflow(SD15, IMAGES, preprocessing=chain)))
+    settings = read_settings(decide(["--config", str(tmp_path / "config.json")], {}).preparation_argv)
+    assert {name for name in PREPARATION if getattr(settings, name)} == {step}
+    assert vars(getattr(settings, step)).items() >= PREPARATION[step].items()
+
+
 def test_the_lora_is_where_olives_snippet_loads_it(tmp_path, monkeypatch):
     from diffusers import DiffusionPipeline
     from safetensors.torch import load_file
