@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_training.cli.defaults import check_sizes, fill_defaults, use_prepared_buckets
-from lora_training.cli.rules import RULES
+from lora_training.cli.rules import RULES, leaves_steps_idle
 from lora_training.cli.trackers import usable_trackers
 from lora_training.console import print_status, printable
 from lora_training.errors import UserError
@@ -26,6 +26,8 @@ def check_args(args: argparse.Namespace, set_flags: set[str], parser: argparse.A
         if name in set_flags and args.train_transformer_frac == 0:
             reason = "no effect with --train_transformer_frac 0: no LoRA, tokens to the end"
             print_status(f"note: --{name} has {reason}")
+    if leaves_steps_idle(args):
+        train_tokens_to_the_end(args)
     for name, value in vars(args).items():
         if value == "":  # off, as a configuration may say it
             setattr(args, name, parser.get_default(name))
@@ -34,6 +36,14 @@ def check_args(args: argparse.Namespace, set_flags: set[str], parser: argparse.A
     use_prepared_buckets(args)
     fill_defaults(args)
     check_sizes(args)
+
+
+def train_tokens_to_the_end(args: argparse.Namespace) -> None:
+    """Lets the new tokens take the steps that the shares leave to nothing; says so."""
+    shares = f"--train_transformer_frac {args.train_transformer_frac:g} with"
+    shares += f" --train_text_encoder_ti_frac {args.train_text_encoder_ti_frac:g}"
+    print_status(f"note: {shares} leaves the last steps to nothing: the new tokens train on to the end")
+    args.train_text_encoder_ti_frac = 1.0
 
 
 def check_rules(args: argparse.Namespace, set_flags: set[str], parser: argparse.ArgumentParser) -> None:
