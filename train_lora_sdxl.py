@@ -95,7 +95,8 @@ def add_family_args(add) -> None:
     add("--max_token_length", type=int, choices=[75, 150, 225], default=75,
         help="tokens read of a caption (75)")
     add("--snr_gamma", type=cli.amount, help="min-SNR weighting, 5 is usual (default: off)")
-    add("--prediction_type", choices=["epsilon", "v_prediction"], help="(default: the scheduler's)")
+    add("--prediction_type", choices=["epsilon", "v_prediction"],
+        help="what the base predicts: noise or velocity (default: the scheduler's)")
     add("--rescale_betas_zero_snr", action="store_true",
         help="noise that ends without signal (default: the base's)")
     add("--noise_offset", type=cli.amount, default=0.0,
