@@ -24,7 +24,7 @@ def test_the_linter_finds_nothing():
 def test_the_base_has_the_cuda_of_the_locked_torch():
     lock = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))
     (toolkit,) = [package for package in lock["package"] if package["name"] == "cuda-toolkit"]
-    assert f"ARG BASE=nvidia/cuda:{'.'.join(toolkit['version'].split('.')[:2])}." in TEXT
+    assert f"ARG BASE_IMAGE=nvidia/cuda:{'.'.join(toolkit['version'].split('.')[:2])}." in TEXT
 
 
 def test_everything_that_is_needed_goes_into_the_container_and_nothing_private():
@@ -44,7 +44,7 @@ def test_everything_that_is_needed_goes_into_the_container_and_nothing_private()
 def test_it_runs_as_a_user_whose_volumes_are_those_of_the_command_above():
     assert re.findall(r"^USER (.+)$", TEXT, re.MULTILINE) == ["${USER_ID}"]
     volumes = re.findall(r'"(/[^"]+)"', re.search(r"^VOLUME (.+)$", TEXT, re.MULTILINE)[1])
-    mounted = re.findall(r"-v \./\w+:(/\S+)", TEXT)
+    mounted = re.findall(r"-v \./\w+:(/\w+)", TEXT)
     made = re.search(r"install -d -o trainer (.+) \\$", TEXT, re.MULTILINE)[1].split()
     assert volumes == mounted == made
-    assert "HF_HOME=/cache/huggingface" in TEXT
+    assert "HF_HOME=/hub" in TEXT
