@@ -42,7 +42,8 @@ WITH_LOGIN = [  # tracker, variables, a file in the home folder and its content
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     """A machine where nobody is logged in anywhere, with all trackers' packages; gives its home folder."""
-    for name in [name for name in os.environ if name.startswith(("WANDB_", "HF_", "HUGGING"))]:
+    services = ("WANDB_", "HF_", "HUGGING", "COMET_", "CLEARML_", "SWANLAB_", "TRACKIO_", "NETRC")
+    for name in [name for name in os.environ if name.startswith(services)]:
         monkeypatch.delenv(name)
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))
