@@ -31,7 +31,7 @@ def fill(venv: Path, files, uv) -> Path:
 
 
 def is_current(stamp: Path, requirements: str) -> bool:
-    """Whether a stamp is of these requirements, and no package came or went after it, as `uv sync` does it."""
+    """Whether a stamp is of these requirements, and no package came or went since, as by `uv sync`."""
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != requirements:
         return False
     folders = [*stamp.parent.glob("lib/python*/site-packages"), *stamp.parent.glob("Lib/site-packages")]
