@@ -51,6 +51,11 @@ WITH_T5 = PIVOTAL_TUNING.replace("_ti\\\n", "_ti\\\n  --enable_t5_ti\\\n")
 TEXTUAL_INVERSION = WITH_T5.replace("_frac=0.5\\\n", "_frac=0.5\\\n  --train_transformer_frac=0\\\n")
 
 
+@pytest.fixture(autouse=True)
+def logged_in(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+
+
 def settings(command: str, *flags: str):
     """What the script reads of a command. A backslash joins lines as bash does, without a space."""
     line = Template(command.replace("\\\n", "")).substitute(SHELL)
