@@ -87,6 +87,8 @@ FOREIGN_FLAGS = {  # of other families: accepted while they are off, else an err
     "input_perturbation": "rectified flow has none",
     "noise_offset": "rectified flow has none",
     "prediction_type": "rectified flow has none",
+    "conv_rank": "a transformer has no 3 x 3 convolutions",
+    "conv_alpha": "a transformer has no 3 x 3 convolutions",
     "clip_skip": "this family's pooled vectors and T5 come from the last layers",
 }
 FAMILY_RULES = (
@@ -360,19 +362,24 @@ def add_tokens(run: Run) -> None:
 def add_text_lora(run: Run) -> None:
     """Adds a LoRA to the text encoders that --train_text_encoder trains."""
     args, prompts = run.args, run.prompts
-    prompts.trained |= set(TEXT_LORA_ENCODERS)
     for key in TEXT_LORA_ENCODERS:
         encoder, part = prompts.text_encoder(key), FAMILY.text_encoders[key][1]
         idle = idle_layers(key, encoder.config, args)
         names = [name for name, module in encoder.named_modules() if isinstance(module, torch.nn.Linear)]
         names = [name for name in names if name.endswith(TEXT_LORA_TARGETS)]
         targets = [name for name in names if not name.removeprefix("text_model.").startswith(idle)]
-        lora.add_lora(encoder, targets, args, run.initial_lora.get(part))
+        targets = lora.trained_layers(part, targets, args, run.initial_lora.get(part))
+        if not targets:  # --lr_pattern
+            continue
+        lora.add_lora(encoder, targets, args, run.initial_lora.get(part), part)
+        prompts.trained.add(key)
         prompts.altered.add(key)
         run.lora_modules[part] = encoder
         encoder.train()
         if args.gradient_checkpointing:
             encoder.gradient_checkpointing_enable()
+    if not run.lora_modules:
+        raise UserError("--lr_pattern leaves out every text encoder: leave out --train_text_encoder instead")
 
 
 def active_parts(run: Run, step: int) -> list[TrainedPart]:

@@ -94,6 +94,9 @@ def add_family_args(add) -> None:
         help="use the text encoders' outputs so many layers before the usual (default: 0)")
     add("--max_token_length", type=int, choices=[75, 150, 225], default=75,
         help="tokens read of a caption (75)")
+    add("--conv_rank", type=cli.count_or_off,
+        help="also a LoRA of this rank on the UNet's 3 x 3 convolutions, LoCon (default: none)")
+    add("--conv_alpha", type=cli.amount, help="its alpha (default: --conv_rank)")
     add("--snr_gamma", type=cli.amount, help="min-SNR weighting, 5 is usual (default: off)")
     add("--prediction_type", choices=["epsilon", "v_prediction"],
         help="what the base predicts: noise or velocity (default: the scheduler's)")
@@ -343,19 +346,24 @@ def add_tokens(run: Run) -> None:
 def add_text_lora(run: Run) -> None:
     """Adds a LoRA to the text encoders that --train_text_encoder trains."""
     args, prompts = run.args, run.prompts
-    prompts.trained |= set(TEXT_LORA_ENCODERS)
     for key in TEXT_LORA_ENCODERS:
         encoder, part = prompts.text_encoder(key), FAMILY.text_encoders[key][1]
         idle = idle_layers(key, encoder.config, args)
         names = [name for name, module in encoder.named_modules() if isinstance(module, torch.nn.Linear)]
         names = [name for name in names if name.endswith(TEXT_LORA_TARGETS)]
         targets = [name for name in names if not name.removeprefix("text_model.").startswith(idle)]
-        lora.add_lora(encoder, targets, args, run.initial_lora.get(part))
+        targets = lora.trained_layers(part, targets, args, run.initial_lora.get(part))
+        if not targets:  # --lr_pattern
+            continue
+        lora.add_lora(encoder, targets, args, run.initial_lora.get(part), part)
+        prompts.trained.add(key)
         prompts.altered.add(key)
         run.lora_modules[part] = encoder
         encoder.train()
         if args.gradient_checkpointing:
             encoder.gradient_checkpointing_enable()
+    if not run.lora_modules:
+        raise UserError("--lr_pattern leaves out every text encoder: leave out --train_text_encoder instead")
 
 
 def active_parts(run: Run, step: int) -> list[TrainedPart]:

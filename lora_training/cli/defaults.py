@@ -12,6 +12,7 @@ from lora_training.cli.types import count, key_and_value
 from lora_training.console import print_status
 from lora_training.data.captions import clean_caption, insert_trigger
 from lora_training.errors import UserError
+from lora_training.layer_patterns import read_patterns
 
 if TYPE_CHECKING:
     import argparse
@@ -22,7 +23,9 @@ def fill_defaults(args: argparse.Namespace) -> None:
     args.optimizer = optimizer_of(args)
     args.captions_vary = args.shuffle_tags or args.tag_dropout > 0
     args.optimizer_args = dict(map(key_and_value, args.optimizer_args or ()))
-    args.lora_alpha = float(args.rank) if args.lora_alpha is None else args.lora_alpha
+    args.alpha_is_rank = args.lora_alpha is None
+    args.lora_alpha = float(args.rank) if args.alpha_is_rank else args.lora_alpha
+    args.patterns, args.initial_ranks = read_patterns(args), {}
     if args.lr_warmup_steps and args.lr_scheduler == "constant" and args.optimizer != "schedulefree":
         args.lr_scheduler = "constant_with_warmup"  # the two flags together can mean nothing else
     args.resolution = args.resolution or [args.family.resolution]

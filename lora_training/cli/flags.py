@@ -9,12 +9,14 @@ from lora_training.adapter_names import LORA_TYPES
 from lora_training.cli.types import (
     OPTIMIZERS,
     amount,
+    by_layer,
     count,
     count_or_off,
     natural,
     optimizer_name,
     part_of_one,
     path,
+    positive,
     rate,
     share,
     yes_or_no,
@@ -162,6 +164,11 @@ def add_lora_flags(add, lora_targets: tuple[str, ...]) -> None:
         help=f"module names or block prefixes ({','.join(lora_targets)})")
     add("--lora_blocks", nargs="+", metavar="N",
         help="numbers of the blocks that get a LoRA (default: all); names are taken as --lora_layers")
+    add("--rank_pattern", type=by_layer(count), nargs="+", metavar="PATTERN=RANK",
+        help='ranks of some layers: blocks, names or regular expressions, as "mid_block=32 ff=8"; the first '
+             "that matches counts")
+    add("--alpha_pattern", type=by_layer(positive), nargs="+", metavar="PATTERN=ALPHA",
+        help="their alphas (default: --lora_alpha, or where that isn't given each layer's rank)")
     add("--lora_type", choices=[*LORA_TYPES], default="lora",
         help="loha, lokr: products of Hadamard or Kronecker; a step makes each layer's update whole, as "
              "large as its weight (lora)")
@@ -215,6 +222,8 @@ def add_optimizer_flags(add) -> None:
     add("--optimizer_args", nargs="+", metavar="KEY=VALUE", help="more arguments of the optimizer; they win")
     add("--loraplus_lr_ratio", type=amount, default=1.0,
         help="LoRA+: the B matrices' learning rate is so many times as high, 16 is usual (1: off)")
+    add("--lr_pattern", type=by_layer(amount), nargs="+", metavar="PATTERN=FACTOR",
+        help='factors of the rate for some layers, as "down_blocks=0.5 text_encoder_2=0"; 0 leaves them out')
     add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
     add("--use_prodigy", action="store_true", help="the same as --optimizer prodigy")
     add("--learning_rate", type=rate,

@@ -6,6 +6,7 @@ from __future__ import annotations
 # what the tensors of a checkpoint must fit: a change of these is an error
 RESUME_FLAGS = (
     "rank", "lora_alpha", "lora_type", "lokr_factor", "use_dora", "use_rslora", "init_lora_weights",
+    "rank_pattern", "alpha_pattern", "lr_pattern", "conv_rank", "conv_alpha",
     "optimizer", "targets", "tokens", "layout",
 )
 # what changes nothing of what is trained, or is compared by what it comes to (data, base, precision, length);

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lora_training.cli.defaults import optimizer_of, prompt_is_empty
 from lora_training.data.captions import clean_caption, contains_word
 from lora_training.files import output_name
+from lora_training.layer_patterns import read_patterns
 
 if TYPE_CHECKING:
     import argparse
@@ -28,7 +29,8 @@ TOKEN_FLAGS = (
 )
 LORA_FLAGS = (
     "lora_alpha lora_type lora_dropout lora_layers lora_blocks use_dora use_rslora init_lora_weights"
-    " merge_lora use_ema preserve_class init_lora copy_to_adapter"
+    " merge_lora use_ema preserve_class init_lora copy_to_adapter rank_pattern alpha_pattern lr_pattern"
+    " conv_rank conv_alpha"
 )
 PRODIGY_FLAGS = "prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup"
 
@@ -240,6 +242,7 @@ LORA_RULES = (
            "--train_transformer_frac below 1 leaves steps in which nothing is trained; raise it or a text"
            " fraction to 1"),
     always(lambda a: a.lora_alpha == 0, "--lora_alpha 0 scales the update to nothing"),
+    rule("conv_rank", lambda a: a.conv_alpha == 0, "--conv_alpha 0 scales the update to nothing"),
     no_effect("lokr_factor", lambda a: a.lora_type != "lokr" and not a.init_lora, "without --lora_type lokr"),
     rule("lokr_factor", lambda a: a.lokr_factor < 1, "{flag} {a.lokr_factor}: 1 or more, or -1"),
     rule("use_dora lora_dropout init_lora_weights loraplus_lr_ratio", lambda a: a.lora_type != "lora",
@@ -249,6 +252,11 @@ LORA_RULES = (
     rule("init_lora", lambda a: not Path(a.init_lora).exists(), "{flag} {a.init_lora}: no such file"),
     no_effect("init_lora_weights use_rslora", lambda a: a.init_lora,
               "with --init_lora, whose weights are the start"),
+    no_effect("rank_pattern alpha_pattern conv_rank conv_alpha", lambda a: a.init_lora,
+              "with --init_lora, whose layers have ranks and alphas of their own"),
+    no_effect("conv_alpha", lambda a: not a.conv_rank, "without --conv_rank"),
+    rule("conv_rank", lambda a: a.init_lora_weights.lower().startswith(("pissa", "olora", "orthogonal")),
+         "{flag} can't be combined with --init_lora_weights {a.init_lora_weights}: it is for linear layers"),
     rule("quantize_base blocks_to_swap", changes_base,
          "{flag} can't be combined with --merge_lora or an initialisation that changes the base's weights"),
     always(unknown_start,
@@ -278,6 +286,11 @@ LOSS_AND_OPTIMIZER_RULES = (
            "--optimizer {a.optimizer} averages by itself: use --lr_scheduler constant and no --use_ema"),
     no_effect("learning_rate text_encoder_lr scale_lr lr_scheduler lr_warmup_steps", makes_own_rate,
               "with --optimizer_args relative_step=True, which makes its own rate"),
+    no_effect("lr_pattern", makes_own_rate,
+              "with --optimizer_args relative_step=True, which makes its own rate"),
+    rule("lr_pattern", lambda a: optimizer_of(a) == "prodigy" and any(read_patterns(a)["lr_pattern"].values),
+         "{flag}: --optimizer prodigy takes one rate for all; only a factor of 0, which leaves layers out,"
+         " goes with it"),
     no_effect("loraplus_lr_ratio", lambda a: optimizer_of(a) in ONE_RATE_OPTIMIZERS,
               "with --optimizer {a.optimizer}: it takes one rate for all"),
     no_effect("adam_beta1 adam_beta2 adam_epsilon", lambda a: "." in a.optimizer,

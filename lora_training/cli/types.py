@@ -8,6 +8,7 @@ import math
 import os
 
 from lora_training.errors import UserError
+from lora_training.layer_patterns import split_entry
 
 
 def number(name: str, kind: type, least: float, most: float, message: str):
@@ -29,6 +30,7 @@ share = number("share", float, 0, 1, "is not between 0 and 1")
 part_of_one = number("share", float, 0, math.nextafter(1, 0), "is not from 0 up to, but without, 1")
 rate = number("learning rate", float, 0, 100, "is not between 0 and 100")
 amount = number("amount", float, 0, 1e9, "is not a number from 0 to 1e9")
+positive = number("amount", float, 1e-9, 1e9, "is not a number from 1e-9 to 1e9")
 signed = number("number", float, -100, 100, "is not a number between -100 and 100")
 mode_scale = number("scale", float, 0, 1.75, "is not between 0 and 1.75: beyond, timesteps leave their range")
 tokens = number("count", int, 1, 512, "is not between 1 and the 512 tokens that the pipeline takes")
@@ -71,6 +73,25 @@ def key_and_value(text: str) -> tuple[str, object]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def by_layer(value_type):
+    """A type for argparse: PATTERN=VALUE, or several with spaces between; checked, but kept as it is."""
+
+    def check(text: str) -> str:
+        for entry in text.split():
+            try:
+                value = split_entry(entry)[1]
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+            try:
+                value_type(value)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"{entry}: {value!r} is no {value_type.__name__}") from None
+        return text
+
+    check.__name__ = "PATTERN=VALUE"
+    return check
 
 
 def yes_or_no(text: str) -> bool:

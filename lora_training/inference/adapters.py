@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lora_training.base_model.family_detection import FAMILY_OF_PIPELINE
@@ -71,13 +72,15 @@ def load_lora_file(pipeline, file: Path, name: str, base: str) -> None:
     """Loads a LoRA file as an adapter by the way that reads it right.
 
     Of other trainers' files diffusers reads those of kohya's scripts for Stable Diffusion and SDXL; the
-    others are converted first: it takes some for other layers, and DoRA's without their magnitude.
+    others are converted first: it takes some for other layers, and DoRA's without their magnitude. Of several
+    alphas in a file it gives the commonest to all of the attention's layers.
     """
     family = FAMILY_OF_PIPELINE.get(type(pipeline).__name__)
     _, keys = read_header(file)
     has_diffusers_keys = all(DIFFUSERS_KEY.match(key) for key in keys)
     has_factors = any(FACTOR_KEY.match(key) for key in keys)
     is_kohya = family in ("sd15", "sdxl") and all(KOHYA_UNET_KEY.match(key) for key in keys)
+    is_kohya = is_kohya and has_one_alpha(file)
     twin = file.with_name(LORA_FILE)  # of the same training, where `file` is its export for other tools
     if has_diffusers_keys and has_factors:
         load_factors(pipeline, file, name)
@@ -88,6 +91,13 @@ def load_lora_file(pipeline, file: Path, name: str, base: str) -> None:
         load_lora_file(pipeline, twin, name, base)
     else:
         load_converted(pipeline, file, name, base, family)
+
+
+def has_one_alpha(file: Path) -> bool:
+    """Whether all layers of a file with kohya's keys have the same alpha."""
+    with safe_open(file, "pt") as opened:
+        keys = (key for key in opened.keys() if key.endswith(".alpha"))  # noqa: SIM118
+        return len({opened.get_tensor(key).item() for key in keys}) <= 1
 
 
 def warn_of_unknown_layers(keys: list[str], file: Path, family: str, base: str) -> None:

@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "adapters": ["add_denoiser_lora", "add_lora", "lora_parameters", "lora_state"],
+        "adapters": ["add_denoiser_lora", "add_lora", "lora_parameters", "lora_state", "trained_layers"],
         "conversion": ["convert_lora_file", "resize_lora_file"],
         "initial": ["read_initial_lora"],
         "inspection": ["describe_lora", "judge_update", "measure_update", "plot_sizes"],

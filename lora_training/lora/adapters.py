@@ -12,6 +12,13 @@ from lora_training.adapter_names import ADAPTER, LORA_TYPES
 from lora_training.base_model.sharding import block_prefixes
 from lora_training.console import print_status, progress
 from lora_training.errors import UserError, one_line
+from lora_training.lora.layer_ranks import (
+    describe_ranks,
+    differing_ranks,
+    is_spatial,
+    layer_ranks,
+    peft_patterns,
+)
 from lora_training.seeds import stable_seed
 
 if TYPE_CHECKING:
@@ -29,7 +36,9 @@ def find_target_layers(
     """Full names of the modules that get a LoRA by --lora_layers and --lora_blocks.
 
     An entry of --lora_layers is a module's last part (`to_q`), a full name, or a block prefix (`mid_block`),
-    which means the usual layers inside. idle: beginnings of names of layers whose output nothing reads.
+    which means the usual layers inside. --conv_rank adds the convolutions in the blocks that see more than
+    one pixel; what --lr_pattern sets to 0 is left out. idle: beginnings of names of layers whose output
+    nothing reads.
     Errors: UserError for what matches nothing.
     """
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
@@ -52,9 +61,30 @@ def find_target_layers(
             part = args.family.denoiser
             raise UserError(f"--lora_layers {entry} matches no layer of the {part}; near it are {known}")
         targets |= {name for name in matches if not blocks or name.startswith(tuple(blocks))}
+    if vars(args).get("conv_rank"):
+        inside = tuple(blocks or (f"{name}." for name in block_names))
+        convolutions = (name for name in modules if is_spatial(denoiser.get_submodule(name)))
+        targets |= {name for name in convolutions if name.startswith(inside)}
     if not targets:
         raise UserError("--lora_layers and --lora_blocks together match no layer")
-    return sorted(targets)
+    return trained_layers(args.family.denoiser, sorted(targets), args)
+
+
+def trained_layers(part: str, layers: list[str], args: argparse.Namespace, start: dict | None = None) -> list:
+    """Those of a part's layers that --lr_pattern doesn't leave out. start: --init_lora's weights of the part.
+
+    Errors: UserError for layers of `start` that are left out, and for a denoiser of which none is left.
+    """
+    rates = args.patterns["lr_pattern"]
+    trained = [name for name in layers if rates.value(part, name, 1.0)]
+    left_out = set(layers) - set(trained)
+    lost = sorted({ADAPTER.split(key)[0] for key in start or ()} & left_out)
+    if lost:
+        advice = "a factor such as 1e-6 keeps them as they are"
+        raise UserError(f"--lr_pattern leaves out layers that --init_lora has, such as {lost[0]}: {advice}")
+    if left_out and not trained and part == args.family.denoiser:
+        raise UserError(f"--lr_pattern leaves out every layer of the {part}")
+    return trained
 
 
 def split_lists(texts: list[str] | None) -> list[str]:
@@ -83,17 +113,23 @@ def similar_names(entry: str, modules: list[str], block_names: list[str]) -> str
 
 
 def add_lora(
-    module: torch.nn.Module, targets: list[str], args: argparse.Namespace, start: dict | None = None
+    module: torch.nn.Module,
+    targets: list[str],
+    args: argparse.Namespace,
+    start: dict | None = None,
+    part: str | None = None,
 ) -> None:
     """Adds a LoRA of --lora_type to a module; its parameters are float32 whatever the base is.
 
-    start: weights with peft's keys. Every process draws the same start: the seed depends on nothing else.
+    start: weights with peft's keys. part: what the pipeline calls the module (default: the denoiser). Every
+    process draws the same start: the seed depends on nothing else.
     """
     from diffusers.training_utils import cast_training_params
 
     torch.manual_seed(stable_seed(args.seed, "lora", len(targets)))
+    differing = differing_ranks(module, part or args.family.denoiser, targets, args)
     try:
-        module.add_adapter(adapter_config(targets, args))
+        module.add_adapter(adapter_config(targets, args, differing))
     except ValueError as error:
         raise UserError(f"--init_lora_weights {args.init_lora_weights}: {one_line(error)}") from None
     if start:
@@ -101,12 +137,22 @@ def add_lora(
     cast_training_params(module, torch.float32)
 
 
-def adapter_config(targets: list[str], args: argparse.Namespace):
-    """peft's configuration of the adapter that the flags say, on the modules `targets`."""
+def adapter_config(targets: list[str], args: argparse.Namespace, differing: dict[str, tuple[int, float]]):
+    """peft's configuration of the adapter that the flags say, on the modules `targets`.
+
+    differing: {layer: (rank, alpha)} of those that have others than --rank and --lora_alpha.
+    """
     from peft import LoHaConfig, LoKrConfig, LoraConfig
 
-    common = {"r": args.rank, "target_modules": targets}
-    alpha = args.lora_alpha * (math.sqrt(args.rank) if args.use_rslora else 1)
+    is_root = args.use_rslora and args.lora_type != "lora"  # which peft has for plain LoRAs alone
+    common = {
+        "r": args.rank,
+        "target_modules": targets,
+        "rank_pattern": peft_patterns({n: rank for n, (rank, _) in differing.items() if rank != args.rank}),
+    }
+    alphas = {n: alpha * (math.sqrt(rank) if is_root else 1) for n, (rank, alpha) in differing.items()}
+    alpha = args.lora_alpha * (math.sqrt(args.rank) if is_root else 1)
+    common["alpha_pattern"] = peft_patterns({n: own for n, own in alphas.items() if own != alpha})
     if args.lora_type == "loha":
         return LoHaConfig(**common, alpha=alpha)
     if args.lora_type == "lokr":  # as LyCORIS starts it: the larger factor at zero
@@ -163,10 +209,25 @@ def add_denoiser_lora(
 
     usual, idle: as `find_target_layers` takes them. start: --init_lora's weights with peft's keys.
     """
+    part = args.family.denoiser
     started = sorted({ADAPTER.split(key)[0] for key in start or ()})
     named = args.lora_layers or args.lora_blocks
     targets = started if started and not named else find_target_layers(denoiser, args, usual, idle)
+    targets = trained_layers(part, targets, args, start)
     with progress("adding the LoRA"):
         add_lora(denoiser, targets, args, start)
-    settings = f"{LORA_TYPES[args.lora_type]} of rank {args.rank}, alpha {args.lora_alpha:g}"
-    print_status(f"{settings} on {len(targets)} layers of the {args.family.denoiser}")
+    check_patterns(args, denoiser)
+    settings = f"rank {args.rank}, alpha {args.lora_alpha:g}"
+    if differing_ranks(denoiser, part, targets, args):
+        settings = describe_ranks(layer_ranks(denoiser, part, targets, args))
+    print_status(f"{LORA_TYPES[args.lora_type]} of {settings} on {len(targets)} layers of the {part}")
+
+
+def check_patterns(args: argparse.Namespace, denoiser: torch.nn.Module) -> None:
+    """Errors: UserError for an entry of --rank_pattern and its like that no layer trained has matched."""
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    names = [name for name, module in denoiser.named_modules() if isinstance(module, kinds)]
+    for encoder in args.family.text_encoders.values() if args.train_text_encoder else ():
+        names.append(encoder[1])
+    for patterns in args.patterns.values():
+        patterns.check_matched(names)

@@ -37,7 +37,10 @@ def to_diffusers_keys(state: dict, spelling: tuple[tuple[str, str], ...]) -> dic
 
 
 def text_encoder_keys(state: dict) -> dict:
-    """A text encoder's LoRA with the level `text_model` of released files, which transformers 5 has not."""
+    """A text encoder's LoRA, by key or by module, with the level `text_model` of released files.
+
+    transformers 5 has no such level.
+    """
     return {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in state.items()}
 
 
@@ -67,17 +70,19 @@ def kohya_state(
     config: dict,
     norms: dict | None = None,
     scale: float = 1.0,
+    differing: dict[str, dict[str, tuple[float, float]]] | None = None,
 ) -> dict:
     """LoRA, LoHa or LoKr weights with the keys of kohya's scripts, LyCORIS, AUTOMATIC1111 and ComfyUI.
 
     states: pipeline name -> weights with peft's keys; config: the denoiser's; norms: of `neighbours_norms`;
-    scale: alpha/rank, which LyCORIS leaves out where a LoKr's factors are both whole. Each module gets its
-    own alpha.
+    scale: alpha/rank, which LyCORIS leaves out where a LoKr's factors are both whole. differing: {pipeline
+    name: {layer: (alpha, scale)}} of layers that have others. Each module gets its own alpha.
     """
     out = {}
     for part, state in states.items():
         is_denoiser = part == family.denoiser
-        modules = split_by_module(state if is_denoiser else text_encoder_keys(state), alpha, scale)
+        modules = split_by_module(state, alpha, scale, (differing or {}).get(part, {}))
+        modules = modules if is_denoiser else text_encoder_keys(modules)
         prefix = family.kohya_prefixes[part]
         if is_denoiser and family.fused_projections and not any(".lora_" in key for key in state):
             # before diffusers' names: factors of q, k and v can't be put together; ComfyUI knows it
@@ -90,10 +95,12 @@ def kohya_state(
     return out
 
 
-def split_by_module(state: dict, alpha: float, scale: float) -> dict[str, dict]:
+def split_by_module(
+    state: dict, alpha: float, scale: float, differing: dict[str, tuple[float, float]]
+) -> dict[str, dict]:
     """Weights with peft's keys -> {module: {kohya's name: tensor}}, each with its alpha.
 
-    scale: as in `kohya_state`.
+    scale, differing: as in `kohya_state`, of this part.
     """
     modules: dict[str, dict] = {}
     for key, value in state.items():
@@ -102,11 +109,11 @@ def split_by_module(state: dict, alpha: float, scale: float) -> dict[str, dict]:
             kind == "lora_magnitude_vector"
         ):  # a column, as ComfyUI multiplies it; of convolutions (out, 1, 1, 1)
             value = value.reshape(-1, *[1] * max(1, value.dim() - 1))
-        tensors = modules.setdefault(name, {"alpha": torch.tensor(float(alpha))})
+        tensors = modules.setdefault(name, {"alpha": torch.tensor(float(differing.get(name, (alpha,))[0]))})
         tensors[KOHYA_KINDS.get(kind, kind)] = value
-    for tensors in modules.values():
+    for name, tensors in modules.items():
         if {"lokr_w1", "lokr_w2"} <= tensors.keys():
-            tensors["lokr_w1"] = tensors["lokr_w1"] * scale
+            tensors["lokr_w1"] = tensors["lokr_w1"] * differing.get(name, (alpha, scale))[1]
     return modules
 
 

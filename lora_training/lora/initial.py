@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from lora_training.adapter_names import LORA_TYPES
+from lora_training.adapter_names import ADAPTER, LORA_TYPES
 from lora_training.console import print_status
 from lora_training.errors import UserError, one_line
 from lora_training.lora.conversion import convert_lora_file
-from lora_training.lora.even_ranks import equalize_ranks
+from lora_training.lora.layer_ranks import describe_ranks
+from lora_training.lora.layer_tensors import metadata_alpha, setting_of_layer
 from lora_training.tensors import read_safetensors
 
 if TYPE_CHECKING:
@@ -39,18 +42,12 @@ def read_initial_lora(args: argparse.Namespace, base: Path) -> dict[str, dict[st
     if args.family.denoiser not in start:
         advice = "is it a LoRA for another family?"
         raise UserError(f"--init_lora {file}: no layer of a {args.family.denoiser} in it: {advice}")
-    settings = lora_settings(start, metadata, args.family, file)
-    if settings["rank"] is None:
-        stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        try:
-            rank, scale, changed = equalize_ranks(start, stated)
-        except UserError as error:
-            raise UserError(f"--init_lora {file}: {error}") from None
-        settings |= {"rank": rank, "lora_alpha": scale * (rank**0.5 if args.use_rslora else rank)}
-        print_status(f"{changed} layers of {file} get rank {rank} and alpha {settings['lora_alpha']:g}")
+    settings, args.initial_ranks = lora_settings(start, metadata, args.family, file)
     apply_settings(args, settings, file)
-    kind = LORA_TYPES[args.lora_type]
-    print_status(f"starting from {file}: {kind}, rank {args.rank}, alpha {args.lora_alpha:g}")
+    args.alpha_is_rank, described = False, f"rank {args.rank}, alpha {args.lora_alpha:g}"
+    if len(set(args.initial_ranks.values())) > 1:
+        described = describe_ranks(args.initial_ranks)
+    print_status(f"starting from {file}: {LORA_TYPES[args.lora_type]}, {described}")
     if start.keys() - {args.family.denoiser} and not args.train_text_encoder:
         advice = "without --train_text_encoder it is left out"
         print_status(f"warning: {file} has a LoRA for the text encoder too; {advice}")
@@ -92,40 +89,52 @@ def split_by_part(weights: dict[str, torch.Tensor], family: Family) -> dict[str,
 
 def lora_settings(
     start: dict[str, dict[str, torch.Tensor]], metadata: dict[str, str], family: Family, file: Path
-) -> dict[str, object]:
-    """{flag: value} of a file's training; rank and alpha are None if a plain LoRA has several.
+) -> tuple[dict[str, object], dict[tuple[str, str], tuple[int, float]]]:
+    """({flag: value} of a file's training, {(part, layer): (rank, alpha)}).
 
-    Errors: UserError for damaged metadata, and for another kind with several.
+    The flags have the pair of rank and alpha that most layers have.
+
+    Errors: UserError for damaged metadata, and for another kind of adapter.
     """
-    denoiser = family.denoiser
     try:
         settings = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
-        kind = settings.get(f"{denoiser}.peft_type", "LORA").lower()
-        matrices = (item for state in start.values() for item in state.items())
-        ranks = {len(value) for key, value in matrices if ".lora_A." in key}
-        ranks |= {settings.get(f"{part}.r", 0) for part in start if kind != "lora"}
-        alpha_name = "lora_alpha" if kind == "lora" else "alpha"
-        usual_alpha = max(ranks, default=0)
-        alphas = {float(settings.get(f"{part}.{alpha_name}", usual_alpha)) for part in start}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        kind = str(settings.get(f"{family.denoiser}.peft_type", "LORA")).lower()
+        ranks = {
+            (part, name.removeprefix("text_model.")): rank_and_alpha(state, part, name, settings)
+            for part, state in start.items()
+            for name in sorted({ADAPTER.split(key)[0] for key in state})
+        }
+    except UserError as error:
+        raise UserError(f"--init_lora {file}: {error}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise UserError(f"--init_lora {file}: its metadata is damaged: {one_line(error)}") from None
     if kind not in LORA_TYPES:
         raise UserError(f"--init_lora {file}: {kind} is none of {', '.join(LORA_TYPES.values())}")
-    patterns = [f"{part}.{name}" for part in start for name in ("rank_pattern", "alpha_pattern")]
-    has_several = len(ranks) != 1 or len(alphas) != 1 or any(settings.get(pattern) for pattern in patterns)
-    if has_several and kind != "lora":
-        advice = "scripts/lora/resize_lora.py makes a plain LoRA of it"
-        raise UserError(f"--init_lora {file}: layers of several ranks or alphas; {advice}")
+    (rank, alpha), _ = Counter(ranks.values()).most_common(1)[0]
     flags = {
-        "rank": None if has_several else ranks.pop(),
-        "lora_alpha": None if has_several else alphas.pop(),
-        "use_dora": any("magnitude" in key for key in start[denoiser]),
+        "rank": rank,
+        "lora_alpha": alpha,
+        "use_dora": any("magnitude" in key for key in start[family.denoiser]),
         "lora_type": kind,
-        "lokr_factor": settings.get(f"{denoiser}.decompose_factor", -1),
+        "lokr_factor": settings.get(f"{family.denoiser}.decompose_factor", -1),
     }
     if kind != "lora":
         flags |= {"lora_dropout": 0.0, "loraplus_lr_ratio": 1.0, "merge_lora": False}
-    return flags
+    return flags, ranks
+
+
+def rank_and_alpha(state: dict[str, torch.Tensor], part: str, name: str, settings: dict) -> tuple[int, float]:
+    """(rank, alpha) of a layer, the scale being alpha / rank. state: its part's weights with peft's keys.
+
+    Errors: UserError for an A and a B of different ranks.
+    """
+    if not any(key.startswith(f"{name}.lora_") for key in state):
+        rank, alpha = (setting_of_layer(settings, part, key, name) for key in ("r", "alpha"))
+        return int(rank), float(alpha)
+    down, up = (state.get(f"{name}.lora_{letter}.weight") for letter in "AB")
+    if down is None or up is None or up.shape[1] != len(down):
+        raise UserError(f"{part}.{name}: its two matrices don't belong together")
+    return len(down), metadata_alpha(settings, part, name, len(down))
 
 
 def apply_settings(args: argparse.Namespace, flags: dict[str, object], file: Path) -> None:

@@ -202,20 +202,27 @@ def fuse_projections(parts: list[dict | None], heights: list[int]) -> dict:
 
     parts: from top to bottom; one without LoRA has no matrices, or is None. The down matrices stand
     under each other, the up matrices on a block diagonal of `heights` rows each; the rank is their sum,
-    and so is alpha. Errors: ValueError for DoRA on some of the layers, where the others' magnitudes are
+    and so is alpha, where alpha / rank is the same for all: else it is the first one's, and the others' up
+    matrices are scaled. Errors: ValueError for DoRA on some of the layers, where the others' magnitudes are
     missing.
     """
     there = [p for p in parts if p is not None and "lora_up.weight" in p]
+    scales = [p["alpha"] / p["lora_down.weight"].shape[0] for p in there]
+    same_scale = all(torch.isclose(scale, scales[0]) for scale in scales)
     rank = sum(p["lora_down.weight"].shape[0] for p in there)
-    up, row, column = there[0]["lora_up.weight"].new_zeros(sum(heights), rank), 0, 0
+    dtype = there[0]["lora_up.weight"].dtype if same_scale else torch.float32  # another scale isn't rounded
+    up, row, column = torch.zeros(sum(heights), rank, dtype=dtype), 0, 0
     for part, height in zip(parts, heights, strict=True):
-        if any(part is p for p in there):
-            width = part["lora_up.weight"].shape[1]
-            up[row : row + height, column : column + width] = part["lora_up.weight"]
-            column += width
+        number = next((number for number, p in enumerate(there) if p is part), None)
+        if number is not None:
+            part_up = part["lora_up.weight"]
+            scaled = part_up if same_scale else part_up.float() * (scales[number] / scales[0])
+            up[row : row + height, column : column + part_up.shape[1]] = scaled
+            column += part_up.shape[1]
         row += height
     down = torch.cat([p["lora_down.weight"] for p in there])
-    fused = {"lora_down.weight": down, "lora_up.weight": up, "alpha": sum(p["alpha"] for p in there)}
+    alpha = sum(p["alpha"] for p in there) if same_scale else scales[0] * rank
+    fused = {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
     if "dora_scale" in there[0]:
         if None in parts:
             raise ValueError("DoRA on some of the layers that the original holds as one")

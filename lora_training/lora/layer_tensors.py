@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 
 import torch
 
@@ -32,7 +34,7 @@ def read_layer(
     if layer.kind == "LoRA" and alpha is None:
         alpha = metadata_alpha(settings, part, name, layer.rank)
     elif alpha is None and f"{part}.alpha" in settings:  # a LoHa or LoKr of peft
-        alpha, rank = settings[f"{part}.alpha"], settings[f"{part}.r"]
+        rank, alpha = (setting_of_layer(settings, part, key, name) for key in ("r", "alpha"))
         if {"lokr_w1", "lokr_w2"} <= tensors.keys():  # which peft scales, LyCORIS doesn't
             layer.factors["lokr_w1"] = layer.factors["lokr_w1"] * (alpha / rank)
     if alpha is not None and not math.isfinite(alpha):
@@ -46,11 +48,24 @@ def metadata_alpha(settings: dict, part: str, name: str, rank: int) -> float:
 
     With rsLoRA it is such that alpha / rank is the scale.
     """
-    pattern = settings.get(f"{part}.alpha_pattern") or {}
-    layer_alpha = next((v for k, v in pattern.items() if name == k or name.endswith("." + k)), None)
-    alpha = layer_alpha if layer_alpha is not None else settings.get(f"{part}.lora_alpha")
+    alpha = setting_of_layer(settings, part, "lora_alpha", name)
     alpha = float(rank if alpha is None else alpha)
     return alpha * rank**0.5 if settings.get(f"{part}.use_rslora") else alpha
+
+
+def setting_of_layer(settings: dict, part: str, key: str, name: str) -> float | None:
+    """peft's setting `key` ("r", "lora_alpha" or "alpha") of a layer: by pattern, else for all, else None."""
+    patterns = settings.get(f"{part}.{'rank' if key == 'r' else 'alpha'}_pattern") or {}
+    if name in patterns:
+        return patterns[name]
+    matches = (value for pattern, value in patterns.items() if peft_pattern(pattern).match(name))
+    return next(matches, settings.get(f"{part}.{key}"))
+
+
+@functools.lru_cache(maxsize=4096)  # more than re keeps
+def peft_pattern(pattern: str) -> re.Pattern:
+    """What a key of peft's rank_pattern or alpha_pattern matches: the end of a layer's name."""
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def layer_of_tensors(

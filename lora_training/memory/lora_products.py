@@ -24,7 +24,7 @@ SHARED_INPUT = (
 
 class LoraGroup:
     """peft's LoRA layers that are given the same tensor one after another: the first call computes all of
-    them.
+    them. Their ranks may differ, their scale is one.
 
     Takes the place of their `forward`. What is read and written are views into the buffers of the layers'
     part.
@@ -120,8 +120,8 @@ def fuse_lora(module) -> None:
         is_cross_attention = getattr(parent, "is_cross_attention", False)
         for names in SHARED_INPUT:
             group = [layers[name] for name in layers if name in names[is_cross_attention:]]
-            widths = {layer.in_features for layer in group}
-            if len(group) > 1 and len(widths) == 1 and adjacent_in_memory(group):
+            kinds = {(layer.in_features, layer.scaling["default"]) for layer in group}
+            if len(group) > 1 and len(kinds) == 1 and adjacent_in_memory(group):
                 LoraGroup(group)
                 layers = {name: layer for name, layer in layers.items() if layer not in group}
         for layer in layers.values():

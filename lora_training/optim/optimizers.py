@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 from typing import TYPE_CHECKING
 
 import torch
 
+from lora_training.adapter_names import ADAPTER
 from lora_training.base_model.reading import import_class
 from lora_training.errors import UserError, one_line
 from lora_training.optim.nonblocking import nonblocking_adamw8bit, nonblocking_prodigy
@@ -31,6 +33,7 @@ def prepare_parts(parts: list[TrainedPart], args: argparse.Namespace, dtype=None
     from diffusers.training_utils import EMAModel
 
     for part in parts:
+        part.rate_factors = rate_factors(part, args)
         exact = part.name == "embeddings" or args.use_dora  # DoRA's magnitudes would be rounded
         part.allocate(None if exact else dtype)
         try:
@@ -142,25 +145,39 @@ def needs_shapes(optimizer_class: type) -> bool:
 def parameter_groups(part: TrainedPart, ratio: float, shaped: bool) -> list:
     """A part's weights as an optimizer takes them: flat, or each in its shape.
 
-    For LoRA+, two groups, of which the B matrices' has a learning rate `ratio` times as high.
-
-    https://arxiv.org/abs/2402.12354
+    Where learning rates differ, by --lr_pattern or with LoRA+ (https://arxiv.org/abs/2402.12354), whose B
+    matrices have one `ratio` times as high, there is a group for each rate.
     """
-    is_b = [".lora_B." in name for name in part.parameters]
-    b_size = sum(p.numel() for name, p in part.parameters.items() if ".lora_B." in name)
-    splits = ratio != 1 and b_size > 0
+    rates = [
+        part.rate_factors.get(name, 1.0) * (ratio if ".lora_B." in name else 1) for name in part.parameters
+    ]
+    if not shaped and set(rates) == {1}:
+        return [part.weights]
     if shaped:
         pieces = zip(part.views(part.weights.detach()).values(), part.views(part.gradients).values())
-    elif splits:
-        sizes, is_b = [len(part.gradients) - b_size, b_size], [False, True]
+    else:  # neighbours of one rate are one piece
+        sized = zip(rates, (p.numel() for p in part.parameters.values()), strict=True)
+        runs = [(rate, list(run)) for rate, run in itertools.groupby(sized, key=lambda pair: pair[0])]
+        rates, sizes = [rate for rate, _ in runs], [sum(size for _, size in run) for _, run in runs]
         pieces = zip(part.weights.detach().split(sizes), part.gradients.split(sizes))
-    else:
-        return [part.weights]
     part.pieces = [(torch.nn.Parameter(weights), gradient) for weights, gradient in pieces]
     part.attach_gradients()
-    parameters = [parameter for parameter, _ in part.pieces]
-    if not splits:
-        return parameters
-    first_b = is_b.index(True)
-    rates = {"lr": part.learning_rate * ratio}
-    return [{"params": parameters[:first_b]}, {"params": parameters[first_b:]} | rates]
+    groups: dict[float, list] = {}
+    for rate, (parameter, _) in zip(rates, part.pieces, strict=True):
+        groups.setdefault(rate, []).append(parameter)
+    if set(groups) == {1}:
+        return groups[1]
+    return [
+        {"params": parameters} | ({} if rate == 1 else {"lr": part.learning_rate * rate})
+        for rate, parameters in groups.items()
+    ]
+
+
+def rate_factors(part: TrainedPart, args: argparse.Namespace) -> dict[str, float]:
+    """What --lr_pattern multiplies the learning rates of a part's parameters by; those of LoRA layers."""
+    if part.name == "embeddings" or not args.lr_pattern:
+        return {}
+    owner = f"{args.family.denoiser}." if part.name == "denoiser" else ""  # as other parts' names begin
+    layers = {name: (owner + ADAPTER.split(name)[0]).partition(".") for name in part.parameters}
+    rates = args.patterns["lr_pattern"]
+    return {name: rates.value(layer[0], layer[2], 1.0) for name, layer in layers.items()}

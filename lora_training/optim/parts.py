@@ -37,6 +37,7 @@ class TrainedPart:
     pieces: list[tuple[object, object]] = field(default_factory=list)
     initial: object = None  # (N,) on the CPU, the weights at the start
     initial_stds: list[float] = field(default_factory=list)  # of new tokens: each table's standard deviation
+    rate_factors: dict[str, float] = field(default_factory=dict)  # --lr_pattern's, by parameter; default 1
     optimizer: object = None
     schedule: object = None
     ema: object = None
@@ -46,9 +47,15 @@ class TrainedPart:
 
         dtype: the modules' precision; None: float32.
 
-        LoRA's A matrices come first, so that those of one attention follow each other, its B matrices last.
+        LoRA's A matrices come first, so that those of one attention follow each other, its B matrices last;
+        where --lr_pattern gives them several rates, those of one rate after another, the usual one first.
         """
-        self.parameters = dict(sorted(self.parameters.items(), key=lambda item: ".lora_B." in item[0]))
+
+        def order(name: str) -> tuple:
+            factor = self.rate_factors.get(name, 1.0)
+            return factor != 1, factor, ".lora_B." in name
+
+        self.parameters = {name: self.parameters[name] for name in sorted(self.parameters, key=order)}
         values = torch.cat([p.detach().flatten().float() for p in self.parameters.values()])
         self.weights, self.gradients = torch.nn.Parameter(values), torch.zeros_like(values)
         self.pieces = [(self.weights, self.gradients)]

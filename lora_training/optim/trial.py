@@ -30,7 +30,10 @@ def try_optimizer(args: argparse.Namespace, device: torch.device, convolutions: 
         if "." not in args.optimizer and not args.optimizer_args:
             return  # it is known, and its library is there
         for shapes in (LINEAR_SHAPES, CONVOLUTION_SHAPES) if convolutions else (LINEAR_SHAPES,):
-            take_steps(trial_part(shapes | (DORA_SHAPES if args.use_dora else {}), device), args)
+            part = trial_part(shapes | (DORA_SHAPES if args.use_dora else {}), device)
+            if any(args.patterns["lr_pattern"].values):  # layers of several rates
+                part.rate_factors = dict.fromkeys(list(part.parameters)[1:], 0.5)
+            take_steps(part, args)
     except UserError:
         raise
     except Exception as error:  # of any library

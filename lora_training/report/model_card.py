@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from lora_training.adapter_names import LORA_TYPES
 from lora_training.files import output_name
+from lora_training.lora.layer_ranks import describe_ranks
+from lora_training.training.run import layers_of_other_rank
 
 if TYPE_CHECKING:
     from lora_training.families import Family
@@ -67,8 +69,16 @@ def training_line(run: Run) -> str:
     return (
         f"Trained on {len(run.plan.buckets)} images for {run.max_steps} steps,"
         f" batch {' x '.join(map(str, batch))}, {args.optimizer}, learning rate {args.learning_rate:g},"
-        f" rank {args.rank}, alpha {args.lora_alpha:g}, seed {args.seed}."
+        f" {describe_run_ranks(run)}, seed {args.seed}."
     )
+
+
+def describe_run_ranks(run: Run) -> str:
+    """Rank and alpha, or between what those of its layers lie."""
+    args, ranks = run.args, {"": (run.args.rank, run.args.lora_alpha)}
+    for part in run.lora_modules:
+        ranks |= {f"{part}.{name}": pair for name, pair in layers_of_other_rank(run, part).items()}
+    return describe_ranks(ranks) if len(ranks) > 1 else f"rank {args.rank}, alpha {args.lora_alpha:g}"
 
 
 def usage_lines(run: Run) -> list[str]:

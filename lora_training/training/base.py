@@ -15,7 +15,8 @@ from lora_training.base_model.sources import resolve_base
 from lora_training.base_model.vae import latent_shape
 from lora_training.console import print_status
 from lora_training.errors import UserError
-from lora_training.lora.adapters import find_target_layers
+from lora_training.lora.adapters import check_patterns, find_target_layers
+from lora_training.lora.layer_ranks import layer_ranks
 from lora_training.memory.activations import save_activation_memory
 from lora_training.memory.checkpointing import compile_blocks, enable_checkpointing
 from lora_training.memory.cuda_graphs import CudaGraphs
@@ -51,19 +52,31 @@ def open_base(run: Run, check_base: Callable, draw_noise: Callable) -> Component
         check_base(components)
         shape = latent_shape((64, 64), components.config("vae"))
         draw_noise(torch.Generator(), shape, components.training_scheduler(), args)
-    if (args.lora_layers or args.lora_blocks) and needs_shapes(find_class(args.optimizer)):
-        try_optimizer(args, accelerator.device, has_convolutions(components, args))
+    check_layers(components, args)
     limit_threads(components, accelerator)
     return components
 
 
-def has_convolutions(components: Components, args: argparse.Namespace) -> bool:
-    """Whether --lora_layers and --lora_blocks name a convolution. Errors: UserError for no layer at all."""
+def check_layers(components: Components, args: argparse.Namespace) -> None:
+    """Looks for the layers that flags name before weights are read, and tries the optimizer on convolutions.
+
+    Errors: UserError for flags that match no layer, or an optimizer that can't train the layers.
+    """
+    is_shaped = needs_shapes(find_class(args.optimizer))
+    has_patterns = any(patterns.entries for patterns in args.patterns.values())
+    names_layers = args.lora_layers or args.lora_blocks or vars(args).get("conv_rank")
+    if args.train_transformer_frac == 0 or not (has_patterns or (is_shaped and names_layers)):
+        return
     name = components.family.denoiser
     with reading_base(name), torch.device("meta"):
         denoiser = import_class(*components.index[name]).from_config(components.config(name))
     targets = find_target_layers(denoiser, args, args.lora_targets, ())
-    return any(isinstance(denoiser.get_submodule(target), torch.nn.Conv2d) for target in targets)
+    layer_ranks(denoiser, name, targets, args)
+    if not args.train_text_encoder:  # whose layers the patterns may mean, too
+        check_patterns(args, denoiser)
+    if is_shaped and names_layers:
+        kinds = {type(denoiser.get_submodule(target)) for target in targets}
+        try_optimizer(args, components.device, torch.nn.Conv2d in kinds)
 
 
 def limit_threads(components: Components, accelerator: Accelerator) -> None:

@@ -15,6 +15,7 @@ from lora_training.console import print_status, progress
 from lora_training.errors import UserError, one_line
 from lora_training.files import list_checkpoints, sha256_of, staging_folder
 from lora_training.optim.parts import averaged_weights
+from lora_training.training.run import layers_of_other_rank
 from lora_training.training.weights import write_weights
 
 if TYPE_CHECKING:
@@ -183,8 +184,11 @@ def identities(run: Run) -> dict[str, str]:
     sets = [f"{s.repeats}{s.trigger_word}{s.caption_dropout}{s.weight}" for s in run.args.sets]
     settings = run.scheduler.config.items()
     noise = sorted((name, str(value)) for name, value in settings if not name.startswith("_"))
+    names = [name for part in run.parts for name in part.parameters]
+    for part in run.lora_modules:
+        names += [f"{part}.{name}: {pair}" for name, pair in layers_of_other_rank(run, part).items()]
     return {
-        "targets": "|".join(name for part in run.parts for name in part.parameters),
+        "targets": "|".join(names),
         "data": identify_examples(run.data.examples) + "".join(sets),
         "class_images": identify_examples(run.data.class_examples),
         "base": "|".join([base.identity(run.family.denoiser), base.identity("vae"), str(noise)]),

@@ -43,13 +43,16 @@ KOHYA_SETTINGS = {  # kohya's name (without ss_): the flag that it stands for
 MAX_TAGS = 500  # of ss_tag_frequency
 
 
-def lora_metadata(run: Run, alpha: float, rank: int) -> dict[str, str]:
+def lora_metadata(run: Run, alpha: float, rank: int, has_several: bool = False) -> dict[str, str]:
     """What both files of a LoRA say of it: kohya's ss_ fields and SAI modelspec 1.0.0.
 
-    Other tools show LoRAs and sort them by these. alpha, rank: those of the file.
+    Other tools show LoRAs and sort them by these. alpha, rank: those of the file;
+    has_several: some of its layers have others.
     """
     config = run.components.config(run.family.denoiser)
     values = kohya_fields(run, alpha, rank) | dataset_fields(run) | modelspec_fields(run)
+    if has_several and not vars(run.args).get("conv_rank"):  # which has fields of its own
+        values |= {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
     values |= base_versions(run.family, config, run.components.config("scheduler"))
     return {name: str(value) for name, value in values.items() if value is not None}
 
@@ -62,7 +65,7 @@ def kohya_fields(run: Run, alpha: float, rank: int) -> dict[str, object]:
     values = {f"ss_{name}": vars(args).get(flag) for name, flag in KOHYA_SETTINGS.items()}
     return values | {
         "ss_network_module": "networks.lora" if is_lora else "lycoris.kohya",
-        "ss_network_args": None if is_lora else json.dumps({"algo": args.lora_type}),
+        "ss_network_args": json.dumps(network_args(args)) if network_args(args) else None,
         "ss_clip_skip": args.clip_skip + 1 if vars(args).get("clip_skip") else None,  # 1: no layer is skipped
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
@@ -72,6 +75,15 @@ def kohya_fields(run: Run, alpha: float, rank: int) -> dict[str, object]:
         "ss_resolution": image_size(run),
         "ss_max_train_steps": run.max_steps,
     }
+
+
+def network_args(args: argparse.Namespace) -> dict[str, str]:
+    """What kohya's scripts would have got as --network_args."""
+    values = {} if args.lora_type == "lora" else {"algo": args.lora_type}
+    conv_rank, conv_alpha = (vars(args).get(name) for name in ("conv_rank", "conv_alpha"))
+    if conv_rank:
+        values |= {"conv_dim": str(conv_rank), "conv_alpha": f"{conv_alpha or conv_rank:g}"}
+    return values
 
 
 def dataset_fields(run: Run) -> dict[str, object]:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lora_training.adapter_names import ADAPTER
 from lora_training.console import print_status
 from lora_training.errors import Interrupted
+from lora_training.lora.layer_ranks import differing_ranks
 from lora_training.training.summary import print_summary
 
 if TYPE_CHECKING:
@@ -83,6 +85,13 @@ class Run:
     def trains_text_at(self, step: int) -> bool:
         """Whether step `step` trains something that text embeddings depend on."""
         return any(part.name != "denoiser" and step < part.last_step for part in self.parts)
+
+
+def layers_of_other_rank(run: Run, part: str) -> dict[str, tuple[int, float]]:
+    """{layer: (rank, alpha)} of a part's layers whose LoRA has another pair than --rank and --lora_alpha."""
+    module = run.lora_modules[part]
+    layers = {ADAPTER.split(name)[0] for name, _ in module.named_parameters() if ADAPTER.search(name)}
+    return differing_ranks(module, part, sorted(layers), run.args)
 
 
 def on_main_process(run: Run, function: Callable, *arguments: object, uses_denoiser: bool = False) -> None:

@@ -24,8 +24,11 @@ from lora_training.lora.metadata import tensor_hashes
 from lora_training.optim.parts import averaged_weights
 from lora_training.tensors import read_safetensors
 from lora_training.training.lora_metadata import lora_metadata
+from lora_training.training.run import layers_of_other_rank
 
 if TYPE_CHECKING:
+    import argparse
+
     from lora_training.training.run import Run
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -70,17 +73,34 @@ def write_lora(run: Run, folder: Path, name: str, dtype: torch.dtype) -> None:
     states, alpha, rank = reference_free(states, run.initial_states, args)
     for component, state in states.items():
         states[component] = {key: value.to(dtype) for key, value in state.items()}
-    metadata = lora_metadata(run, alpha, rank)
+    growth = rank // args.rank, alpha / args.lora_alpha  # of what `reference_free` has made
+    differing = {
+        component: {
+            name: (own_rank * growth[0], own_alpha * growth[1])
+            for name, (own_rank, own_alpha) in layers_of_other_rank(run, component).items()
+        }
+        for component in states
+    }
+    metadata = lora_metadata(run, alpha, rank, any(differing.values()))
     write_diffusers_file(run, folder / DIFFUSERS_FILE, states, alpha, rank, metadata)
     config = run.components.config(family.denoiser)
     if args.use_dora and run.dora_norms is None:  # once, since it reads the base
         denoiser_folder = run.components.folder_of(family.denoiser)
         run.dora_norms = neighbours_norms(family, denoiser_folder, states[family.denoiser], config)
-    if args.use_rslora:
-        alpha *= math.sqrt(rank)  # kohya's scripts divide by the rank, rsLoRA by its root
-    tensors = kohya_state(family, states, alpha, config, run.dora_norms, alpha / rank)
+    alphas = {
+        component: {name: kohya_alpha(*pair, args) for name, pair in layers.items()}
+        for component, layers in differing.items()
+    }
+    alpha, scale = kohya_alpha(rank, alpha, args)
+    tensors = kohya_state(family, states, alpha, config, run.dora_norms, scale, alphas)
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     save_file(tensors, folder / f"{name}.safetensors", metadata=metadata | tensor_hashes(tensors))
+
+
+def kohya_alpha(rank: int, alpha: float, args: argparse.Namespace) -> tuple[float, float]:
+    """(alpha, scale) for kohya's scripts, which divide alpha by the rank; rsLoRA divides by its root."""
+    alpha *= math.sqrt(rank) if args.use_rslora else 1
+    return alpha, alpha / rank
 
 
 def write_diffusers_file(
@@ -92,7 +112,7 @@ def write_diffusers_file(
     """
     from diffusers.training_utils import _collate_lora_metadata
 
-    arguments = _collate_lora_metadata(run.lora_modules)  # without it alpha is lost
+    args, arguments = run.args, _collate_lora_metadata(run.lora_modules)  # without it alpha is lost
     for component, state in states.items():
         if component == run.family.denoiser:
             arguments[f"{component}_lora_layers"] = to_diffusers_keys(state, run.family.diffusers_spelling)
@@ -100,7 +120,9 @@ def write_diffusers_file(
             arguments[f"{component}_lora_layers"] = text_encoder_keys(state)
         adapter_config = arguments[f"{component}_lora_adapter_metadata"]
         if "lora_alpha" in adapter_config:
-            adapter_config |= {"lora_alpha": alpha, "r": rank, "init_lora_weights": True}
+            growth = {"rank_pattern": rank // args.rank, "alpha_pattern": alpha / args.lora_alpha}
+            patterns = {n: {k: v * g for k, v in adapter_config[n].items()} for n, g in growth.items()}
+            adapter_config |= {"lora_alpha": alpha, "r": rank, "init_lora_weights": True} | patterns
         for key, value in adapter_config.items():
             if isinstance(value, set):  # which JSON doesn't have
                 adapter_config[key] = sorted(value)

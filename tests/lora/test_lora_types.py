@@ -187,7 +187,7 @@ def test_a_run_starts_from_it(name, kind, trained, tmp_path, capsys):
     assert run_here(family, tmp_path / "other", *flags, folder / "mine.safetensors") == 0
     said = capsys.readouterr()
     assert "became LoRA of rank 64" in said.out
-    assert ("get rank 64 and alpha 64" in said.out) == (name == "sdxl")  # whose toy has layers of 48
+    assert ("rank 48 to 64, alpha / rank 1" in said.out) == (name == "sdxl")  # whose toy has layers of 48
     for more, message in {("--rank", 5): "--rank 5", ("--lora_dropout", 0.1): "--lora_dropout 0.1"}.items():
         assert run_here(family, tmp_path / "out", *flags, folder, *more) == 2
         assert f"{message}: --init_lora" in capsys.readouterr().err
