@@ -18,6 +18,7 @@ from lora_training.inference.adapters import load_adapter
 from lora_training.layer_patterns import LayerPatterns
 from lora_training.lora.adapters import add_denoiser_lora, add_lora, lora_state
 from lora_training.lora.formats import kohya_state
+from lora_training.lora.initial import rank_and_alpha
 from lora_training.lora.layer_ranks import layer_ranks
 from lora_training.lora.reading import read_lora
 from scripts.lora import inspect_lora, resize_lora
@@ -266,3 +267,19 @@ def test_transformers_have_no_convolutions_to_rank():
     assert arguments(script, "--conv_rank", "0").rank == 4
     with pytest.raises(UserError, match="--conv_rank: a transformer has no 3 x 3 convolutions"):
         arguments(script, "--conv_rank", "4")
+
+
+@pytest.mark.unit
+def test_a_start_from_rslora_keeps_its_scale():
+    """alpha / sqrt(rank) in its training; where all layers have one rank, alpha was taken as it is."""
+    state = {"x.lora_A.weight": torch.zeros(4, 8), "x.lora_B.weight": torch.zeros(8, 4)}
+    stated = {"unet.use_rslora": True, "unet.lora_alpha": 6, "unet.r": 4}
+    assert rank_and_alpha(state, "unet", "x", stated) == (4, 12)
+    patterns = {
+        "unet.rank_pattern": {"a|.*x": 3},
+        "unet.alpha_pattern": {"x": 5},
+        "unet.r": 4,
+        "unet.alpha": 6,
+    }
+    for name, pair in (("x", (3, 5)), ("y", (4, 6))):
+        assert rank_and_alpha({f"{name}.hada_w1_a": state["x.lora_A.weight"]}, "unet", name, patterns) == pair
