@@ -28,12 +28,14 @@ import math
 import re
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear, LoraLayer
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -98,14 +100,25 @@ class LoRALinear(Linear):
         cast_to_float32(self)
 
 
-def lora_config(rank: int, alpha: float | None, dropout: float, targets: str | None = None) -> LoraConfig:
-    """peft's configuration; targets: a pattern of full names. Errors: ValueError for impossible numbers."""
+def lora_config(
+    rank: int,
+    alpha: float | None,
+    dropout: float,
+    targets: str | None = None,
+    patterns: Mapping | None = None,
+) -> LoraConfig:
+    """peft's configuration; targets: a pattern of full names; patterns: peft's rank_pattern, alpha_pattern.
+
+    Errors: ValueError for impossible numbers.
+    """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank is a whole number from 1 on, not {rank!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is a share below 1, not {dropout!r}")
     alpha = rank if alpha is None else alpha
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    return LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, **(patterns or {})
+    )
 
 
 def cast_to_float32(model: torch.nn.Module) -> None:
@@ -170,11 +183,13 @@ def apply_lora_to_model(
     dropout: float = 0.0,
     target_modules: list[str] | None = None,
     adapter: str = ADAPTER,
+    patterns: Mapping | None = None,
 ) -> torch.nn.Module:
     """Freezes the model and adds a LoRA, in place; returns the model.
 
     alpha: the rank, if None. target_modules: as lora_targets takes them. adapter: its name, where a model
-    gets several; those that were on stay on, and are trained. Errors: ValueError.
+    gets several; those that were on stay on, and are trained. patterns: peft's {"rank_pattern": {layer:
+    rank}, "alpha_pattern": {layer: alpha}}, for layers that have others. Errors: ValueError.
     """
     present = adapters_of(model)
     if adapter in present:
@@ -185,7 +200,7 @@ def apply_lora_to_model(
     switched_on = [name for name in present if is_on(model, name)]
     # a list would match ends of names, too
     pattern = "|".join(map(re.escape, lora_targets(model, target_modules)))
-    config = lora_config(rank, alpha, dropout, pattern)
+    config = lora_config(rank, alpha, dropout, pattern, patterns)
     model.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there are several, which is meant
@@ -349,14 +364,18 @@ def lora_state(model: torch.nn.Module, adapter: str) -> dict[str, torch.Tensor]:
 
 
 def lora_settings(model: torch.nn.Module, adapter: str) -> dict[str, object]:
-    """An adapter's rank, alpha, dropout and layers, as files say them. Errors: ValueError if they differ."""
+    """An adapter's rank, alpha, dropout and layers, as files say them; those of most layers, and patterns."""
     layers = lora_layers(model, adapter)
-    ranks = {(layer.r[adapter], layer.lora_alpha[adapter]) for layer in layers.values()}
-    if len(ranks) > 1:
-        raise ValueError("layers of different rank or alpha, and a file has one of each: keep the state_dict")
-    rank, alpha = ranks.pop()
+    ranks = {name: layer.r[adapter] for name, layer in layers.items()}
+    alphas = {name: layer.lora_alpha[adapter] for name, layer in layers.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    patterns = {
+        "rank_pattern": {name: own for name, own in ranks.items() if own != rank},
+        "alpha_pattern": {name: own for name, own in alphas.items() if own != alpha},
+    }
     dropout = getattr(next(iter(layers.values())).lora_dropout[adapter], "p", 0.0)
-    return {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": sorted(layers)}
+    settings = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": sorted(layers)}
+    return settings | {key: pattern for key, pattern in patterns.items() if pattern}
 
 
 def save_models_lora(
@@ -440,8 +459,10 @@ def load_lora_into_models(models: torch.nn.Module | Mapping, file: str | Path, a
                 raise ValueError(f"{file}: {key} is {in_file} in the file and {in_model} in the model")
         for key, tensor in state.items():
             own[key].copy_(tensor)
-        for layer in lora_layers(model, adapter).values():
-            layer.lora_alpha[adapter] = settings.get("lora_alpha") or layer.lora_alpha[adapter]
+        alphas = settings.get("alpha_pattern") or {}
+        for layer_name, layer in lora_layers(model, adapter).items():
+            own = alphas.get(get_pattern_key(alphas, layer_name), settings.get("lora_alpha"))
+            layer.lora_alpha[adapter] = own or layer.lora_alpha[adapter]
             layer.set_scale(adapter, 1.0)
     return models
 
@@ -460,7 +481,8 @@ def apply_lora_of_file(
             raise ValueError(f"{file}: {type(model).__name__} has no layer {layer}")
     first = next((t for key, t in state.items() if ".lora_A." in f".{key}"), ())
     rank, alpha, dropout = (settings.get(key) for key in ("r", "lora_alpha", "lora_dropout"))
-    apply_lora_to_model(model, int(rank or len(first)), alpha, dropout or 0.0, layers, adapter)
+    patterns = {key: settings[key] for key in ("rank_pattern", "alpha_pattern") if settings.get(key)}
+    apply_lora_to_model(model, int(rank or len(first)), alpha, dropout or 0.0, layers, adapter, patterns)
 
 
 save_lora, load_lora = save_models_lora, load_lora_into_models

@@ -37,8 +37,7 @@ def find_target_layers(
 
     An entry of --lora_layers is a module's last part (`to_q`), a full name, or a block prefix (`mid_block`),
     which means the usual layers inside. --conv_rank adds the convolutions in the blocks that see more than
-    one pixel; what --lr_pattern sets to 0 is left out. idle: beginnings of names of layers whose output
-    nothing reads.
+    one pixel. idle: beginnings of names of layers whose output nothing reads.
     Errors: UserError for what matches nothing.
     """
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
@@ -67,7 +66,7 @@ def find_target_layers(
         targets |= {name for name in convolutions if name.startswith(inside)}
     if not targets:
         raise UserError("--lora_layers and --lora_blocks together match no layer")
-    return trained_layers(args.family.denoiser, sorted(targets), args)
+    return sorted(targets)
 
 
 def trained_layers(part: str, layers: list[str], args: argparse.Namespace, start: dict | None = None) -> list:

@@ -15,7 +15,7 @@ from lora_training.base_model.sources import resolve_base
 from lora_training.base_model.vae import latent_shape
 from lora_training.console import print_status
 from lora_training.errors import UserError
-from lora_training.lora.adapters import check_patterns, find_target_layers
+from lora_training.lora.adapters import check_patterns, find_target_layers, trained_layers
 from lora_training.lora.layer_ranks import layer_ranks
 from lora_training.memory.activations import save_activation_memory
 from lora_training.memory.checkpointing import compile_blocks, enable_checkpointing
@@ -70,7 +70,7 @@ def check_layers(components: Components, args: argparse.Namespace) -> None:
     name = components.family.denoiser
     with reading_base(name), torch.device("meta"):
         denoiser = import_class(*components.index[name]).from_config(components.config(name))
-    targets = find_target_layers(denoiser, args, args.lora_targets, ())
+    targets = trained_layers(name, find_target_layers(denoiser, args, args.lora_targets, ()), args)
     layer_ranks(denoiser, name, targets, args)
     if not args.train_text_encoder:  # whose layers the patterns may mean, too
         check_patterns(args, denoiser)

@@ -31,7 +31,7 @@ import torch
 
 from lora_training.base_model.reading import import_class
 from lora_training.base_model.released_models import OTHER_PARTS, released_denoiser
-from lora_training.lora.adapters import add_lora, find_target_layers
+from lora_training.lora.adapters import add_lora, find_target_layers, trained_layers
 from lora_training.memory.activations import save_activation_memory
 from lora_training.memory.checkpointing import repeated_blocks
 from lora_training.memory.counting import PeakMemory, counted_attention, saved_bytes
@@ -149,7 +149,8 @@ def add_trained_lora(
     """Adds the LoRA that the flags say to the denoiser; returns the number of its parameters."""
     if args.train_transformer_frac > 0:
         idle = idle_layers(args.family.denoiser, denoiser.config, args)
-        add_lora(denoiser, find_target_layers(denoiser, args, lora_targets, idle), args)
+        layers = find_target_layers(denoiser, args, lora_targets, idle)
+        add_lora(denoiser, trained_layers(args.family.denoiser, layers, args), args)
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     for parameter in trained:  # the layers work with a bf16 shadow of the LoRA
         parameter.data = parameter.data.to(torch.bfloat16)

@@ -12,6 +12,7 @@ from conftest import FAMILIES, ROOT, SAMPLE, load_script, run_here
 from safetensors.torch import load_file
 from toy_parts import arguments, components_of
 
+import lora
 from lora_training.errors import UserError
 from lora_training.families import FLUX
 from lora_training.inference.adapters import load_adapter
@@ -85,6 +86,11 @@ def test_every_tool_gets_each_layers_rank_and_alpha(trained):
         kinds.add(layer.down.shape[2:])
         assert not name.startswith("down_blocks.1.attentions.0.")  # its rate is 0
     assert kinds == {(), (3, 3)} and all(len(list(read[0])) == len(updates) for updates in in_pipeline)
+    unet = lora.load_lora(components_of(load_script("train_lora_sdxl.py")).denoiser(), files[0])
+    for name, layer in lora.lora_layers(unet).items():
+        assert torch.allclose(
+            layer.get_delta_weight("default"), read[0].layers["unet"][name].delta(), atol=1e-6
+        )
     raw = load_file(files[1])
     key = "lora_unet_input_blocks_1_0_in_layers_2"
     assert raw[f"{key}.lora_down.weight"].shape[2:] == (3, 3) and raw[f"{key}.lora_up.weight"].dim() == 4

@@ -299,9 +299,17 @@ def test_layers_that_are_built_by_hand_are_saved_and_loaded(tmp_path):
     plain = nn.Sequential(*(copy.deepcopy(getattr(m, "base_layer", m)) for m in model))
     x, file = torch.randn(3, 4), lora.save_lora(model, tmp_path / "x.safetensors")
     assert torch.allclose(lora.load_lora(plain, file)(x), model(x), atol=1e-5)
-    mixed = nn.Sequential(lora.LoRALinear(4, 4, rank=2), lora.LoRALinear(4, 4, rank=3))
-    with pytest.raises(ValueError, match="layers of different rank or alpha"):
-        lora.save_lora(mixed, file)
+
+
+def test_layers_of_several_ranks_and_alphas_are_saved_and_loaded(tmp_path):
+    """A file had one of each, so that such a model could not be saved, and a training's not loaded."""
+    layers = [lora.LoRALinear(4, 4, rank=rank, alpha=alpha) for rank, alpha in ((2, 2), (3, 6), (2, 1))]
+    mixed, x = nn.Sequential(*layers), torch.randn(3, 4)
+    for parameter in lora.get_lora_parameters(mixed):
+        parameter.data.normal_()
+    plain = nn.Sequential(*(copy.deepcopy(m.base_layer) for m in mixed))
+    lora.load_lora(plain, lora.save_lora(mixed, tmp_path / "x.safetensors"))
+    assert torch.allclose(plain(x), mixed(x), atol=1e-5)
 
 
 def unet():
