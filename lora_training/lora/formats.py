@@ -109,7 +109,8 @@ def split_by_module(
             kind == "lora_magnitude_vector"
         ):  # a column, as ComfyUI multiplies it; of convolutions (out, 1, 1, 1)
             value = value.reshape(-1, *[1] * max(1, value.dim() - 1))
-        tensors = modules.setdefault(name, {"alpha": torch.tensor(float(differing.get(name, (alpha,))[0]))})
+        own_alpha = float(differing.get(name, (alpha, scale))[0])
+        tensors = modules.setdefault(name, {"alpha": torch.tensor(own_alpha, device="cpu")})
         tensors[KOHYA_KINDS.get(kind, kind)] = value
     for name, tensors in modules.items():
         if {"lokr_w1", "lokr_w2"} <= tensors.keys():

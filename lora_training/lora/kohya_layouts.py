@@ -211,7 +211,7 @@ def fuse_projections(parts: list[dict | None], heights: list[int]) -> dict:
     same_scale = all(torch.isclose(scale, scales[0]) for scale in scales)
     rank = sum(p["lora_down.weight"].shape[0] for p in there)
     dtype = there[0]["lora_up.weight"].dtype if same_scale else torch.float32  # another scale isn't rounded
-    up, row, column = torch.zeros(sum(heights), rank, dtype=dtype), 0, 0
+    up, row, column = there[0]["lora_up.weight"].new_zeros(sum(heights), rank, dtype=dtype), 0, 0
     for part, height in zip(parts, heights, strict=True):
         number = next((number for number, p in enumerate(there) if p is part), None)
         if number is not None:

@@ -213,8 +213,8 @@ IN_THE_LIBRARY = (
      "sorted(checkpoints)", "test_only_our_checkpoints_count"),
     # exports, metadata
     ("alpha of 1 in kohya's file", "lora/formats.py", "exports",
-     "torch.tensor(float(alpha))",
-     "torch.tensor(1.0)", "test_kohya_keys_carry_each_alpha"),
+     "torch.tensor(own_alpha",
+     "torch.tensor(1.0", "test_kohya_keys_carry_each_alpha"),
     ("start added twice", "lora/formats.py", "exports",
      "torch.cat([value, -start], dim=1)",
      "torch.cat([value, start], dim=1)", "test_starts_that_change_the_base_are_taken_out"),
