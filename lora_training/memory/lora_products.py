@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from lora_training.memory.factored_products import FactoredLayer, can_be_factored, is_pointwise
 from lora_training.memory.frozen_linear import (
     input_gradient,
     linear_product,
@@ -111,10 +112,13 @@ class LoraProducts(torch.autograd.Function):
 
 def fuse_lora(module) -> None:
     """Gives a module's LoRA layers the forward of LoraGroup; those of one attention with the same input
-    become one group.
+    become one group; a LoHa's or LoKr's layers that of FactoredLayer.
 
     To be called when the part's buffers are there. Layers that `can_be_fused` refuses are computed by peft.
     """
+    for layer in module.modules():
+        if can_be_factored(layer):
+            FactoredLayer(layer)
     for parent in module.modules():
         layers = {name: layer for name, layer in parent.named_children() if can_be_fused(layer)}
         is_cross_attention = getattr(parent, "is_cross_attention", False)
@@ -136,11 +140,8 @@ def can_be_fused(layer) -> bool:
 
     if type(layer) not in (Linear, Conv2d) or list(layer.lora_A) != ["default"] or layer.lora_variant:
         return False
-    base = layer.base_layer
-    if not isinstance(base, torch.nn.Linear):
-        shape = (base.kernel_size, base.stride, base.padding, base.groups)
-        if shape != ((1, 1), (1, 1), (0, 0), 1):
-            return False
+    if not is_pointwise(layer.base_layer):
+        return False
     return type(layer.lora_dropout["default"]) is torch.nn.Identity and not layer.lora_bias["default"]
 
 
