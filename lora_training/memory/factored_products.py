@@ -40,15 +40,23 @@ class FactoredLayer:
         return output.permute(0, 3, 1, 2).contiguous(memory_format=layout)
 
 
-def loha_matrices(scale: float, a1, b1, a2, b2) -> tuple[torch.Tensor, torch.Tensor]:
-    """(down (r^2, K), up (N, r^2)) of a LoHa, `scale` included."""
-    down = (b1[:, None] * b2[None]).flatten(0, 1)
-    return down, ((a1 * scale)[:, :, None] * a2[:, None]).flatten(1)
+def loha_matrices(a1, b1, a2, b2) -> tuple[torch.Tensor, torch.Tensor]:
+    """(down (r^2, K), up (N, r^2)) of a LoHa."""
+    # as products of matrices, so that the gradients are such, too
+    down, up = (
+        torch.bmm(first[:, :, None], second[:, None]) for first, second in ((b1.t(), b2.t()), (a1, a2))
+    )
+    return down.flatten(1).t(), up.flatten(1)
 
 
-def lokr_matrices(scale: float, w1, a, b) -> tuple[torch.Tensor, torch.Tensor]:
+def lokr_matrices(w1, a, b) -> tuple[torch.Tensor, torch.Tensor]:
     """(down (r, n), which multiplies each of m pieces of the input, up (N, m r)) of a LoKr with w2 = a b."""
-    return b, torch.kron(w1 * scale, a)
+    return b, torch.kron(w1, a)
+
+
+def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """a b times `scale`, in one operation."""
+    return a.new_empty(len(a), b.shape[1]).addmm_(a, b, beta=0, alpha=scale)
 
 
 class LowRankProduct(torch.autograd.Function):
@@ -56,11 +64,11 @@ class LowRankProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, layer, *factors):
-        down, up = layer.matrices(layer.scale, *factors)
+        down, up = layer.matrices(*factors)
         hidden = torch.mm(x.reshape(-1, down.shape[1]), down.t()).view(len(x), -1)
         output = linear_product(layer.base, x)
         if layer.base not in skipped_layers:
-            output.addmm_(hidden, up.t())
+            output.addmm_(hidden, up.t(), alpha=layer.scale)
         ctx.layer = layer
         ctx.save_for_backward(x, hidden, *factors)
         return output
@@ -69,15 +77,16 @@ class LowRankProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         x, hidden, *factors = ctx.saved_tensors
+        base, scale = ctx.layer.base, ctx.layer.scale
         with torch.enable_grad():
             factors = [factor.detach().requires_grad_() for factor in factors]
-            down, up = ctx.layer.matrices(ctx.layer.scale, *factors)
+            down, up = ctx.layer.matrices(*factors)
         pieces = x.reshape(-1, down.shape[1])  # (M m, n)
-        hidden_gradient = torch.mm(gradient, up).view(-1, len(down))
-        gradients = torch.mm(hidden_gradient.t(), pieces), torch.mm(gradient.t(), hidden)
+        hidden_gradient = scaled_product(gradient, up, scale).view(-1, len(down))
+        gradients = torch.mm(pieces.t(), hidden_gradient).t(), scaled_product(gradient.t(), hidden, scale)
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = input_gradient(ctx.layer.base, gradient).contiguous()
+            x_gradient = input_gradient(base, gradient).contiguous()
             x_gradient.view(pieces.shape).addmm_(hidden_gradient, down)
         return x_gradient, None, *torch.autograd.grad((down, up), factors, gradients)
 
@@ -101,15 +110,15 @@ class KroneckerProduct(torch.autograd.Function):
         x, w1, w2 = ctx.saved_tensors
         scale, gradient = ctx.layer.scale, gradient.contiguous()
         pieces, rows = gradient.view(-1, len(w2)), mix_pieces(x, w1, w2).flatten(0, 1)  # (M l, k), (M l, n)
-        w2_gradient = torch.mm((pieces * scale).t() if scale != 1 else pieces.t(), rows).view_as(w2)
-        mixed_gradient = torch.mm(pieces, w2.flatten(1)).view(len(x), len(w1), -1)  # (M, l, n)
+        w2_gradient = scaled_product(pieces.t(), rows, scale).view_as(w2)
+        mixed_gradient = scaled_product(pieces, w2.flatten(1), scale).view(len(x), len(w1), -1)  # (M, l, n)
         x_pieces = x.reshape(len(x), w1.shape[1], -1)
-        w1_gradient = torch.bmm(mixed_gradient, x_pieces.mT).sum(0).mul_(scale)
+        w1_gradient = torch.bmm(mixed_gradient, x_pieces.mT).sum(0)
         x_gradient = None
         if ctx.needs_input_grad[0]:
             x_gradient = input_gradient(ctx.layer.base, gradient).contiguous()
             each = w1.t().expand(len(x), -1, -1)
-            x_gradient.view(x_pieces.shape).baddbmm_(each, mixed_gradient, alpha=scale)
+            x_gradient.view(x_pieces.shape).baddbmm_(each, mixed_gradient)
         return x_gradient, None, w1_gradient, w2_gradient
 
 
