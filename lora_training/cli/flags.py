@@ -170,8 +170,7 @@ def add_lora_flags(add, lora_targets: tuple[str, ...]) -> None:
     add("--alpha_pattern", type=by_layer(positive), nargs="+", metavar="PATTERN=ALPHA",
         help="their alphas (default: --lora_alpha, or where that isn't given each layer's rank)")
     add("--lora_type", choices=[*LORA_TYPES], default="lora",
-        help="loha, lokr: products of Hadamard or Kronecker; a step makes each layer's update whole, as "
-             "large as its weight (lora)")
+        help="loha, lokr: products of Hadamard or Kronecker (lora)")
     add("--lokr_factor", type=int, default=-1,
         help="size of LoKr's smaller factor, 4 to 16 are usual: the larger, the fewer weights (-1: near the "
              "root)")

@@ -128,6 +128,13 @@ def mix_pieces(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> torch.Ten
     return torch.bmm(w1.expand(len(x), -1, -1), pieces)
 
 
+def factor_layers(module: torch.nn.Module) -> None:
+    """Gives a module's LoHa and LoKr layers the forward of FactoredLayer, where that costs less."""
+    for layer in module.modules():
+        if can_be_factored(layer):
+            FactoredLayer(layer)
+
+
 def factor_names(layer: torch.nn.Module) -> tuple[str, ...]:
     """The factors of a LoHa or LoKr layer of peft that FactoredLayer computes with; () for other layers."""
     from peft.tuners import loha, lokr

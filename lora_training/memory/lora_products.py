@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from lora_training.memory.factored_products import FactoredLayer, can_be_factored, is_pointwise
+from lora_training.memory.factored_products import factor_layers, is_pointwise
 from lora_training.memory.frozen_linear import (
     input_gradient,
     linear_product,
@@ -116,9 +116,7 @@ def fuse_lora(module) -> None:
 
     To be called when the part's buffers are there. Layers that `can_be_fused` refuses are computed by peft.
     """
-    for layer in module.modules():
-        if can_be_factored(layer):
-            FactoredLayer(layer)
+    factor_layers(module)
     for parent in module.modules():
         layers = {name: layer for name, layer in parent.named_children() if can_be_fused(layer)}
         is_cross_attention = getattr(parent, "is_cross_attention", False)

@@ -35,6 +35,7 @@ from lora_training.lora.adapters import add_lora, find_target_layers, trained_la
 from lora_training.memory.activations import save_activation_memory
 from lora_training.memory.checkpointing import repeated_blocks
 from lora_training.memory.counting import PeakMemory, counted_attention, saved_bytes
+from lora_training.memory.factored_products import factor_layers
 
 if TYPE_CHECKING:
     import argparse
@@ -154,6 +155,8 @@ def add_trained_lora(
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     for parameter in trained:  # the layers work with a bf16 shadow of the LoRA
         parameter.data = parameter.data.to(torch.bfloat16)
+    if not args.compile:
+        factor_layers(denoiser)
     return sum(p.numel() for p in trained)
 
 
