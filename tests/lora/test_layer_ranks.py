@@ -24,6 +24,7 @@ from lora_training.lora.layer_ranks import layer_ranks
 from lora_training.lora.reading import read_lora
 from scripts.lora import inspect_lora, resize_lora
 
+PARTS = ("unet", "text_encoder", "text_encoder_2")
 LORA = "pytorch_lora_weights.safetensors"
 PATTERNS = ("--rank", 4, "--rank_pattern", "mid_block=8 attn2.to_[kv]=2", "text_encoder_2=3")
 PATTERNS += ("--alpha_pattern", "mid_block=2", "--conv_rank", 3, "--conv_alpha", 1.5)
@@ -53,18 +54,18 @@ def expected_pair(part: str, name: str) -> tuple[int, float]:
     return 4, 4.0
 
 
-def updates_in_pipeline(file) -> dict[tuple[str, str], torch.Tensor]:
+def updates_in_pipeline(file, base, parts) -> dict[tuple[str, str], torch.Tensor]:
     """{(part, layer): the change of its weight} as infer_lora.py draws with a file.
 
     diffusers' own loader gives one alpha to all of the attention's layers of a file of kohya's scripts.
     """
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(FAMILIES["sdxl"].base)
-    load_adapter(pipeline, file, "x", FAMILIES["sdxl"].base)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(base)
+    load_adapter(pipeline, file, "x", base)
     return {
         (part, name.removeprefix("text_model.")): layer.get_delta_weight("x").detach()
-        for part in ("unet", "text_encoder", "text_encoder_2")
+        for part in parts
         for name, layer in getattr(pipeline, part).named_modules()
-        if hasattr(layer, "get_delta_weight") and "x" in layer.lora_A
+        if hasattr(layer, "get_delta_weight") and "x" in layer.scaling
     }
 
 
@@ -74,7 +75,7 @@ def test_every_tool_gets_each_layers_rank_and_alpha(trained):
     """Both files, as the tools read them and as infer_lora.py draws with them; kohya's has 3 x 3 kernels."""
     files = (trained / LORA, trained / "mine.safetensors")
     read = [read_lora(file, "sdxl", FAMILIES["sdxl"].base) for file in files]
-    in_pipeline = [updates_in_pipeline(file) for file in files]
+    in_pipeline = [updates_in_pipeline(file, FAMILIES["sdxl"].base, PARTS) for file in files]
     kinds = set()
     for part, name, layer in read[0]:
         twin = read[1].layers[part][name]
@@ -170,6 +171,35 @@ def test_each_kind_takes_ranks_by_layer(flags):
         scale = alpha / (rank**0.5 if args.use_rslora else rank)
         assert layer.scaling["default"] == pytest.approx(scale)
         assert layer.r["default"] == rank
+
+
+@pytest.mark.run
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--use_dora", "--use_rslora", "--conv_rank", "3"),
+        ("--init_lora_weights", "pissa", "--use_rslora"),
+        ("--lora_type", "loha", "--use_rslora", "--conv_rank", "3"),
+        ("--lora_type", "lokr", "--lokr_factor", "4", "--alpha_pattern", "attn1=3"),
+    ],
+    ids=" ".join,
+)
+def test_both_files_of_each_kind_say_what_is_drawn(flags, tmp_path):
+    """diffusers' and kohya's, whose alphas are those of each layer; and the base with it merged in."""
+    family, output = FAMILIES["sd15"], tmp_path / "mine"
+    more = ("-d", SAMPLE, "--max_train_steps", 2, "--learning_rate", 1e-2, "--upcast_before_saving")
+    more += ("--rank", 4, "--lora_alpha", 6, "--rank_pattern", "to_k=2 mid_block=5", *flags)
+    assert run_here(family, output, *more) == 0
+    files = (output / LORA, output / "mine.safetensors")
+    layers, twins = (read_lora(file, "sd15", family.base).layers["unet"] for file in files)
+    assert layers.keys() == twins.keys()
+    updates = updates_in_pipeline(files[0], family.base, ("unet",))
+    for name, layer in layers.items():
+        assert torch.allclose(layer.delta(), twins[name].delta(), atol=1e-6), name
+        assert torch.allclose(updates["unet", name], layer.delta(), atol=1e-5), name
+        if layer.magnitude is not None:
+            assert torch.equal(layer.magnitude, twins[name].magnitude)
+    assert max(layer.delta().abs().max() for layer in layers.values()) > 1e-3
 
 
 @pytest.mark.unit

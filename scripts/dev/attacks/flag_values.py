@@ -84,7 +84,7 @@ BY_NAME = {
     "lora_layers": (("to_q", "to_k to_v", "attn"), ("x", "(", "*", "down_blocks.0", "transformer_blocks.0",
         "to_q to_q", ".", "conv_in", "norm1")),
     "lora_blocks": (("0", "0 1"), ("99", "-1", "x", "0 0", "down_blocks.0", "1.5", "single_0")),
-    "rank_pattern": (("to_k=2", "attn=8 .*=3"), ("x=2", "to_k=0", "to_k", "to_(=2", "=4", "to_k=2=3", "to_k=x")),
+    "rank_pattern": (("to_k=2", "attn=8 .*=3"), ("x=2", "to_k=0", "to_k", "to_(=2", "=4", "to_k=x")),
     "alpha_pattern": (("to_k=2", ".*=0.5"), ("x=2", "to_k=0", "to_k=inf", "to_k=nan", "*=1")),
     "lr_pattern": (("to_k=0.5", "to_q=0"), (".*=0", "x=0", "to_k=-1", "to_k=1e9", "text_encoder=0")),
     "conv_rank": (("2",), ("0", "-1", "300")),
