@@ -218,7 +218,7 @@ def add_optimizer_flags(add) -> None:
     add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
     add("--use_prodigy", action="store_true", help="the same as --optimizer prodigy")
     add("--learning_rate", type=rate,
-        help="of the denoiser, and of text encoders unless they have their own (1e-4; 1 for prodigy)")
+        help="of the denoiser, and of text encoders unless they have their own (1e-4; 1 for prodigy, 3e-5 for lion8bit)")
     add("--scale_lr", action="store_true", help="multiply it by processes, batch size and accumulation steps")
     add("--lr_scheduler", default="constant", choices=SCHEDULES,
         help="course of the learning rate after the warm-up (constant)")

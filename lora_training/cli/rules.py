@@ -273,8 +273,12 @@ LOSS_AND_OPTIMIZER_RULES = (
               "with --optimizer_args relative_step=True, which makes its own rate"),
     no_effect("loraplus_lr_ratio", lambda a: optimizer_of(a) in ONE_RATE_OPTIMIZERS,
               "with --optimizer {a.optimizer}: it takes one rate for all"),
-    no_effect("adam_beta1 adam_beta2 adam_epsilon", lambda a: "." in a.optimizer,
+    no_effect("adam_beta1 adam_beta2 adam_epsilon",
+              lambda a: "." in a.optimizer or a.optimizer in ("muon", "lion8bit", "came"),
               "with --optimizer {a.optimizer}: give its own with --optimizer_args"),
+    rule("use_dora", lambda a: a.optimizer == "muon",
+         "{flag} can't be combined with --optimizer muon, which trains matrices: DoRA's magnitudes are"
+         " vectors"),
     no_effect("adam_beta1 adam_beta2 adam_epsilon", lambda a: a.optimizer == "adafactor",
               "with --optimizer adafactor"),
     always(lambda a: a.lr_scheduler == "polynomial" and min(a.learning_rate, a.text_encoder_lr or 1) <= 1e-7,

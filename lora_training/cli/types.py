@@ -46,7 +46,10 @@ def count_or_off(text: str) -> int | None:
 
 count_or_off.__name__ = natural.__name__
 
-OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree")
+OPTIMIZERS = (
+    *("adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree"),
+    *("muon", "lion8bit", "ademamix8bit", "came"),
+)
 
 
 def optimizer_name(text: str) -> str:
