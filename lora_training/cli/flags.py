@@ -197,9 +197,11 @@ def add_text_encoders_flags(add) -> None:
 
 
 def add_loss_flags(add) -> None:
-    add("--loss_type", choices=["l2", "huber"], default="l2",
-        help="squared error, or Huber's, on which outliers weigh less (l2)")
-    add("--huber_c", type=amount, default=0.1, help="where huber turns from square to linear (0.1)")
+    add("--loss_type", choices=["l2", "huber", "smooth_l1"], default="l2",
+        help="squared error, or Huber's, on which outliers weigh less; smooth_l1 is huber / c (l2)")
+    add("--huber_c", type=amount, default=0.1, help="where both turn from square to linear (0.1)")
+    add("--huber_schedule", choices=["constant", "exponential", "snr"], default="constant",
+        help="the same c everywhere, or from 1 at no noise down to --huber_c (constant)")
     add("--masked_loss", type=path, metavar="WHERE",
         help='train on what masks show in white: "alpha" (the picture\'s own), a folder, or the end of their '
              'names, as in --masked_loss=-mask')
@@ -218,7 +220,8 @@ def add_optimizer_flags(add) -> None:
     add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
     add("--use_prodigy", action="store_true", help="the same as --optimizer prodigy")
     add("--learning_rate", type=rate,
-        help="of the denoiser, and of text encoders unless they have their own (1e-4; 1 for prodigy, 3e-5 for lion8bit)")
+        help="of the denoiser, and of text encoders unless they have their own (1e-4; prodigy: 1, lion8bit: "
+             "3e-5)")
     add("--scale_lr", action="store_true", help="multiply it by processes, batch size and accumulation steps")
     add("--lr_scheduler", default="constant", choices=SCHEDULES,
         help="course of the learning rate after the warm-up (constant)")

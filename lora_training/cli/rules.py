@@ -254,7 +254,14 @@ LORA_RULES = (
          " unchanged base"),
 )
 LOSS_AND_OPTIMIZER_RULES = (
-    no_effect("huber_c", lambda a: a.loss_type != "huber", "without --loss_type huber"),
+    no_effect("huber_c huber_schedule", lambda a: a.loss_type == "l2",
+              "without --loss_type huber or smooth_l1"),
+    always(lambda a: a.loss_type != "l2" and a.huber_c == 0,
+           "--huber_c 0 leaves --loss_type {a.loss_type} no square around 0: give a number above 0"),
+    rule("debiased_estimation", lambda a: a.snr_gamma,
+         "{flag} and --snr_gamma both weigh the loss by the SNR: give one"),
+    rule("huber_schedule", lambda a: a.huber_schedule == "snr" and a.family.predicts_flow,
+         "{flag} snr is for families that predict noise: use exponential"),
     without("masked_loss", "unmasked_weight"),
     rule("masked_loss", no_mask_source,
          "{flag} {a.masked_loss}: neither alpha, nor a folder, nor an end of names that begins with - or _"),

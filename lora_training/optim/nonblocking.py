@@ -8,7 +8,7 @@ import torch
 
 
 def nonblocking_8bit(base: type) -> type:
-    """An optimizer of bitsandbytes without its wait for the GPU after each parameter; paged memory needs it."""
+    """bitsandbytes' optimizers without their wait for the GPU after each parameter; paged memory needs it."""
 
     class Nonblocking8bit(base):
         @torch.no_grad()
