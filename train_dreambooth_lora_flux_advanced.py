@@ -202,9 +202,8 @@ def compute_loss(
     model_pred = base_model.unpack_latents(model_pred, height, width)
     target = noise - latents  # dz_t / dt
     weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas)
-    return (weighting.float() * elementwise_loss(model_pred, target, batch, scheduler, args)).mean(
-        dim=(1, 2, 3)
-    )
+    loss = elementwise_loss(model_pred, target, batch, scheduler, args)
+    return (weighting.float() * loss).mean(dim=(1, 2, 3))
 
 
 def position_ids(height: int, width: int, device):

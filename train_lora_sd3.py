@@ -193,9 +193,8 @@ def compute_loss(
     if args.precondition_outputs:  # as x_0 = z_t - t v, section 5 of EDM applied to the flow
         model_pred, target = noisy_latents - sigmas * model_pred, latents
     weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas)
-    return (weighting.float() * elementwise_loss(model_pred, target, batch, scheduler, args)).mean(
-        dim=(1, 2, 3)
-    )
+    loss = elementwise_loss(model_pred, target, batch, scheduler, args)
+    return (weighting.float() * loss).mean(dim=(1, 2, 3))
 
 
 # ---- prompts and their embeddings --------------------------------------------------------------------------

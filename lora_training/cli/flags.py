@@ -221,7 +221,7 @@ def add_optimizer_flags(add) -> None:
     add("--use_prodigy", action="store_true", help="the same as --optimizer prodigy")
     add("--learning_rate", type=rate,
         help="of the denoiser, and of text encoders unless they have their own (1e-4; prodigy: 1, lion8bit: "
-             "3e-5)")
+             "3e-5, came: 1e-5)")
     add("--scale_lr", action="store_true", help="multiply it by processes, batch size and accumulation steps")
     add("--lr_scheduler", default="constant", choices=SCHEDULES,
         help="course of the learning rate after the warm-up (constant)")
