@@ -92,6 +92,8 @@ def add_family_args(add) -> None:
         help="use the text encoder's output so many layers before the last (default: 0)")
     add("--max_token_length", type=int, choices=[75, 150, 225], default=75,
         help="tokens read of a caption (75)")
+    add("--prompt_weighting", action="store_true",
+        help="read (word), (word:1.3), [word] and BREAK in captions and prompts as the WebUIs do")
     add("--snr_gamma", type=cli.amount, help="min-SNR weighting, 5 is usual (default: off)")
     add("--prediction_type", choices=["epsilon", "v_prediction"],
         help="what the base predicts: noise or velocity (default: the scheduler's)")
@@ -173,12 +175,12 @@ def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: 
     Differentiable in the text encoder.
     """
     chunks = args.max_token_length // 75
-    ids = text.chunk_ids(tokenizer, prompts, chunks).to(text_encoder.device)
-    output = text_encoder(ids, output_hidden_states=True)
+    ids, weights = text.chunk_ids(tokenizer, prompts, chunks, args.prompt_weighting)
+    output = text_encoder(ids.to(text_encoder.device), output_hidden_states=True)
     hidden = output.last_hidden_state
     if args.clip_skip is not None:
         hidden = text_encoder.final_layer_norm(output.hidden_states[-(args.clip_skip + 1)])
-    return {"hidden": text.join_chunks(hidden, chunks)}
+    return {"hidden": text.join_chunks(text.weigh(hidden, weights), chunks)}
 
 
 def join_embeds(encoded: dict[str, dict], args: argparse.Namespace, config: dict) -> dict:

@@ -87,6 +87,7 @@ FOREIGN_FLAGS = {  # of other families: accepted while they are off, else an err
     "input_perturbation": "rectified flow has none",
     "noise_offset": "rectified flow has none",
     "debiased_estimation": "rectified flow has none",
+    "prompt_weighting": "T5 was not made for it; brackets are text here, as in the WebUIs' own T5 by default",
     "prediction_type": "rectified flow has none",
     "clip_skip": "this family's pooled vectors and T5 come from the last layers",
 }

@@ -94,6 +94,8 @@ def add_family_args(add) -> None:
         help="use the text encoders' outputs so many layers before the usual (default: 0)")
     add("--max_token_length", type=int, choices=[75, 150, 225], default=75,
         help="tokens read of a caption (75)")
+    add("--prompt_weighting", action="store_true",
+        help="read (word), (word:1.3), [word] and BREAK in captions and prompts as the WebUIs do")
     add("--snr_gamma", type=cli.amount, help="min-SNR weighting, 5 is usual (default: off)")
     add("--prediction_type", choices=["epsilon", "v_prediction"],
         help="what the base predicts: noise or velocity (default: the scheduler's)")
@@ -186,9 +188,10 @@ def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: 
     The second encoder adds its projection, "pooled" (B, P). Differentiable in the text encoder.
     """
     chunks = args.max_token_length // 75
-    ids = text.chunk_ids(tokenizer, prompts, chunks).to(text_encoder.device)
-    output = text_encoder(ids, output_hidden_states=True)
-    encoded = {"hidden": text.join_chunks(output.hidden_states[-2 - (args.clip_skip or 0)], chunks)}
+    ids, weights = text.chunk_ids(tokenizer, prompts, chunks, args.prompt_weighting)
+    output = text_encoder(ids.to(text_encoder.device), output_hidden_states=True)
+    hidden = text.weigh(output.hidden_states[-2 - (args.clip_skip or 0)], weights)
+    encoded = {"hidden": text.join_chunks(hidden, chunks)}
     if key == "clip_g":
         encoded["pooled"] = output.text_embeds[::chunks]
     return encoded

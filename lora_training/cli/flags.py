@@ -106,6 +106,8 @@ def add_data_flags(add) -> None:
         help="the first so many tags, or those before a |||, are neither shuffled nor dropped (0)")
     add("--caption_per_line", action="store_true",
         help="each line of a .txt is a caption, one of which is drawn each time")
+    add("--caption_wildcards", action="store_true",
+        help="{red|blue} in a caption is one of the two each time")
     add("--caption_extension", metavar="END",
         help="how the names of caption files end, such as .tags (default: .txt, else .caption)")
     add("--validation_split", type=share, default=0.0,
