@@ -165,6 +165,15 @@ def test_a_machine_without_the_kernels_is_told(recipe, monkeypatch, name):
         try_kernels(args, CPU)
 
 
+@pytest.mark.parametrize("name", ["lion8bit", "ademamix8bit"])
+def test_a_step_in_8_bits_does_not_wait_for_each_parameter(recipe, monkeypatch, name):
+    monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", lambda *_: pytest.fail("it waited"))
+    part = make_part(recipe, name)
+    part.gradients.fill_(1.0)
+    part.step()
+    assert not torch.equal(part.weights.detach(), part.initial)
+
+
 @pytest.mark.resume
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_goes_on_where_it_was_broken_off(tmp_path, pictures, name):

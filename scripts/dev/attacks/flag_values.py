@@ -38,7 +38,7 @@ BUNDLES = (  # that go together, so that a run gets far
     ("--loss_type", "smooth_l1", "--huber_schedule", "exponential"), ("--debiased_estimation",),
     ("--aspect_ratio_buckets", "auto"),
     ("--color_jitter",), ("--random_rotation",), ("--shuffle_tags", "--keep_tokens", "1"),
-    ("--tag_dropout", "0.3"),
+    ("--tag_dropout", "0.3"), ("--prompt_weighting", "--shuffle_tags"), ("--caption_wildcards",),
     ("--validation_split", "0.3", "--keep_best"), ("--optimizer", "prodigy", "--learning_rate", "1"),
     ("--optimizer", "schedulefree"), ("--optimizer", "adafactor"), ("--use_8bit_adam",),
     ("--optimizer", "muon"), ("--optimizer", "lion8bit"), ("--optimizer", "ademamix8bit"),
