@@ -15,9 +15,8 @@
 From a folder with pictures and captions (`metadata.jsonl`, `metadata.csv`, or a `.txt` beside each picture):
 
     accelerate launch train_lora_sdxl.py -m stabilityai/stable-diffusion-xl-base-1.0 \\
-        --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --train_data_dir my_pictures \\
-        --trigger_word sks --resolution 1280 720 --mixed_precision bf16 --cache_latents \\
-        --gradient_checkpointing --max_train_steps 1000 \\
+        --train_data_dir my_pictures --trigger_word sks --aspect_ratio_buckets auto --mixed_precision bf16 \\
+        --cache_latents --gradient_checkpointing --max_train_steps auto \\
         --validation_prompt "sks, a portrait in a garden" -o output/my_lora
 
 DreamBooth with prior preservation, from pictures without captions:

@@ -17,6 +17,7 @@ from lora_training.cli.types import (
     path,
     rate,
     share,
+    steps,
     yes_or_no,
 )
 
@@ -243,11 +244,13 @@ def add_length_and_batch_flags(add) -> None:
     add("--seed", type=int, help="same seed, same run (default: drawn, printed and stored)")
     add("--train_batch_size", type=count, default=1, help="images per process and step (1)")
     add("--num_train_epochs", type=count, help="times through the data")
-    add("--max_train_steps", type=count_or_off,
-        help="optimizer steps; wins over epochs (1000 when neither is given)")
+    add("--max_train_steps", type=steps, metavar="STEPS",
+        help="optimizer steps, win over epochs (1000 when neither is given); auto: without epochs, about 100 "
+             "for each picture, from 800 to 3,000")
     add("--gradient_accumulation_steps", type=count, default=1, help="batches per optimizer step (1)")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"],
-        help="precision of the frozen base (default: as accelerate is configured)")
+    add("--mixed_precision", choices=["no", "fp16", "bf16", "auto"],
+        help="precision of the frozen base; auto: bf16 where the GPU has it, else fp16, float32 on a CPU "
+             "(default: as accelerate is configured)")
     add("--dataloader_num_workers", type=natural, default=0, help="processes that prepare images (0: none)")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
 
