@@ -63,16 +63,8 @@ def test_an_auto_run_is_as_long_everywhere_and_longer_with_more_pictures(
     monkeypatch.setattr(schedule, "STEPS_PER_PICTURE", 1)
     monkeypatch.setattr(schedule, "AUTO_STEPS", (2, 20))
     output, steps = tmp_path / "x", len(list(pictures.glob("*.png")))
-    flags = (
-        "-d",
-        pictures,
-        "--max_train_steps",
-        "auto",
-        "--lr_scheduler",
-        "cosine",
-        "--gradient_accumulation_steps",
-        2,
-    )
+    flags = ("-d", pictures, "--max_train_steps", "auto", "--lr_scheduler", "cosine")
+    flags += ("--gradient_accumulation_steps", 2, "--checkpointing_steps", 2)
     steps = -(-steps // 2)
     assert run_here(QUICKEST, output, *flags) == 0
     assert [row["step"] for row in metrics(output)] == list(range(1, steps + 1))
