@@ -34,6 +34,10 @@ def fill_defaults(args: argparse.Namespace) -> None:
     for name in ("validation_prompt", "control_prompt"):  # each is one line, as a caption is; "" is off
         prompts = [clean_caption(prompt) for prompt in vars(args)[name] or []]
         vars(args)[name] = [prompt for prompt in prompts if prompt] or None
+    asked = (args.validation_steps, args.validation_epochs, args.validation_prompt)
+    args.limits_pictures = args.num_validation_images is None and not any(asked)
+    if args.num_validation_images is None:
+        args.num_validation_images = 4
     args.color_jitter = [0.1, 0.1, 0.1, 0.05] if args.color_jitter == [] else args.color_jitter
     # "name/" and "name" are the same folder
     args.output_dir = str(Path(args.output_dir or f"output/{args.family.name}-lora"))

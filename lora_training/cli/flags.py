@@ -288,10 +288,12 @@ def add_validation_flags(add, inference_steps: int, guidance: float) -> None:
         help="prompts drawn during training")
     add("--validation_prompts_file", type=path, metavar="FILE",
         help="prompts with settings of their own: YAML, or kohya's lines (--n --w --h --d --s --l)")
-    add("--num_validation_images", type=natural, default=4, help="per prompt (4; 0: none)")
-    add("--validation_epochs", type=count_or_off, help="draw every so many epochs")
+    add("--num_validation_images", type=natural,
+        help="per prompt, 0: none (default: 4 with a prompt, steps or epochs of validation, else as many as "
+             "take a tenth of the time)")
+    add("--validation_epochs", type=count_or_off, help="validate every so many epochs")
     add("--validation_steps", type=count_or_off,
-        help="draw every so many steps (with neither: about five times)")
+        help="validate every so many steps (with neither: about five times)")
     add("--validation_inference_steps", type=count, default=inference_steps, help=f"({inference_steps})")
     add("--validation_guidance_scale", type=amount, default=guidance, help=f"({guidance})")
     add("--control_prompt", nargs="+", metavar="PROMPT",
