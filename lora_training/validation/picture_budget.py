@@ -124,9 +124,9 @@ class PictureBudget:
         choice = self.choose(SHARE * seconds, step, len(rounds)) if run.accelerator.is_main_process else None
         choice = broadcast_object_list([choice])[0]
         self.steps |= set(spread(rounds, choice.rounds))
-        within = f" within a tenth of about {seconds / 60:.1f} minutes"
-        fits = choice.pictures > LEAST or choice.rounds or choice.controls
-        print_status(f"pictures{within if fits else ''}: {self.describe(choice)}; {OTHERS}")
+        fits = choice != Choice(self.at_a_time, 0, self.controls)
+        within = f" within a tenth of about {seconds / 60:.1f} minutes" if fits else ""
+        print_status(f"pictures{within}: {self.describe(choice)}; {OTHERS}")
         on_main_process(run, self.complete_start, choice, uses_denoiser=True)
         metrics.restart_timer()
 
