@@ -52,7 +52,7 @@ def steps(text: str) -> int | str | None:
     return text if text == "auto" else count_or_off(text)
 
 
-steps.__name__ = "number of steps, nor auto"
+steps.__name__ = natural.__name__
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree")
 

@@ -65,7 +65,9 @@ def select_checkpoints(path: str, selection: str | int | list[int]) -> dict[str,
         return {f"step {step}": folders[step] for step in dict.fromkeys(steps)}
     selected = {f"step {step}": folder for step, folder in folders.items()}
     about = read_training(path)
-    last_step = about.get("ss_max_train_steps", about.get("max_train_steps"))
+    last_step = about.get("max_train_steps")
+    if last_step == "auto":  # the number stands in the LoRA's metadata
+        last_step = about.get("ss_max_train_steps")
     if (Path(path) / LORA_FILE).is_file() and str(last_step) not in map(str, folders):
         selected["the result"] = Path(path)
     return selected

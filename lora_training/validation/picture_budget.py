@@ -80,13 +80,23 @@ class PictureBudget:
         """Takes as many pictures as the start has; it is drawn again if they were drawn otherwise, in a run
         that was to be a short one.
         """
-        files = sorted(folder.glob("00_*"))
-        steps = {Image.open(file).text.get("inference_steps", str(self.inference_steps)) for file in files}
-        if steps == {str(self.inference_steps)} or self.has_frozen_text(self.first_step):
-            self.per_prompt = len(files) or self.per_prompt
+        prompts = range(len(self.run.sample_prompts))
+        files = [sorted(folder.glob(f"{number:02d}_*")) for number in prompts]
+        number = min(map(len, files), default=0)  # of whole rows, should one have been interrupted
+        is_drawn_so = number and all(self.is_drawn_so(file) for row in files for file in row)
+        if is_drawn_so or self.has_frozen_text(self.first_step):
+            self.per_prompt = number or self.per_prompt
             self.controls = len(list(folder.glob("control_*")))
         else:
             self.draws_start = self.run.draws_comparison
+
+    def is_drawn_so(self, file: Path) -> bool:
+        """Whether a picture is whole, and drawn in as many steps as those of this run."""
+        try:
+            with Image.open(file) as image:
+                return int(image.text.get("inference_steps", self.inference_steps)) == self.inference_steps
+        except (OSError, SyntaxError, ValueError, AttributeError):  # damaged, or another's file
+            return False
 
     def has_frozen_text(self, step: int) -> bool:
         """Whether new tokens or text encoders are trained no more, so that their start can't be drawn."""

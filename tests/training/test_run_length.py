@@ -11,6 +11,7 @@ import yaml
 from conftest import QUICKEST, SAMPLE, metrics, run_here
 from toy_parts import arguments
 
+from lora_training.inference.training_files import select_checkpoints
 from lora_training.training import schedule
 
 LATEST = ("--resume_from_checkpoint", "latest")
@@ -71,6 +72,7 @@ def test_an_auto_run_is_as_long_everywhere_and_longer_with_more_pictures(
     assert yaml.safe_load((output / "config.yaml").read_text())["max_train_steps"] == "auto"
     assert json.loads((output / "data.json").read_text())["steps"] == steps
     assert f"# finished: step {steps}" in (output / "config.yaml").read_text()
+    assert list(select_checkpoints(str(output), "all")) == ["step 2", "step 4"]  # and no row for the result
     capsys.readouterr()
     assert run_here(QUICKEST, output, *flags, *LATEST) == 0
     assert f"this run is finished, at step {steps}" in capsys.readouterr().out

@@ -163,6 +163,9 @@ def test_a_start_that_cant_be_drawn_any_more_decides_how_many_there_are(tmp_path
     assert (resumed.per_prompt, resumed.controls, resumed.draws_start) == (2, 2, False)
     assert resumed.choose(1e9, 406, 2) == Choice(4, 2, 2)
     assert budget_of(tmp_path / "none", first_step=400).draws_start
+    (start / "00_01_a.png").write_bytes(b"damaged")
+    redrawn = budget_of(tmp_path, first_step=400)
+    assert (redrawn.per_prompt, redrawn.controls, redrawn.draws_start) == (1, 0, True)
 
 
 @pytest.mark.unit
