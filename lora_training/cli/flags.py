@@ -120,7 +120,8 @@ def add_image_flags(add, family: Family) -> None:
         help='"auto", or "H,W;H,W;..." (default: one size for all)')
     add("--center_crop", action="store_true", help="crop the middle (default: crop anywhere)")
     add("--random_flip", action="store_true", help="mirror every other image")
-    add("--image_interpolation_mode", default="lanczos", choices=INTERPOLATIONS, help="(lanczos)")
+    add("--image_interpolation_mode", default="lanczos", choices=INTERPOLATIONS,
+        help="how pictures are scaled (lanczos)")
     add("--color_jitter", type=amount, nargs="*", metavar="B C S H",
         help="brightness, contrast, saturation, hue (off; bare: 0.1 0.1 0.1 0.05)")
     add("--random_rotation", type=amount, nargs="?", const=5.0, metavar="DEGREES",
@@ -197,7 +198,8 @@ def add_text_encoders_flags(add) -> None:
 
 
 def add_loss_flags(add) -> None:
-    add("--loss_type", choices=["l2", "huber"], default="l2", help="(l2)")
+    add("--loss_type", choices=["l2", "huber"], default="l2",
+        help="squared error, or Huber's, on which outliers weigh less (l2)")
     add("--huber_c", type=amount, default=0.1, help="where huber turns from square to linear (0.1)")
     add("--masked_loss", type=path, metavar="WHERE",
         help='train on what masks show in white: "alpha" (the picture\'s own), a folder, or the end of their '
@@ -216,28 +218,31 @@ def add_optimizer_flags(add) -> None:
         help="LoRA+: the B matrices' learning rate is so many times as high, 16 is usual (1: off)")
     add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
     add("--use_prodigy", action="store_true", help="the same as --optimizer prodigy")
-    add("--learning_rate", type=rate, help="(1e-4; 1 for prodigy)")
+    add("--learning_rate", type=rate,
+        help="of the denoiser, and of text encoders unless they have their own (1e-4; 1 for prodigy)")
     add("--scale_lr", action="store_true", help="multiply it by processes, batch size and accumulation steps")
     add("--lr_scheduler", default="constant", choices=SCHEDULES,
-        help="(constant)")
+        help="course of the learning rate after the warm-up (constant)")
     add("--lr_warmup_steps", type=natural, default=0, help="steps until the full learning rate (0)")
     add("--lr_num_cycles", type=count, default=1, help="restarts of cosine_with_restarts (1)")
     add("--lr_power", type=amount, default=1.0, help="of polynomial (1)")
-    add("--adam_beta1", type=part_of_one, default=0.9, help="(0.9)")
-    add("--adam_beta2", type=part_of_one, default=0.999, help="(0.999)")
-    add("--adam_weight_decay", type=amount, default=1e-2, help="(1e-2)")
+    add("--adam_beta1", type=part_of_one, default=0.9, help="decay of the mean of gradients (0.9)")
+    add("--adam_beta2", type=part_of_one, default=0.999, help="decay of the mean of their squares (0.999)")
+    add("--adam_weight_decay", type=amount, default=1e-2, help="of the denoiser's LoRA (1e-2; 0: off)")
     add("--adam_weight_decay_text_encoder", type=amount, default=1e-3,
-        help="of text encoders and new tokens (1e-3)")
-    add("--adam_epsilon", type=amount, default=1e-8, help="(1e-8)")
+        help="of text encoders and new tokens (1e-3; 0: off)")
+    add("--adam_epsilon", type=amount, default=1e-8, help="added to the divisor of each update (1e-8)")
     add("--prodigy_beta3", type=part_of_one,
         help="for prodigy's step size (default: the square root of beta2)")
     add("--prodigy_decouple", type=yes_or_no, default=True, nargs="?", const=True,
         help="weight decay as in AdamW (true)")
-    add("--prodigy_use_bias_correction", type=yes_or_no, default=True, nargs="?", const=True, help="(true)")
-    add("--prodigy_safeguard_warmup", type=yes_or_no, default=True, nargs="?", const=True, help="(true)")
+    add("--prodigy_use_bias_correction", type=yes_or_no, default=True, nargs="?", const=True,
+        help="correct the first steps' means as Adam does (true)")
+    add("--prodigy_safeguard_warmup", type=yes_or_no, default=True, nargs="?", const=True,
+        help="keep its step size from falling during the warm-up (true)")
     add("--max_grad_norm", type=amount, default=1.0, help="gradients are clipped to this norm (1; 0: off)")
     add("--use_ema", action="store_true", help="save and validate with a moving average of the LoRA")
-    add("--ema_decay", type=part_of_one, default=0.9999, help="(0.9999)")
+    add("--ema_decay", type=part_of_one, default=0.9999, help="share of the average kept each step (0.9999)")
 
 
 def add_length_and_batch_flags(add) -> None:
@@ -245,8 +250,8 @@ def add_length_and_batch_flags(add) -> None:
     add("--train_batch_size", type=count, default=1, help="images per process and step (1)")
     add("--num_train_epochs", type=count, help="times through the data")
     add("--max_train_steps", type=steps, metavar="STEPS",
-        help="optimizer steps, win over epochs (1000 when neither is given); auto: without epochs, about 100 "
-             "for each picture, from 800 to 3,000")
+        help="optimizer steps; a number wins over epochs (1000 when neither is given); auto: without epochs, "
+             "about 100 for each picture, from 800 to 3,000")
     add("--gradient_accumulation_steps", type=count, default=1, help="batches per optimizer step (1)")
     add("--mixed_precision", choices=["no", "fp16", "bf16", "auto"],
         help="precision of the frozen base; auto: bf16 where the GPU has it, else fp16, float32 on a CPU "
@@ -294,8 +299,10 @@ def add_validation_flags(add, inference_steps: int, guidance: float) -> None:
     add("--validation_epochs", type=count_or_off, help="validate every so many epochs")
     add("--validation_steps", type=count_or_off,
         help="validate every so many steps (with neither: about five times)")
-    add("--validation_inference_steps", type=count, default=inference_steps, help=f"({inference_steps})")
-    add("--validation_guidance_scale", type=amount, default=guidance, help=f"({guidance})")
+    add("--validation_inference_steps", type=count, default=inference_steps,
+        help=f"denoising steps of each picture ({inference_steps})")
+    add("--validation_guidance_scale", type=amount, default=guidance,
+        help=f"how closely pictures follow the prompt ({guidance})")
     add("--control_prompt", nargs="+", metavar="PROMPT",
         help="prompts whose pictures should stay as they are: what is forgotten is measured on them")
     add("--keep_best", action="store_true",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lora_training.console import print_status, progress
-from lora_training.errors import UserError
+from lora_training.errors import UserError, one_line
 from lora_training.files import atomic_write, last_checkpoint_note, output_name, read_metrics
 
 if TYPE_CHECKING:
@@ -174,7 +174,8 @@ def is_infinite(value: object) -> bool:
 def start_trackers(run: Run, first_step: int) -> None:
     """Starts the trackers with the settings as their configuration; the hub token is not among them.
 
-    TensorBoard forgets what other runs have logged in the same folder from `first_step` on.
+    TensorBoard forgets what other runs have logged in the same folder from `first_step` on. Errors: UserError
+    for a tracker that can't start.
     """
     args = run.args
     if not run.accelerator.log_with:
@@ -189,5 +190,11 @@ def start_trackers(run: Run, first_step: int) -> None:
         "wandb": {"name": run_name, "dir": args.output_dir},
         "tensorboard": {"purge_step": first_step + 1 if first_step else 0},
     }
-    with progress("starting the trackers"):
-        run.accelerator.init_trackers(f"lora-{args.family.name}", config=config, init_kwargs=options)
+    try:
+        with progress("starting the trackers"):
+            run.accelerator.init_trackers(f"lora-{args.family.name}", config=config, init_kwargs=options)
+    except Exception as error:  # of any kind, by tracker: its server can't be reached, or refuses the login
+        if isinstance(error, OSError) and error.errno:
+            raise
+        way_out = "--report_to tensorboard needs no server"
+        raise UserError(f"--report_to {args.report_to} can't start: {one_line(error)}; {way_out}") from None

@@ -156,9 +156,9 @@ def test_a_target_resolution_beside_buckets_is_obeyed_or_an_error(arguments, buc
         assert code == 0 and Image.open(tmp_path / "out" / "a.jpg").size == bucket
 
 
-def test_the_readmes_commands_are_taken(tmp_path, monkeypatch, capsys):
-    """Every command in the README and in the program's docstring passes the check of its settings."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8") + prepare_dataset.__doc__
+def test_the_commands_of_the_pages_are_taken(tmp_path, monkeypatch, capsys):
+    """Every command in docs/data.md and in the program's docstring passes the check of its settings."""
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8") + prepare_dataset.__doc__
     text = text.replace("\\\n", " ")
     commands = re.findall(r"(?:run_prepare_dataset\.sh|prepare_dataset\.py) (-d photos -o .*)", text)
     monkeypatch.chdir(tmp_path)
