@@ -13,8 +13,6 @@ from conftest import ROOT, SAMPLE, SDXL, losses, run_here
 
 from lora_training.base_model.components import Components
 from lora_training.data.buckets import bucket_sizes, nearest_bucket, share_cropped
-from lora_training.errors import UserError
-from lora_training.launch import environment
 from lora_training.launch.decision import decide
 
 pytestmark = pytest.mark.run
@@ -96,18 +94,3 @@ def test_the_published_sdxl_settings_are_an_example():
     argv = shlex.split(joined.split("run_lora_train.sh ")[1].split("accelerate launch")[0])
     start = decide(argv, {})
     assert start.family == "sdxl" and "config/examples/sdxl_1280x720.yaml" in start.argv
-
-
-def test_transformer_labs_trainer_is_a_config_for_every_family(family, monkeypatch):
-    recipe, file = recipe_of(family), str(ROOT / "config" / "diffusion_trainer.yaml")
-    monkeypatch.setattr(environment, "gpu_precision", lambda: None)
-    argv = ["--config", file, "-m", family.base, "-d", str(SAMPLE)]
-    args = recipe.parse_args(decide(argv, {}).argv)
-    assert (args.num_train_epochs, args.resolution, args.rank, args.lora_alpha) == (100, [512], 8, 16)
-    assert (args.lr_warmup_steps, args.lr_scheduler, args.report_to) == (50, "constant_with_warmup", "wandb")
-    shown = args.validation_epochs, args.validation_inference_steps, args.validation_guidance_scale
-    assert shown == (1, 50, 7.5) and args.validation_prompt is None
-    recipe.parse_args([*argv, "--noise_offset", "0", "--snr_gamma", "0", "--prediction_type", "epsilon"])
-    if family.name in ("sd3", "flux"):
-        with pytest.raises(UserError, match="--snr_gamma: rectified flow has none"):
-            recipe.parse_args([*argv, "--snr_gamma", "5"])
