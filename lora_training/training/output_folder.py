@@ -21,6 +21,7 @@ from lora_training.training.summary import RESULTS, print_summary
 if TYPE_CHECKING:
     import argparse
 
+ADAPTER_FOLDER = "adapter"  # of --copy_to_adapter: where Olive leaves a LoRA
 FINISHED = "# finished: step "  # the last line of config.yaml, before the number
 # of a command rather than of a training, or secret
 UNRECORDED_SETTINGS = (
@@ -214,7 +215,8 @@ def clear_output_folder(output: Path) -> None:
     """Before the first step: removes what another run has left, and nothing that is a person's own."""
     for folder in (*list_checkpoints(output), *output.glob("samples/step-[0-9]*")):
         shutil.rmtree(folder, ignore_errors=True)
-    others = [output / name for name in ("verdict.json", "metrics.jsonl", "crash.log")]
+    names = ("verdict.json", "metrics.jsonl", "crash.log", f"{ADAPTER_FOLDER}/{RESULTS['LoRA']}")
+    others = [output / name for name in names]
     for file in result_files(output) + others:
         with contextlib.suppress(PermissionError):  # on Windows: open in another program
             file.unlink(missing_ok=True)
