@@ -96,8 +96,8 @@ def list_tags(text: str, separator: str, weighted: bool = False) -> list[str]:
 
     weighted: what stands in brackets is one tag, whatever is in it.
     """
-    tags = text.split(separator.strip() or separator)
-    tags = join_brackets(tags, separator.strip() or separator) if weighted else tags
+    sign = separator.strip() or separator
+    tags = join_brackets(text.split(sign), sign) if weighted else text.split(sign)
     return [tag.strip() for tag in tags if tag.strip()]
 
 
