@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_training.console import QUIET, print_status
+from lora_training.console import QUIET, LineLog, print_status
 from lora_training.errors import UserError
 from lora_training.files import list_checkpoints, output_name
 from lora_training.signals import default_signals_afterwards
@@ -74,6 +74,7 @@ def locked_output(args: argparse.Namespace) -> Iterator[None]:
         hold_lock(locks, output, owner)
         process, started = f"process {os.getpid()}", time.strftime("%Y-%m-%d %H:%M:%S")
         owner.write_text(f"{process} on {socket.gethostname()} since {started}", encoding="utf-8")
+        LineLog.file = output / "log.txt"
         try:
             yield
         finally:
