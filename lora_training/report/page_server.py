@@ -9,7 +9,7 @@ from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote
 
 from lora_training.errors import UserError
 from lora_training.report.live_pages import find_runs, fingerprint, live_overview, live_run_page
@@ -54,12 +54,12 @@ class PageHandler(BaseHTTPRequestHandler):
         if not self.token and host not in LOCAL_HOSTS:
             # by another name for this machine, a page of elsewhere could read this one
             return self.send_error(HTTPStatus.FORBIDDEN)
-        address = urlsplit(self.path)
-        parts = [unquote(part) for part in address.path.split("/")[1:]]
+        path, _, query = self.path.partition("?")
+        parts = [unquote(part) for part in path.split("/")[1:]]
         if self.token and not secrets.compare_digest(parts.pop(0).encode(), self.token.encode()):
             return self.send_error(HTTPStatus.NOT_FOUND)
         try:
-            return self.answer(parts, parse_qs(address.query))
+            return self.answer(parts, parse_qs(query))
         except UserError as error:  # a folder that has just been made, or removed
             return self.send_page(functools.partial(MESSAGE_PAGE.format, escape(str(error))), "")
 
