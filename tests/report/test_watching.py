@@ -128,6 +128,7 @@ def test_only_the_pictures_of_a_run_are_sent(tmp_path):
             "samples/..%2f..%2f..%2fsecret.png",
             "/etc/hostname",
             "samples//etc/hostname",
+            "samples/%2fetc/hostname",
             "samples/link.png",
             "mask.png",
             "metrics.jsonl",
@@ -135,7 +136,7 @@ def test_only_the_pictures_of_a_run_are_sent(tmp_path):
             "",
         ):
             assert get(address, f"/run/one/picture/{path}")[0] == 404, path
-        for path in ("/run/two/", "/run/one", "/run/../", "/nothing", "//", "/run/one/samples/"):
+        for path in ("/run/two/", "/run/one", "/run/../", "/nothing", "/run/one/samples/"):
             assert get(address, path)[0] == 404, path
 
 
