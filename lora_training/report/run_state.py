@@ -81,7 +81,9 @@ def has_owner(folder: Path) -> bool:
     process, host = int(found[1]), found[2]
     try:
         if host == socket.gethostname():
-            return psutil.Process(process).create_time() <= owner.stat().st_mtime + 1
+            started, has_ended = psutil.Process(process).create_time(), psutil.STATUS_ZOMBIE
+            is_same = started <= owner.stat().st_mtime + 1  # rather than a later one of its number
+            return is_same and psutil.Process(process).status() != has_ended
         written = [file.stat().st_mtime for file in folder.iterdir() if file.is_file()]
         return time.time() - max(written) < SILENT_SECONDS
     except (psutil.Error, OSError):
