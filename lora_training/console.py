@@ -33,13 +33,23 @@ class LineLog:
     """A file that keeps what is printed, each line with its time, for who watches a run from elsewhere."""
 
     file: Path | None = None
+    notifier = None  # --notify's `Notifier`, which gets each line, too
 
     @classmethod
     def add(cls, text: str) -> None:
         """Appends a line, where a file is kept; a full disk ends no run here."""
+        if cls.notifier:
+            cls.notifier.receive(text)
         if cls.file and not QUIET:
             with contextlib.suppress(OSError), cls.file.open("a", encoding="utf-8") as stream:
                 stream.write(f"{time.strftime('%H:%M:%S')} {printable(text)}\n")
+
+    @classmethod
+    def close(cls, code: int) -> None:
+        """Ends it with the program. code: the program's exit code."""
+        if cls.notifier:
+            cls.notifier.end(code)
+        cls.file = cls.notifier = None
 
 
 def print_status(text: str) -> None:

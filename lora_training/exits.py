@@ -66,7 +66,7 @@ def exit_code(program: str | None = None, user_errors: tuple[type[Exception], ..
     except Exception as error:
         outcome.code = report_error(explain(error, outcome), 1, program)
     finally:
-        LineLog.file = None
+        LineLog.close(outcome.code)
 
 
 def run_command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
