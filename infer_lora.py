@@ -1,13 +1,4 @@
 #!/usr/bin/env python
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#   "torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "peft==0.21.2",
-#   "accelerate==1.15.0", "bitsandbytes==0.50.2", "safetensors==0.8.0", "pillow==13.0.0",
-#   "pydantic==2.14.3", "pyyaml==6.0.3", "lazy-loader==0.6", "huggingface_hub==2.4.0",
-#   "numpy==2.4.6", "tqdm==4.70.1",
-# ]
-# ///
 """Draws images with a trained LoRA.
 
     python infer_lora.py output/mine                                    # as the training's own files say

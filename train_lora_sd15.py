@@ -1,15 +1,4 @@
 #!/usr/bin/env python
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#   "torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "peft==0.21.2",
-#   "accelerate==1.15.0", "datasets==5.2.0", "bitsandbytes==0.50.2", "prodigyopt==1.1.2",
-#   "schedulefree==1.4.1", "safetensors==0.8.0", "pillow==13.0.0", "pyyaml==6.0.3",
-#   "tensorboard==2.21.0", "wandb==0.31.0", "lazy-loader==0.6", "huggingface_hub==2.4.0",
-#   "numpy==2.4.6", "jinja2==3.1.6", "tqdm==4.70.1", "psutil==7.2.2",
-#   "filelock==4.3.1",
-# ]
-# ///
 """Trains a LoRA for Stable Diffusion 1.x/2.x on your own pictures.
 
 From a folder with pictures and captions (`metadata.jsonl`, `metadata.csv`, or a `.txt` beside each picture):

@@ -72,12 +72,16 @@ def exit_code(program: str | None = None, user_errors: tuple[type[Exception], ..
 def run_command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
     """Decorates a command's `main`, which returns its exit code: errors end with one line as in `exit_code`.
 
-    UserError and OSError (a missing file, a full disk) have exit code 2, a fault of the command 1.
+    UserError and OSError (a missing file, a full disk) have exit code 2, a fault of the command 1. --help_all
+    is --help, since a command has few flags.
     """
     file = Path(main.__code__.co_filename)
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
+        argv = [
+            "--help" if each == "--help_all" else each for each in (sys.argv[1:] if argv is None else argv)
+        ]
         with exit_code(file.name, user_errors=(OSError,)) as outcome:
             outcome.crash_log = f"{file.stem}-crash.log"
             outcome.code = main(argv)

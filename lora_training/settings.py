@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lora_training.errors import UserError, one_line
+from lora_training.flag_help import FullHelp
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -44,7 +45,10 @@ class SettingsParser(argparse.ArgumentParser):
 
     def __init__(self, model: type[BaseModel], **options: object) -> None:
         super().__init__(allow_abbrev=False, **options)
-        self.fields = list_fields(model, with_parameters=False)
+        self.fields, self.shows_all = list_fields(model, with_parameters=False), False
+        has_steps = any(map(inner_model, self.fields.values()))
+        text = "show the parameters of the steps, too" if has_steps else argparse.SUPPRESS
+        self.add_argument("--help_all", action=FullHelp, help=text)
         self.add_argument(
             "--config", metavar="FILE", help="YAML or JSON with the keys below; flags win over it"
         )
@@ -77,7 +81,9 @@ class SettingsParser(argparse.ArgumentParser):
         raise UserError(f"unknown flag {unknown}; {hint}")
 
     def format_help(self) -> str:
-        """The help, with the parameters of each step at its end."""
+        """The help; that of --help_all has the parameters of each step at its end."""
+        if not self.shows_all:
+            return super().format_help()
         steps = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
         for key, field in self.fields.items():
             if inner_model(field):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING
 
 from lora_training.cli.defaults import check_sizes, fill_defaults, use_prepared_buckets
-from lora_training.cli.rules import RULES
+from lora_training.cli.rules import RULES, leaves_steps_idle
+from lora_training.cli.trackers import usable_trackers
 from lora_training.console import print_status, printable
 from lora_training.errors import UserError
 
 if TYPE_CHECKING:
     import argparse
-
-TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
 
 
 def check_args(args: argparse.Namespace, set_flags: set[str], parser: argparse.ArgumentParser) -> None:
@@ -28,14 +26,24 @@ def check_args(args: argparse.Namespace, set_flags: set[str], parser: argparse.A
         if name in set_flags and args.train_transformer_frac == 0:
             reason = "no effect with --train_transformer_frac 0: no LoRA, tokens to the end"
             print_status(f"note: --{name} has {reason}")
+    if leaves_steps_idle(args):
+        train_tokens_to_the_end(args)
     for name, value in vars(args).items():
         if value == "":  # off, as a configuration may say it
             setattr(args, name, parser.get_default(name))
         check_text(name, value)
-    check_trackers(args.report_to)
+    args.report_to = usable_trackers(args.report_to)
     use_prepared_buckets(args)
     fill_defaults(args)
     check_sizes(args)
+
+
+def train_tokens_to_the_end(args: argparse.Namespace) -> None:
+    """Lets the new tokens take the steps that the shares leave to nothing; says so."""
+    shares = f"--train_transformer_frac {args.train_transformer_frac:g} with"
+    shares += f" --train_text_encoder_ti_frac {args.train_text_encoder_ti_frac:g}"
+    print_status(f"note: {shares} leaves the last steps to nothing: the new tokens train on to the end")
+    args.train_text_encoder_ti_frac = 1.0
 
 
 def check_rules(args: argparse.Namespace, set_flags: set[str], parser: argparse.ArgumentParser) -> None:
@@ -64,15 +72,3 @@ def check_text(name: str, value: object) -> None:
     texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
     if any(printable(text) != text or "\0" in text for text in texts):
         raise UserError(f"--{name}: {printable(str(value))!r} has bytes that are no text")
-
-
-def check_trackers(report_to: str) -> None:
-    """The trackers of --report_to must be known, and their packages installed."""
-    for tracker in [] if report_to in ("none", "all") else report_to.split(","):
-        if tracker not in TRACKERS:
-            known = ", ".join(sorted(TRACKERS))
-            raise UserError(f"--report_to {tracker}: unknown; use one of {known}, all, none")
-        if importlib.util.find_spec(tracker) is None:
-            raise UserError(
-                f"--report_to {tracker}: not installed; `pip install {tracker}`, or --report_to none"
-            )

@@ -9,17 +9,35 @@ from lora_training.cli.other_trainers import NAMES_ELSEWHERE
 from lora_training.cli.types import path
 from lora_training.errors import UserError, one_line
 from lora_training.exits import report_error
+from lora_training.flag_help import FullHelp, format_usual_flags
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line that names the flag and the nearest known one."""
+    """An ArgumentParser whose errors are one line that names the flag and the nearest known one.
+
+    With --help_all, --help explains the flags that matter most.
+    """
+
+    shows_all = True
+
+    def add_full_help(self) -> None:
+        """Adds --help_all, and leaves USUAL_FLAGS to --help."""
+        self.shows_all = False
+        self.add_argument("--help_all", action=FullHelp, help="show all flags and exit")
+
+    def format_help(self) -> str:
+        if self.shows_all:
+            return super().format_help()
+        title = "flags that matter most (--help_all shows all)"
+        usage = f"usage: {self.prog} [flags]\n\n{self.description}\n\n"
+        return usage + format_usual_flags(self, title)
 
     def error(self, message: str) -> None:
         if message.startswith("unrecognized arguments:"):
             wrong = message.split(":", 1)[1].strip().split(" ")[0].split("=")[0]
             near = self.nearest(wrong, cutoff=0.5)
             message = f"unknown flag {wrong}" + (
-                f"; did you mean {near}?" if near else "; --help lists all flags"
+                f"; did you mean {near}?" if near else "; --help_all lists all flags"
             )
         raise SystemExit(report_error(message, 2))
 

@@ -77,7 +77,9 @@ def make_parser(
     family: Family, add_family_args, foreign_flags: dict[str, str], *usual_values: object
 ) -> OneLineParser:
     """A parser with a family's flags; usual_values: as `add_shared_args` takes them."""
-    parser = OneLineParser(description=f"Trains a LoRA for {family.title}.", allow_abbrev=False)
+    about = f"Trains a LoRA for {family.title}."
+    parser = OneLineParser(usage="%(prog)s [flags]", description=about, allow_abbrev=False)
+    parser.add_full_help()
     add_shared_args(parser, family, *usual_values)
     add_family_args(parser.add_argument_group(f"{family.title} only").add_argument)
     for name in foreign_flags:

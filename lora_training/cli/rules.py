@@ -77,6 +77,11 @@ def text_share(a: argparse.Namespace) -> float:
     return max(tokens, a.train_text_encoder and a.train_text_encoder_frac)
 
 
+def leaves_steps_idle(a: argparse.Namespace) -> bool:
+    """Whether neither LoRA nor text are trained in the last steps, as the shares of the steps say."""
+    return 0 < a.train_transformer_frac < 1 and text_share(a) < 1
+
+
 def is_schedule_free(a: argparse.Namespace) -> bool:
     """Whether --optimizer is schedulefree or a class of that library."""
     return optimizer_of(a).startswith("schedulefree")
@@ -224,10 +229,9 @@ LORA_RULES = (
            "--train_transformer_frac 0 trains no LoRA: it needs --train_text_encoder_ti"),
     no_effect(LORA_FLAGS, lambda a: a.train_transformer_frac == 0,
               "with --train_transformer_frac 0, which adds no LoRA"),
-    always(lambda a: 0 < a.train_transformer_frac < 1 and text_share(a) < 1,
+    always(lambda a: leaves_steps_idle(a) and not (a.train_text_encoder_ti and text_share(a)),
            "--train_transformer_frac below 1 leaves steps in which nothing is trained; raise it or a text"
-           " fraction"
-           " to 1"),
+           " fraction to 1"),
     always(lambda a: a.lora_alpha == 0, "--lora_alpha 0 scales the update to nothing"),
     no_effect("lokr_factor", lambda a: a.lora_type != "lokr" and not a.init_lora, "without --lora_type lokr"),
     rule("lokr_factor", lambda a: a.lokr_factor < 1, "{flag} {a.lokr_factor}: 1 or more, or -1"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from pathlib import Path
+
+from lora_training.cli.trackers import has_login
 
 
 def training_environment(settings: dict, launch_config: str | None) -> dict[str, str]:
@@ -14,19 +15,13 @@ def training_environment(settings: dict, launch_config: str | None) -> dict[str,
     launch_config: a configuration of accelerate, which then decides the precision.
     """
     variables = {}
-    if not settings.get("WANDB_API_KEY") and not settings.get("WANDB_MODE") and not has_wandb_login():
+    if not settings.get("WANDB_API_KEY") and not settings.get("WANDB_MODE") and not has_login("wandb"):
         variables["WANDB_MODE"] = "offline"  # the files stay here, for `wandb sync`
     if not launch_config and "ACCELERATE_MIXED_PRECISION" not in settings:
         precision = gpu_precision()
         if precision:
             variables["ACCELERATE_MIXED_PRECISION"] = precision
     return variables
-
-
-def has_wandb_login() -> bool:
-    """Whether `wandb login` has left a key."""
-    files = [Path.home() / name for name in (".netrc", "_netrc")]
-    return any(file.is_file() and "api.wandb.ai" in file.read_text(errors="replace") for file in files)
 
 
 def gpu_precision() -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 
+from lora_training import flag_help
 from lora_training.cli.flags import add_shared_args
 from lora_training.families import FAMILIES
 
@@ -25,28 +25,6 @@ SETTINGS_HELP = """\
 
 What is missing comes from .env (see .env.example); flags on the command line win over everything.
 """
-USUAL_FLAGS = (  # those that --help explains
-    "pretrained_model_name_or_path",
-    "train_data_dir",
-    "dataset_name",
-    "instance_data_dir",
-    "instance_prompt",
-    "trigger_word",
-    "output_dir",
-    "config",
-    "dry_run",
-    "resolution",
-    "aspect_ratio_buckets",
-    "rank",
-    "learning_rate",
-    "max_train_steps",
-    "train_batch_size",
-    "mixed_precision",
-    "quantize_base",
-    "validation_prompt",
-    "resume_from_checkpoint",
-    "report_to",
-)
 FLAGS_TITLE = "flags that matter most (--help_all shows the others; all of them go to the training script)"
 
 
@@ -65,16 +43,7 @@ def format_help(family: str | None, program: str) -> str:
 
 
 def format_usual_flags(family: str, program: str) -> str:
-    """The section of USUAL_FLAGS."""
-    parser = argparse.ArgumentParser(add_help=False)
+    """The section of the flags that matter most."""
+    parser = argparse.ArgumentParser(program, add_help=False)
     add_shared_args(parser, FAMILIES[family], lora_targets=(), inference_steps=0, guidance=0.0)
-    actions = {action.dest: action for action in parser._actions}
-    for action in actions.values():  # shown with its main name and the short one
-        short_names = [name for name in action.option_strings if len(name) == 2]
-        action.option_strings = short_names + action.option_strings[:1]
-    width = min(shutil.get_terminal_size().columns, 120)
-    formatter = argparse.HelpFormatter(program, max_help_position=32, width=width)
-    formatter.start_section(FLAGS_TITLE)
-    formatter.add_arguments([actions[name] for name in USUAL_FLAGS])
-    formatter.end_section()
-    return formatter.format_help()
+    return flag_help.format_usual_flags(parser, FLAGS_TITLE)

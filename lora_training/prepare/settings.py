@@ -214,7 +214,7 @@ class Source(SettingsModel):
 
 
 class Steps(SettingsModel):
-    """steps, in their order; parameters are below"""
+    """steps, in their order; --help_all has their parameters"""
 
     image_filtering: ImageFiltering | None = None
     auto_caption: AutoCaption | None = None

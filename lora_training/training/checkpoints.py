@@ -21,9 +21,15 @@ if TYPE_CHECKING:
     import argparse
 
     from lora_training.data.folders import Example
+    from lora_training.optim.parts import TrainedPart
     from lora_training.training.run import Run
 
 STATE_FILE = "training_state.pt"
+PART_ENDS = {  # the flag that says for which share of the steps a part is trained, and what its last step is
+    "embeddings": ("train_text_encoder_ti_frac", "the pivot, the new tokens' last step,"),
+    "text_encoder": ("train_text_encoder_frac", "the text encoder's last step"),
+    "denoiser": ("train_transformer_frac", "the LoRA's last step"),
+}
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")  # those that don't depend on the last step
 
 
@@ -66,7 +72,9 @@ def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
         steps = f"{folder.name} has trained {manifest['step']} steps, this run ends at step {run.max_steps}"
         ways = "raise --max_train_steps, or name an earlier checkpoint with --resume_from_checkpoint"
         raise UserError(f"{steps}: {ways}")
-    compare_settings(folder.name, manifest["settings"], resume_settings(run), run.args.resume_anyway)
+    saved = manifest["settings"]
+    changes = changed_settings(saved, resume_settings(run)) | moved_ends(saved, run)
+    check_changes(folder.name, changes, run.args.resume_anyway)
     try:
         state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         run.guard.load_state_dict(state["guard"])
@@ -81,18 +89,64 @@ def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
     return step
 
 
-def compare_settings(name: str, saved: dict, current: dict, resume_anyway: bool) -> None:
+def changed_settings(saved: dict, current: dict) -> dict[str, str]:
+    """{setting: what it was when a checkpoint was written and what it is}, of those that have changed."""
+    current = json.loads(json.dumps(current))  # tuples become lists, as in the manifest
+    return {
+        flag: f"{flag} {saved[flag]}, now {value}"
+        for flag, value in current.items()
+        if flag in saved and saved[flag] != value and flag != "last_steps"
+    }
+
+
+def moved_ends(saved: dict, run: Run) -> dict[str, str]:
+    """{part: by which flags its training, or its schedule, ends at another step than in a checkpoint}."""
+    now = last_steps(run)
+    before = saved.get("last_steps", now)
+    if isinstance(before, list):  # of an older checkpoint, in the order of the parts
+        names = now if len(now) == len(before) else [part.name for part in run.parts]
+        before = dict(zip(names, before, strict=False))
+    is_same_schedule = saved.get("lr_scheduler") == run.args.lr_scheduler  # another one is named by itself
+    return {
+        part.name: describe_move(part, before.get(part.name), now.get(part.name), run)
+        for part in run.parts
+        if before.get(part.name) != now.get(part.name)
+        and (is_same_schedule or part.last_step < run.max_steps)
+    }
+
+
+def last_steps(run: Run) -> dict[str, int]:
+    """The last step of the parts that it matters for: those that end before the run, or whose rate depends
+    on it.
+    """
+    depends_on_length = run.args.lr_scheduler not in CONSTANT_SCHEDULES
+    ends = {part.name: part.last_step for part in run.parts}
+    return {name: step for name, step in ends.items() if depends_on_length or step < run.max_steps}
+
+
+def describe_move(part: TrainedPart, before: int | None, now: int | None, run: Run) -> str:
+    """How flags move a part's end between two steps (None: the end of the run), and which one keeps it."""
+    args, keeping = run.args, ""
+    length = f"--max_train_steps {args.max_train_steps}"
+    if not args.max_train_steps:
+        length = f"--num_train_epochs {args.num_train_epochs}"
+    share, what = PART_ENDS[part.name]
+    if part.last_step < run.max_steps:
+        length += f" with --{share} {vars(args)[share]:g}"
+        if before and before < run.max_steps:
+            keeping = f"; --{share} {before / run.max_steps:.6g} keeps it"
+    elif now:
+        what = f"the end of --lr_scheduler {args.lr_scheduler}"
+    steps = " to ".join(f"step {step}" if step else "the end" for step in (before, now))
+    return f"{length} moves {what} from {steps}{keeping}"
+
+
+def check_changes(name: str, changes: dict[str, str], resume_anyway: bool) -> None:
     """Names the settings that have changed since checkpoint `name` was written.
 
     Errors: UserError for settings that its tensors don't fit (RESUME_FLAGS), and for any other without
     --resume_anyway.
     """
-    current = json.loads(json.dumps(current))  # tuples become lists, as in the manifest
-    changes = {
-        flag: f"{flag} {saved[flag]}, now {value}"
-        for flag, value in current.items()
-        if flag in saved and saved[flag] != value
-    }
     if not changes:
         return
     blocking = [change for flag, change in changes.items() if flag in RESUME_FLAGS]
@@ -112,7 +166,6 @@ def resume_settings(run: Run) -> dict:
     """
     args = run.args
     flags = [name for name in args.settings if name in vars(args) and name not in FREE_FLAGS]
-    depends_on_length = args.lr_scheduler not in CONSTANT_SCHEDULES
     return {
         **{name: vars(args)[name] for name in flags},
         **{name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in identities(run).items()},
@@ -120,9 +173,7 @@ def resume_settings(run: Run) -> dict:
         "tokens": [token for tokens in run.abstractions.values() for token in tokens],
         "layout": "flat",  # of the weights in training_state.pt
         "global_batch_size": run.plan.size,
-        "last_steps": [
-            part.last_step for part in run.parts if depends_on_length or part.last_step < run.max_steps
-        ],
+        "last_steps": last_steps(run),
     }
 
 

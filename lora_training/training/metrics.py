@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lora_training.console import print_status, progress
-from lora_training.errors import UserError
+from lora_training.errors import UserError, one_line
 from lora_training.files import atomic_write, last_checkpoint_note, output_name, read_metrics
 from lora_training.training.output_folder import WANDB_RUN
 
@@ -179,7 +179,8 @@ def is_infinite(value: object) -> bool:
 def start_trackers(run: Run, first_step: int) -> None:
     """Starts the trackers with the settings as their configuration; the hub token is not among them.
 
-    TensorBoard forgets what other runs have logged in the same folder from `first_step` on.
+    TensorBoard forgets what other runs have logged in the same folder from `first_step` on. Errors: UserError
+    for a tracker that can't start.
     """
     args = run.args
     if not run.accelerator.log_with:
@@ -196,8 +197,14 @@ def start_trackers(run: Run, first_step: int) -> None:
     }
     if {"wandb", "all"} & set(args.report_to.split(",")) and run.accelerator.is_main_process:
         options["wandb"] |= {"id": wandb_run(args), "resume": "allow"}
-    with progress("starting the trackers"):
-        run.accelerator.init_trackers(f"lora-{args.family.name}", config=config, init_kwargs=options)
+    try:
+        with progress("starting the trackers"):
+            run.accelerator.init_trackers(f"lora-{args.family.name}", config=config, init_kwargs=options)
+    except Exception as error:  # of any kind, by tracker: its server can't be reached, or refuses the login
+        if isinstance(error, OSError) and error.errno:
+            raise
+        way_out = "--report_to tensorboard needs no server"
+        raise UserError(f"--report_to {args.report_to} can't start: {one_line(error)}; {way_out}") from None
 
 
 def wandb_run(args: argparse.Namespace) -> str:

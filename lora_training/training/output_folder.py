@@ -115,7 +115,7 @@ def hold_lock(locks: contextlib.ExitStack, output: Path, owner: Path) -> None:
 
 def make_folders(args: argparse.Namespace) -> None:
     """Makes the folders that a run writes to. Errors: UserError that names the flag."""
-    uses_tensorboard = {"tensorboard", "all"} & set(args.report_to.split(","))
+    uses_tensorboard = "tensorboard" in args.report_to.split(",")
     folders = {"output_dir": args.output_dir, "cache_folder": args.cache_folder}
     if uses_tensorboard:
         folders["logging_dir"] = Path(args.output_dir, args.logging_dir)

@@ -13,6 +13,7 @@ from scripts.start.process import ROOT, WINDOWS
 
 OLDEST_PYTHON = (3, 11)
 NEWER_PYTHONS = ("python3.13", "python3.12", "python3.11")  # where `python3` is older
+NOT_ON_WINDOWS = '; sys_platform != "win32"'  # the one marker that the requirements files have
 LIST_MISSING = f"""
 import importlib.metadata, sys
 if sys.version_info < {OLDEST_PYTHON}: print("Python of {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or later")
@@ -49,6 +50,7 @@ def new_enough_python():
 def packages(files, pins: bool = False) -> list:
     """What requirements files ask for, with or without versions."""
     lines = [line for file in files for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if not (WINDOWS and line.endswith(NOT_ON_WINDOWS))]
     requirements = [line.split("#")[0].split(";")[0].strip() for line in lines]
     return [each if pins else re.split(r"[=<>!~\[ ]", each, maxsplit=1)[0] for each in requirements if each]
 

@@ -22,12 +22,20 @@ def fill(venv: Path, files, uv) -> Path:
     python = python_in(venv)
     for file in files:
         stamp, requirements = venv / f".ready-{file}", (ROOT / file).read_text(encoding="utf-8")
-        if stamp.is_file() and stamp.read_text(encoding="utf-8") == requirements and python.exists():
+        if python.exists() and is_current(stamp, requirements):
             continue
         if missing_in(python, packages([file], pins=True)):  # else it was filled without leaving a stamp
             install(venv, file, uv)
         stamp.write_text(requirements, encoding="utf-8")
     return python
+
+
+def is_current(stamp: Path, requirements: str) -> bool:
+    """Whether a stamp is of these requirements, and no package came or went since, as by `uv sync`."""
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != requirements:
+        return False
+    folders = [*stamp.parent.glob("lib/python*/site-packages"), *stamp.parent.glob("Lib/site-packages")]
+    return all(folder.stat().st_mtime <= stamp.stat().st_mtime for folder in folders)
 
 
 def install(venv: Path, file: str, uv) -> None:

@@ -21,7 +21,6 @@ from scripts.start.installing import SetUpError, fill
 from scripts.start.process import ROOT, become, report_error
 
 HELP_FLAGS = {"-h", "--help", "--help_all"}
-NOT_ALL_FLAGS = "\n--help_all: shows all flags once a first start has set the packages up\n"
 JOBS = {  # wrapper: what it starts, and what has to be installed for it
     "run_lora_train": ("scripts/start/train.py", ("requirements.txt",)),
     "run_lora_infer": ("scripts/start/infer.py", ("requirements.txt",)),
@@ -53,8 +52,9 @@ def ready_python(files, variables):
 
 def stored_help(wrapper: str, job_argv) -> str:
     """The help of a job as docs/help has it, for where the packages aren't there to make it."""
-    text = (ROOT / "docs" / "help" / (wrapper + ".txt")).read_text(encoding="ascii")
-    return text + (NOT_ALL_FLAGS if "--help_all" in job_argv else "")
+    names = [wrapper + "_all"] if "--help_all" in job_argv else []
+    files = [ROOT / "docs" / "help" / (name + ".txt") for name in [*names, wrapper]]
+    return next(file for file in files if file.is_file()).read_text(encoding="ascii")
 
 
 def main(argv=None) -> int:

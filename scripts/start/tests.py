@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     description = "Runs the checks and tests. Other arguments go to pytest."
     parser = argparse.ArgumentParser(prog=program(), description=description, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="all but the proofs that methods learn")
+    parser.add_argument("--help_all", action="help", help=argparse.SUPPRESS)
     args, pytest_argv = parser.parse_known_args(argv)
     os.chdir(ROOT)
     for check in CHECKS:

@@ -39,7 +39,7 @@ def show_help(argv: list[str]) -> int:
     except UserError as error:
         return report_error(str(error))
     if has_flag(argv, "--help_all"):
-        return become([sys.executable, str(ROOT / FAMILIES[family or "sd15"].training_script), "--help"])
+        return become([sys.executable, str(ROOT / FAMILIES[family or "sd15"].training_script), "--help_all"])
     print(help.format_help(family, program()), end="")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,23 @@ def test_an_old_python_takes_a_newer_one_or_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(environments.shutil, "which", lambda name: None)
     with pytest.raises(installing.SetUpError, match="Python 99.0 or later is needed; found 3"):
         installing.install_commands(tmp_path, "requirements.txt", None)
+
+
+def test_packages_that_uv_sync_has_taken_away_are_installed_again(project, monkeypatch):
+    """The stamp in .venv said that they were there."""
+    venv, calls = project / ".venv", []
+    python, packages = environments.python_in(venv), venv / "lib" / "python3.12" / "site-packages"
+    for folder in (python.parent, packages):
+        folder.mkdir(parents=True, exist_ok=True)
+    python.touch()
+    (project / "r.txt").write_text("pytest==1\n")
+    monkeypatch.setattr(installing, "missing_in", lambda python, names: names)
+    monkeypatch.setattr(installing, "install", lambda venv, file, uv: calls.append(file))
+    for _ in range(2):
+        installing.fill(venv, ["r.txt"], None)
+    assert calls == ["r.txt"]
+    (packages / "other.py").touch()
+    later = (venv / ".ready-r.txt").stat().st_mtime + 1
+    os.utime(packages, (later, later))
+    installing.fill(venv, ["r.txt"], None)
+    assert calls == ["r.txt"] * 2

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import yaml
-from conftest import QUICKEST, SAMPLE, run_here, weights
+from conftest import QUICKEST, SAMPLE, metrics, run_here, weights
+from safetensors.torch import load_file
 from toy_parts import arguments
+
+from lora_training.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -71,3 +75,29 @@ def test_a_share_of_nothing_trains_nothing(tmp_path, capsys, flags, line):
 def test_tokens_alone_are_trained_whatever_their_share(recipe):
     flags = ("--train_text_encoder_ti", "--train_text_encoder_ti_frac", 0, "--train_transformer_frac", 0)
     assert arguments(recipe, *flags).train_text_encoder_ti
+
+
+def test_a_share_of_the_steps_for_the_lora_lets_the_tokens_train_to_the_end(tmp_path, capsys):
+    """--train_transformer_frac 0.5 beside the default --train_text_encoder_ti_frac was refused."""
+    tokens = ("--train_text_encoder_ti", "--token_abstraction", "circle", "--text_encoder_lr", 1e-2)
+    flags = ("-d", SAMPLE, *tokens, "--train_transformer_frac", 0.5, "--checkpointing_steps", 2)
+    assert run_here(QUICKEST, tmp_path / "x", *flags, "--max_train_steps", 4) == 0
+    printed = capsys.readouterr().out
+    (note,) = [line for line in printed.splitlines() if "--train_text_encoder_ti_frac" in line]
+    assert note.startswith("note: ") and "--train_transformer_frac 0.5" in note and "to the end" in note
+    rows = metrics(tmp_path / "x")
+    assert [("lr_denoiser" in row, "lr_embeddings" in row) for row in rows] == [(True, True)] * 2 + [
+        (False, True)
+    ] * 2
+    files = [file.name for file in tmp_path.glob("x/*.safetensors")]
+    halfway = {name: load_file(tmp_path / "x" / "checkpoint-2" / name) for name in files}
+    for name, tensors in halfway.items():
+        final = load_file(tmp_path / "x" / name)
+        same = all(torch.allclose(final[key].float(), value.float()) for key, value in tensors.items())
+        assert same == (not name.endswith("_emb.safetensors"))
+
+
+@pytest.mark.parametrize("flags", [(), ("--train_text_encoder", "--train_text_encoder_frac", 0.5)])
+def test_a_share_of_the_steps_is_refused_where_no_tokens_can_take_the_rest(recipe, flags):
+    with pytest.raises(UserError, match="--train_transformer_frac below 1 leaves steps in which nothing"):
+        arguments(recipe, "--train_transformer_frac", 0.5, *flags)

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from toy_parts import arguments
 
 from lora_training.errors import UserError
-from lora_training.training.checkpoints import find_checkpoint
+from lora_training.training.checkpoints import find_checkpoint, moved_ends
 
 pytestmark = pytest.mark.faults
 
@@ -44,7 +45,7 @@ CHANGED = {  # what the settings are called; flags that change them
     "use_ema": (),
     "train_batch_size": ("--train_batch_size", 2),
     "data": (),
-    "last_steps": ("--lr_scheduler", "cosine"),
+    "lr_scheduler": ("--lr_scheduler", "cosine"),
 }
 
 
@@ -80,6 +81,85 @@ def test_a_learning_rate_that_has_changed_takes_effect(begun, tmp_path):
     flags = ("-d", begun / "data", *LATEST, "--resume_anyway", "--learning_rate", 3e-3)
     assert run_here(QUICKEST, output, *flags) == 0
     assert [row["lr_denoiser"] for row in metrics(output)] == pytest.approx([1e-4, 1e-4, 3e-3, 3e-3])
+
+
+# ---- another length ----------------------------------------------------------------------------------------
+
+PIVOTAL = ("-d", SAMPLE, "--train_text_encoder_ti", "--token_abstraction", "circle")
+LONGER = (*PIVOTAL, "--resume_from_checkpoint", "latest", "--max_train_steps", 4)
+
+
+@pytest.fixture(scope="module")
+def pivotal(tmp_path_factory):
+    """The folder of a pivotal run of two steps that was killed before its results; the pivot is at step 1."""
+    output = tmp_path_factory.mktemp("pivotal") / "x"
+    assert run_here(QUICKEST, output, *PIVOTAL, "--max_train_steps", 2, "--checkpointing_steps", 2) == 0
+    for file in output.glob("*.safetensors"):
+        file.unlink()
+    return output
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+def test_a_length_that_moves_the_pivot_is_said_in_flags(pivotal, tmp_path, capsys, is_older):
+    """It was told as "last_steps [1], now [2]". Checkpoints of before have that list in their manifest."""
+    output = copy_of(pivotal, tmp_path / "x")
+    file = output / "checkpoint-2" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    assert manifest["settings"]["last_steps"] == {"embeddings": 1}
+    if is_older:
+        manifest["settings"] |= {"last_steps": [1], "train_text_encoder_ti_frac": 0.5}
+        file.write_text(json.dumps(manifest))
+    assert run_here(QUICKEST, output, *LONGER) == 2
+    assert (
+        "(--max_train_steps 4 with --train_text_encoder_ti_frac 0.5 moves the pivot, the new tokens' last"
+        " step, from step 1 to step 2; --train_text_encoder_ti_frac 0.25 keeps it): "
+    ) in capsys.readouterr().err
+    assert run_here(QUICKEST, output, *LONGER, "--train_text_encoder_ti_frac", 0.25) == 0
+    assert "changed since" not in capsys.readouterr().out
+    assert [row["step"] for row in metrics(output) if "lr_embeddings" in row] == [1]
+
+
+def test_a_pivot_that_is_moved_on_purpose_is_noted(pivotal, tmp_path, capsys):
+    output = copy_of(pivotal, tmp_path / "x")
+    assert run_here(QUICKEST, output, *LONGER, "--train_text_encoder_ti_frac", 1, "--resume_anyway") == 0
+    line = "--max_train_steps 4 moves the pivot, the new tokens' last step, from step 1 to the end"
+    assert f"note: changed since checkpoint-2: {line}" in capsys.readouterr().out
+    assert [row["step"] for row in metrics(output) if "lr_embeddings" in row] == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("flags", "saved", "lines"),
+    [
+        (
+            {"lr_scheduler": "cosine", "max_train_steps": None, "num_train_epochs": 3},
+            {"text_encoder": 20, "denoiser": 40},
+            [
+                "--num_train_epochs 3 with --train_text_encoder_frac 0.5 moves the text encoder's last step"
+                " from step 20 to step 30; --train_text_encoder_frac 0.333333 keeps it",
+                "--num_train_epochs 3 moves the end of --lr_scheduler cosine from step 40 to step 60",
+            ],
+        ),
+        (
+            {"lr_scheduler": "constant"},
+            {"text_encoder": 40, "denoiser": 50},
+            [
+                "--max_train_steps 60 with --train_text_encoder_frac 0.5 moves the text encoder's last step"
+                " from step 40 to step 30; --train_text_encoder_frac 0.666667 keeps it",
+                "--max_train_steps 60 moves the LoRA's last step from step 50 to the end",
+            ],
+        ),
+        ({"lr_scheduler": "constant"}, {"text_encoder": 30}, []),
+    ],
+)
+def test_ends_of_the_text_encoder_and_of_schedules_that_move(flags, saved, lines):
+    values = {"max_train_steps": 60, "train_text_encoder_frac": 0.5, "train_transformer_frac": 1.0} | flags
+    parts = [
+        SimpleNamespace(name="text_encoder", last_step=30),
+        SimpleNamespace(name="denoiser", last_step=60),
+    ]
+    run = SimpleNamespace(args=SimpleNamespace(**values), parts=parts, max_steps=60)
+    settings = {"lr_scheduler": flags["lr_scheduler"]}
+    assert list(moved_ends(settings | {"last_steps": saved}, run).values()) == lines
 
 
 # ---- damaged checkpoints -----------------------------------------------------------------------------------
