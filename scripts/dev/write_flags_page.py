@@ -38,8 +38,9 @@ This page is written by `python scripts/dev/write_flags_page.py`.
 """
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Writes the page."""
+    argparse.ArgumentParser(description="Writes docs/flags.md, the page of all flags.").parse_args(argv)
     PAGE.write_text(flags_page(), encoding="utf-8")
     print(PAGE)
     return 0
