@@ -76,7 +76,7 @@ def read_set(parser, args: argparse.Namespace, where: str, entry: dict) -> argpa
     try:
         if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
             raise UserError(f"weight: {weight!r} is no number from 0 on")
-        check_args(own, set(entry), parser)
+        check_args(own, set(entry), parser, typed=set(entry))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return own

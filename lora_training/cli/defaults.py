@@ -31,6 +31,9 @@ def fill_defaults(args: argparse.Namespace) -> None:
     if args.validation_prompts_file:
         args.prompt_settings = read_prompts(args.validation_prompts_file, args.family.pixel_divisor)
         args.validation_prompt = [settings.pop("prompt") for settings in args.prompt_settings]
+    if prompt_is_empty(args):
+        args.num_validation_images = 0
+        print_status("note: --validation_prompt is empty: no pictures are drawn")
     for name in ("validation_prompt", "control_prompt"):  # each is one line, as a caption is; "" is off
         prompts = [clean_caption(prompt) for prompt in vars(args)[name] or []]
         vars(args)[name] = [prompt for prompt in prompts if prompt] or None
@@ -40,6 +43,12 @@ def fill_defaults(args: argparse.Namespace) -> None:
     args.class_data_dir = args.class_data_dir or str(Path(args.output_dir) / "class_images")
     if args.max_train_steps is None and args.num_train_epochs is None:
         args.max_train_steps = 1000
+
+
+def prompt_is_empty(args: argparse.Namespace) -> bool:
+    """Whether --validation_prompt is "", which asks for no pictures; not given, captions are drawn."""
+    prompts = args.validation_prompt
+    return prompts is not None and not any(map(clean_caption, prompts)) and not args.validation_prompts_file
 
 
 def use_prepared_buckets(args: argparse.Namespace) -> None:

@@ -282,6 +282,8 @@ def add_checkpoints_flags(add) -> None:
     add("--resume_anyway", action="store_true",
         help="go on with settings that have changed, as they are now; they are named")
     add("--overwrite", action="store_true", help="write over the results of another run in the output folder")
+    add("--copy_to_adapter", action="store_true",
+        help="also leave the LoRA for diffusers in adapter/ of the output folder, as Olive does")
     add("--upcast_before_saving", action="store_true",
         help="save the LoRA in float32 (default: in the precision of the base)")
 

@@ -46,17 +46,15 @@ def parse_args(
     parser.rules = rules
     argv = list(sys.argv[1:] if argv is None else argv)
     command_line_flags = {argument.split("=")[0].lstrip("-") for argument in argv}
-    argv = config_arguments(parser, argv) + argv
-    args, unset = parser.parse_args(argv), object()
-    marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    typed, argv = argv, config_arguments(parser, argv) + argv
+    args, set_flags = parser.parse_args(argv), given_flags(parser, argv)
     for name, reason in foreign_flags.items():
-        vars(marked).pop(name)
+        set_flags.discard(name)
         if (vars(args).pop(name) or "none").lower() not in OFF_VALUES:
             raise UserError(f"--{name}: {reason}")
     defaults = {name: parser.get_default(name) for name in vars(args)}
     fill_learning_rate(args, defaults)
     settings = dict(vars(args))
-    set_flags = {name for name, value in vars(marked).items() if value is not unset}
     args.family, args.script = family, Path(script).resolve()
     args.lora_targets = lora_targets
     if args.script.parent.is_file():  # of scripts/bundle.py
@@ -64,13 +62,22 @@ def parse_args(
     args.weight, args.is_class = 1.0, False
     args.sets = [read_set(parser, args, *entry) for entry in set_entries(args)]
     args.validation_split = max(own.validation_split for own in args.sets or [args])
-    check_args(args, set_flags, parser)
+    configured = set(set_flags)
+    check_args(args, set_flags, parser, typed=given_flags(parser, typed))
+    settings |= {name: defaults[name] for name in configured - set_flags}  # they are off
     settle_run(args)
     if args.overwrite and "resume_from_checkpoint" not in command_line_flags:  # which a configuration has
         args.resume_from_checkpoint = None
     args.settings, args.defaults = settings, defaults  # settings: before anything was filled in
     args.command_line_flags = command_line_flags
     return args
+
+
+def given_flags(parser: OneLineParser, argv: list[str]) -> set[str]:
+    """The flags that a command line has, by the names of their settings."""
+    unset = object()
+    marked = argparse.Namespace(**{action.dest: unset for action in parser._actions})
+    return {name for name, value in vars(parser.parse_args(argv, marked)).items() if value is not unset}
 
 
 def make_parser(

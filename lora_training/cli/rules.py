@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lora_training.cli.defaults import optimizer_of
+from lora_training.cli.defaults import optimizer_of, prompt_is_empty
 from lora_training.data.captions import clean_caption, contains_word
 from lora_training.files import output_name
 
@@ -28,17 +28,23 @@ TOKEN_FLAGS = (
 )
 LORA_FLAGS = (
     "lora_alpha lora_type lora_dropout lora_layers lora_blocks use_dora use_rslora init_lora_weights"
-    " merge_lora use_ema preserve_class init_lora"
+    " merge_lora use_ema preserve_class init_lora copy_to_adapter"
 )
 PRODIGY_FLAGS = "prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup"
 
 
 class Rule(NamedTuple):
-    """Flags, when they are wrong, and what to say then."""
+    """Flags, when they are wrong, and what to say then.
+
+    yields: a flag that only the --config file has is off then, with a note. other: the flag that excludes
+    them; the one of the command line wins over the file's.
+    """
 
     flags: str
     is_broken: Callable[[argparse.Namespace], object]
     message: str
+    yields: bool = False
+    other: str | None = None
 
 
 def rule(flags: str, is_broken: Callable, message: str) -> Rule:
@@ -53,7 +59,7 @@ def always(is_broken: Callable, message: str) -> Rule:
 
 def no_effect(flags: str, is_broken: Callable, reason: str) -> Rule:
     """Flags that would do nothing, `reason` being "without …" or "with …"."""
-    return Rule(flags, is_broken, f"{{flag}} has no effect {reason}")
+    return Rule(flags, is_broken, f"{{flag}} has no effect {reason}", yields=True)
 
 
 def without(needed: str, flags: str) -> Rule:
@@ -63,7 +69,8 @@ def without(needed: str, flags: str) -> Rule:
 
 def excluded(other: str, flags: str) -> Rule:
     """Flags that can't stand together with another one."""
-    return Rule(flags, lambda a: vars(a)[other], f"--{other} and {{flag}} exclude each other: give one")
+    message = f"--{other} and {{flag}} exclude each other: give one"
+    return Rule(flags, lambda a: vars(a)[other], message, other=other)
 
 
 def trains_text(a: argparse.Namespace) -> bool:
@@ -99,7 +106,7 @@ def varies_captions(a: argparse.Namespace) -> bool:
 
 def draws_nothing(a: argparse.Namespace) -> bool:
     """Whether there are neither validation images nor held-out ones."""
-    return a.num_validation_images == a.validation_split == 0
+    return a.validation_split == 0 and (a.num_validation_images == 0 or prompt_is_empty(a))
 
 
 def tokens_replace_class(a: argparse.Namespace) -> bool:
@@ -156,8 +163,8 @@ DATA_RULES = (
            "no data: give --train_data_dir, --dataset_name, or --instance_data_dir with --instance_prompt"),
     excluded("train_data_dir", "instance_data_dir"),
     excluded("dataset_name", "instance_data_dir"),
-    rule("train_data_dir", lambda a: a.dataset_name and not a.dataset_name.endswith(".py"),
-         "{flag} and --dataset_name exclude each other: give one"),
+    excluded("dataset_name", "train_data_dir")._replace(
+        is_broken=lambda a: a.dataset_name and not a.dataset_name.endswith(".py")),
     rule("train_data_dir dataset_name instance_data_dir", lambda a: a.dataset_config,
          "{flag} and --dataset_config exclude each other: name the folder in the file"),
     no_effect("kohya_folders", lambda a: not a.train_data_dir,
@@ -301,10 +308,8 @@ OUTPUT_RULES = (
     rule("class_data_dir", lambda a: data_folder_with(a, a.class_data_dir),
          "{flag} {a.class_data_dir} lies in the data folder, and its pictures would become data"),
     without("resume_from_checkpoint", "resume_anyway"),
-    rule("validation_epochs", lambda a: a.validation_steps,
-         "--validation_epochs and --validation_steps exclude each other: give one"),
-    rule("validation_epochs validation_steps", draws_nothing,
-         "{flag} has no effect: there are no validation images and no held-out images"),
+    excluded("validation_steps", "validation_epochs"),
+    no_effect("validation_epochs validation_steps", draws_nothing, "without validation or held-out images"),
     excluded("validation_prompt", "validation_prompts_file"),
     no_effect("keep_best", draws_nothing, "without pictures or held-out images, at which steps are compared"),
     no_effect("logging_dir", lambda a: trackers(a) <= {"none", "wandb"},

@@ -98,14 +98,26 @@ def decide(argv: list[str], settings: dict) -> Start:
     start.family = family or detect_family(model, config)
     if model:
         start.environment = training_environment(settings, launch_config)
-    if olive_flags:
-        start.argv = ["--report", *add_olive_flags(start, olive_flags), *argv]
-    elif config:
-        start.argv = ["--report", *argv]
-    else:
-        recipe = f"config/{'recipe' if model else 'toy'}_{start.family}.yaml"
-        start.argv = ["--report", "--config", recipe, *argv]
+    start.argv = ["--report", *add_settings(start, argv, config, model, olive_flags)]
     return start
+
+
+def add_settings(
+    start: Start, argv: list[str], config: str | None, model: str | None, olive_flags: dict
+) -> list[str]:
+    """The arguments, and before them the settings over which they win; a note says whose these are."""
+    recipe = f"config/{'recipe' if model else 'toy'}_{start.family}.yaml"
+    if olive_flags:
+        settings = add_olive_flags(start, olive_flags)
+        if not config:
+            start.notes.append(f"without --model_variant, the settings would be those of {recipe}")
+        return [*settings, *argv]
+    if config:
+        return argv
+    if model:
+        olive_way = "--model_variant auto takes the defaults of Olive's diffusion-lora"
+        start.notes.append(f"settings: {recipe}, under your flags ({olive_way})")
+    return ["--config", recipe, *argv]
 
 
 def agreed_family(named_family: str | None, variant: str | None) -> str | None:

@@ -116,7 +116,11 @@ def translate_workflow(workflow: dict, file: str) -> Workflow:
     lora_pass, other_passes = training_pass(passes, file)
     data = data_config(workflow.get("data_configs"), lora_pass.get("train_data_config"), file)
     output_dir = workflow.get("output_dir")
-    flags = {"output_dir": output_dir} | source_flags(data, file) | pass_flags(lora_pass, file)
+    flags = (
+        {"output_dir": output_dir, "copy_to_adapter": True}
+        | source_flags(data, file)
+        | pass_flags(lora_pass, file)
+    )
     if not trains_prior(lora_pass):  # Olive writes these down all the same
         flags = {name: value for name, value in flags.items() if name not in PRIOR_FLAGS}
     elif "num_class_images" not in lora_pass:

@@ -50,6 +50,8 @@ PRIOR_DEFAULTS = {"num_class_images": 200}
 
 # `olive diffusion-lora`: {all names of a flag: the default that holds where none of them is set}
 ONE_LINE_DEFAULTS = {
+    "output_dir --output_path -o": "diffusion-lora-adapter",
+    "copy_to_adapter": True,
     "rank --lora_r -r": 16,
     "max_train_steps --num_train_epochs": 1000,
     "gradient_accumulation_steps": 4,

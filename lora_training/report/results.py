@@ -15,7 +15,8 @@ from lora_training.console import print_status
 from lora_training.errors import UserError, one_line
 from lora_training.files import output_name, staging_folder
 from lora_training.report.model_card import model_card
-from lora_training.training.weights import save_merged
+from lora_training.training.output_folder import ADAPTER_FOLDER
+from lora_training.training.weights import DIFFUSERS_FILE, save_merged
 from lora_training.validation.comparison import comparison_image
 from lora_training.validation.verdicts import make_verdict
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 def save_results(run: Run) -> None:
     """Writes what follows the weights: comparison image, verdict, model card.
 
-    With --keep_best the weights become those of the step that the verdict advises; --merge_lora writes the
-    merged base.
+    With --keep_best the weights become those of the step that the verdict advises; --copy_to_adapter copies
+    them; --merge_lora writes the merged base.
     """
     output = Path(run.args.output_dir)
     advice = make_verdict(run) if run.probe else None
@@ -40,6 +41,9 @@ def save_results(run: Run) -> None:
         if advice:
             (part / "verdict.json").write_text(json.dumps(advice, indent=1), encoding="utf-8")
         (part / "README.md").write_text(model_card(run, has_comparison, advice), encoding="utf-8")
+    if run.args.copy_to_adapter:
+        with staging_folder(output / ADAPTER_FOLDER, "LoRA") as part:
+            shutil.copy(output / DIFFUSERS_FILE, part / DIFFUSERS_FILE)
     if run.args.merge_lora:
         save_merged(run, output / "merged")
     else:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import argparse
 
 WANDB_RUN = ".wandb_run"  # the file that names W&B's run, which a resumed run goes on in
+ADAPTER_FOLDER = "adapter"  # of --copy_to_adapter: where Olive leaves a LoRA
 FINISHED = "# finished: step "  # the last line of config.yaml, before the number
 # of a command rather than of a training, or secret
 UNRECORDED_SETTINGS = (
@@ -222,7 +223,8 @@ def clear_output_folder(output: Path) -> None:
     """Before the first step: removes what another run has left, and nothing that is a person's own."""
     for folder in (*list_checkpoints(output), *output.glob("samples/step-[0-9]*")):
         shutil.rmtree(folder, ignore_errors=True)
-    others = [output / name for name in ("verdict.json", "metrics.jsonl", "crash.log", WANDB_RUN)]
+    names = ("verdict.json", "metrics.jsonl", "crash.log", WANDB_RUN)
+    others = [output / name for name in (*names, f"{ADAPTER_FOLDER}/{RESULTS['LoRA']}")]
     for file in result_files(output) + others:
         with contextlib.suppress(PermissionError):  # on Windows: open in another program
             file.unlink(missing_ok=True)

@@ -26,6 +26,43 @@ def test_command_line_wins_over_config_file(recipe, tmp_path):
     assert (args.rank, args.resolution, args.center_crop, args.learning_rate) == (2, [64, 128], True, 3e-4)
 
 
+def test_a_files_key_that_has_no_effect_is_off_with_a_note(recipe, tmp_path, capsys):
+    """Typed, the same flag is an error."""
+    (tmp_path / "c.yaml").write_text("huber_c: 0.2\nvalidation_epochs: 2\nrank: 8\n")
+    config = ("--config", tmp_path / "c.yaml")
+    args = arguments(recipe, *config, "--num_validation_images", 0)
+    assert (args.huber_c, args.validation_epochs, args.rank) == (0.1, None, 8)
+    assert (args.settings["huber_c"], args.settings["validation_epochs"]) == (0.1, None)
+    printed = capsys.readouterr().out
+    assert "huber_c of the --config file is off: --huber_c has no effect without --loss_type" in printed
+    assert arguments(recipe, *config, "--loss_type", "huber").huber_c == 0.2
+    with pytest.raises(UserError, match="--huber_c has no effect without --loss_type huber"):
+        arguments(recipe, *config, "--huber_c", 0.2)
+
+
+@pytest.mark.parametrize(
+    ("in_file", "typed", "off"),
+    [
+        ("validation_epochs: 1", ("--validation_steps", 5), "validation_epochs"),
+        ("validation_steps: 5", ("--validation_epochs", 1), "validation_steps"),
+        ("dataset_name: some/pictures", (), "dataset_name"),  # -d is typed
+        ("instance_data_dir: DATA\ninstance_prompt: a", (), "instance_data_dir"),
+    ],
+)
+def test_a_typed_flag_wins_over_the_files_that_excludes_it(recipe, tmp_path, capsys, in_file, typed, off):
+    (tmp_path / "c.yaml").write_text(in_file.replace("DATA", str(SAMPLE)))
+    args = arguments(recipe, "--config", tmp_path / "c.yaml", *typed)
+    assert vars(args)[off] is None and args.settings[off] is None and args.train_data_dir
+    assert f"note: {off} of the --config file is off: " in capsys.readouterr().out
+    assert all(vars(args)[name.lstrip("-")] == value for name, value in zip(typed[::2], typed[1::2]))
+
+
+def test_a_file_that_contradicts_itself_is_refused(recipe, tmp_path):
+    (tmp_path / "c.yaml").write_text("validation_epochs: 1\nvalidation_steps: 5\n")
+    with pytest.raises(UserError, match="--validation_steps and --validation_epochs exclude each other"):
+        arguments(recipe, "--config", tmp_path / "c.yaml")
+
+
 CONFIGS = {  # text of a configuration; what the line says, or None if it is taken
     "rank: [4, 8]": "rank takes one value",
     "run_name: {a: b}": "run_name takes one value",

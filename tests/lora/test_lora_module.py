@@ -112,7 +112,7 @@ def test_any_module_is_trained_compared_saved_loaded_and_merged(name, tmp_path):
 
 def test_the_update_is_the_formula():
     linear = nn.Linear(6, 5)
-    layer = lora.LoRALinear(linear, rank=2, alpha=3)
+    layer = lora.LoRALinear.of(linear, rank=2, alpha=3)
     a, b = lora.get_lora_parameters(layer)
     b.data.normal_()
     x = torch.randn(4, 6)
@@ -120,7 +120,7 @@ def test_the_update_is_the_formula():
     assert torch.allclose(layer(x), expected, atol=1e-5)
     weight = linear.weight + 3 / 2 * b @ a
     assert torch.allclose(lora.merge_lora_weights(layer).weight, weight, atol=1e-6)
-    assert lora.count_parameters(lora.LoRALinear(nn.Linear(6, 5), rank=2)) == {"lora": 22, "base": 35}
+    assert lora.count_parameters(lora.LoRALinear.of(nn.Linear(6, 5), rank=2)) == {"lora": 22, "base": 35}
 
 
 def test_counts_and_half_precision():
@@ -164,6 +164,144 @@ def test_lora_layers_of_the_training_scripts_take_the_original_names(name):
 
     assert targets("q_proj", "out_proj") == targets("to_q", "to_out.0")
     assert targets("q_proj,k_proj,v_proj,out_proj") == targets("to_q", "to_k", "to_v", "to_out.0")
+
+
+def filled(model, *, adapter="default", **options):
+    """A model with one more LoRA, which is not zero."""
+    lora.apply_lora_to_model(model, adapter=adapter, **options)
+    for parameter in lora.get_lora_parameters(model, adapter):
+        parameter.data.normal_()
+    return model
+
+
+@pytest.fixture
+def two_loras():
+    """(the base, the same with two LoRAs, of different layers, rank and alpha, inputs)."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    model = filled(copy.deepcopy(base), rank=2, adapter="style")
+    filled(model, rank=3, alpha=6, target_modules=["2"], adapter="style_2")
+    return base, model, torch.randn(3, 8)
+
+
+def test_several_loras_are_switched_by_name(two_loras, tmp_path):
+    base, model, x = two_loras
+    assert lora.adapters_of(model) == ["style", "style_2"]
+    both, plain = model(x), base(x)
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("style", "style_2")}
+    alone = {}
+    for name, other in (("style", "style_2"), ("style_2", "style")):
+        lora.save_lora(model, files[name], adapter=name)
+        lora.set_lora_enabled(model, False, adapter=other)
+        alone[name] = model(x)
+        loaded = lora.load_lora(copy.deepcopy(base), files[name])
+        assert torch.allclose(alone[name], loaded(x)) and not torch.allclose(alone[name], plain)
+        lora.set_lora_enabled(model, False)  # to compare with the base
+        assert torch.equal(model(x), plain)
+        lora.set_lora_enabled(model, True)
+        assert torch.equal(model(x), alone[name])
+        lora.set_lora_enabled(model, True, adapter=other)
+        assert torch.equal(model(x), both)
+    lora.set_lora_enabled(model, False)
+    lora.set_lora_enabled(model, True, adapter="style")  # where all were off, the other stays off
+    assert torch.equal(model(x), alone["style"])
+    for name in files:
+        lora.set_lora_enabled(model, False, adapter=name)
+    assert torch.equal(model(x), plain)
+    lora.set_lora_enabled(model, True)
+    assert torch.equal(model(x), both)
+    fresh = copy.deepcopy(base)
+    for name, file in files.items():
+        lora.load_lora(fresh, file, adapter=name)
+    assert torch.allclose(fresh(x), both)
+
+
+def test_loras_are_blended_by_weights_and_one_of_them_merged(two_loras):
+    base, model, x = two_loras
+    lora.blend_adapters(model, {"style": 0.5, "style_2": 2.0})
+    first, last = (layer.get_base_layer() for layer in lora.lora_layers(model).values())
+    weights = {}
+    for layer, scales in ((first, {"style": 0.5}), (last, {"style": 0.5, "style_2": 2.0 * 6 / 3})):
+        wrapped = model[0] if layer is first else model[2]
+        updates = [s * wrapped.lora_B[n].weight @ wrapped.lora_A[n].weight for n, s in scales.items()]
+        weights[layer] = layer.weight + sum(updates)
+    hidden = torch.relu(x @ weights[first].T + first.bias)
+    blended = model(x)
+    assert torch.allclose(blended, hidden @ weights[last].T + last.bias, atol=1e-5)
+    part = lora.merge_lora_weights(copy.deepcopy(model), "style_2")
+    assert lora.adapters_of(part) == ["style"] == list(part.peft_config)
+    assert torch.allclose(part(x), blended, atol=1e-5)
+    lora.set_lora_enabled(part, False)
+    assert torch.equal(part[0](x), base[0](x)) and not torch.equal(part[2].weight, base[2].weight)
+    whole = lora.merge_lora_weights(copy.deepcopy(model))
+    assert torch.allclose(whole(x), blended, atol=1e-5)
+    assert [type(m) for m in whole.modules()] == [type(m) for m in base.modules()]
+    lora.blend_adapters(model, {"style_2": 1.0})
+    assert torch.equal(model[0](x), base[0](x))
+
+
+def test_several_loras_are_merged_with_one_rounding():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8)).bfloat16()
+    model = filled(filled(copy.deepcopy(base), adapter="a"), adapter="b")
+    layer = model[0]
+    updates = [layer.lora_B[name].weight @ layer.lora_A[name].weight for name in ("a", "b")]
+    expected = (base[0].weight.float() + updates[0] + updates[1]).bfloat16()
+    assert torch.equal(lora.merge_lora_weights(model)[0].weight, expected)
+
+
+def test_one_of_several_loras_is_trained(two_loras):
+    _, model, x = two_loras
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(lora.get_lora_parameters(model, "style"), lr=0.1)
+    model(x).sum().backward()
+    optimizer.step()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n in before if ".style." in n}
+
+
+def test_a_lora_that_is_not_named_or_not_there_is_said(two_loras, tmp_path):
+    base, model, _ = two_loras
+    with pytest.raises(ValueError, match="has several LoRAs: adapter= names one of style, style_2"):
+        lora.save_lora(model, tmp_path / "x.safetensors")
+    for wrong in (
+        lambda: lora.merge_lora_weights(model, "face"),
+        lambda: lora.set_lora_enabled(model, False, adapter="face"),
+        lambda: lora.blend_adapters(model, {"face": 1.0}),
+    ):
+        with pytest.raises(
+            ValueError, match="adapter 'face' is none of this Sequential's LoRAs: style, style_2"
+        ):
+            wrong()
+    with pytest.raises(ValueError, match="the weight of 'style' is a finite number"):
+        lora.blend_adapters(model, {"style": float("nan")})
+    with pytest.raises(ValueError, match="has a LoRA, 'style'"):
+        lora.apply_lora_to_model(model, adapter="style")
+    with pytest.raises(ValueError, match="has no LoRA"):
+        lora.set_lora_enabled(base, True, adapter="style")
+
+
+def test_a_loaded_file_brings_its_alpha_into_a_lora_that_is_there(tmp_path):
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8)
+    model = filled(copy.deepcopy(base), rank=2, alpha=8)
+    file = lora.save_lora(model, tmp_path / "x.safetensors")
+    other = lora.apply_lora_to_model(copy.deepcopy(base), rank=2, alpha=1)
+    assert torch.allclose(lora.load_lora(other, file)(x), model(x), atol=1e-5)
+
+
+def test_layers_that_are_built_by_hand_are_saved_and_loaded(tmp_path):
+    model = nn.Sequential(
+        lora.LoRALinear(4, 8, rank=2, alpha=4), nn.ReLU(), lora.LoRALinear(8, 2, rank=2, alpha=4)
+    )
+    for parameter in lora.get_lora_parameters(model):
+        parameter.data.normal_()
+    plain = nn.Sequential(*(copy.deepcopy(getattr(m, "base_layer", m)) for m in model))
+    x, file = torch.randn(3, 4), lora.save_lora(model, tmp_path / "x.safetensors")
+    assert torch.allclose(lora.load_lora(plain, file)(x), model(x), atol=1e-5)
+    mixed = nn.Sequential(lora.LoRALinear(4, 4, rank=2), lora.LoRALinear(4, 4, rank=3))
+    with pytest.raises(ValueError, match="layers of different rank or alpha"):
+        lora.save_lora(mixed, file)
 
 
 def unet():
@@ -252,7 +390,11 @@ class Bomb:
 
 
 WRONG = {
-    "a pickle": (lambda t, s: t.rename(t.with_suffix(".pt")), "only .safetensors"),
+    "a pickle": (
+        lambda t, s: (torch.save(s, t.with_suffix(".pt")), t.with_suffix(".pt"))[1],
+        "only safetensors",
+    ),
+    "another name": (lambda t, s: t.rename(t.with_suffix(".bin")), "only safetensors"),
     "cut": (lambda t, s: (t.write_bytes(t.read_bytes()[:300]), t)[1], "damaged"),
     "empty": (lambda t, s: (t.write_bytes(b""), t)[1], "damaged"),
     "absent": (lambda t, s: (t.unlink(), t)[1], "not to be read"),
@@ -292,13 +434,17 @@ def test_pickles_are_refused_unexecuted(suffix, tmp_path):
     file = tmp_path / f"x{suffix}"
     file.write_bytes(pickle.dumps(Bomb(tmp_path / "written")))
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="only .safetensors"):
+    with pytest.raises(ValueError, match="only safetensors"):
         lora.load_lora(model, file)
     with pytest.raises(ValueError, match="damaged, or no base"):
         lora.load_models(file)
     assert not (tmp_path / "written").exists()
-    with pytest.raises(ValueError, match="only .safetensors"):
-        lora.save_lora(lora.apply_lora_to_model(model), file)
+    lora.apply_lora_to_model(model)
+    if suffix == ".pt":
+        assert load_file(lora.save_lora(model, file)).keys() == lora.lora_state(model, "default").keys()
+        return
+    with pytest.raises(ValueError, match="only safetensors"):
+        lora.save_lora(model, file)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +456,8 @@ def test_pickles_are_refused_unexecuted(suffix, tmp_path):
         ({"dropout": 1}, "dropout"),
         ({"target_modules": ["nothing"]}, "nothing is no layer of Sequential"),
         ({"target_modules": []}, "names no layer"),
+        ({"adapter": "a.b"}, "adapter is a name of letters"),
+        ({"adapter": ""}, "adapter is a name of letters"),
     ],
 )
 def test_wrong_arguments_are_named(options, words):

@@ -9,10 +9,6 @@ import pytest
 import yaml
 from conftest import ROOT, SAMPLE, losses, run_here
 
-from lora_training.errors import UserError
-from lora_training.launch import environment
-from lora_training.launch.decision import decide
-
 pytestmark = pytest.mark.run
 
 
@@ -55,18 +51,3 @@ def test_recipes_are_complete(family):
         assert (args.resolution, args.num_train_epochs, args.learning_rate) == ([1280, 720], 500, 5e-5)
         assert (args.train_batch_size, args.rank, args.optimizer) == (4, 32, "adamw8bit")
         assert args.pretrained_vae_model_name_or_path == "madebyollin/sdxl-vae-fp16-fix"
-
-
-def test_transformer_labs_trainer_is_a_config_for_every_family(family, monkeypatch):
-    recipe, file = recipe_of(family), str(ROOT / "config" / "diffusion_trainer.yaml")
-    monkeypatch.setattr(environment, "gpu_precision", lambda: None)
-    argv = ["--config", file, "-m", family.base, "-d", str(SAMPLE)]
-    args = recipe.parse_args(decide(argv, {}).argv)
-    assert (args.num_train_epochs, args.resolution, args.rank, args.lora_alpha) == (100, [512], 8, 16)
-    assert (args.lr_warmup_steps, args.lr_scheduler, args.report_to) == (50, "constant_with_warmup", "wandb")
-    shown = args.validation_epochs, args.validation_inference_steps, args.validation_guidance_scale
-    assert shown == (1, 50, 7.5) and args.validation_prompt is None
-    recipe.parse_args([*argv, "--noise_offset", "0", "--snr_gamma", "0", "--prediction_type", "epsilon"])
-    if family.name in ("sd3", "flux"):
-        with pytest.raises(UserError, match="--snr_gamma: rectified flow has none"):
-            recipe.parse_args([*argv, "--snr_gamma", "5"])

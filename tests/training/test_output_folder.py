@@ -170,7 +170,7 @@ def test_what_is_a_persons_own_stays_when_a_run_writes_over_another(tmp_path):
     persons = ("notes.txt", "samples/mine.png", "checkpoint-best/a", "checkpoint-backup-900/a")
     persons += ("other.safetensors",)
     runs = (LORA, f"{tmp_path.name}.safetensors", "samples/step-000004/a.png", "checkpoint-4/a")
-    runs += ("metrics.jsonl",)
+    runs += ("metrics.jsonl", f"adapter/{LORA}")
     for name in (*persons, *runs):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
