@@ -470,13 +470,14 @@ def execute(args: argparse.Namespace) -> None:
 
     run, checkpoint = prepare_run(args)
     first_step = training.load_checkpoint(run, *checkpoint) if checkpoint else 0
-    if run.control_prompts:
-        run.probe = validation.Probe(run, first_step, draw_noise, predict)
+    run.pictures = validation.PictureBudget(run, first_step)
+    if run.control_prompts and not args.dry_run:
+        run.probe = validation.Probe(run, draw_noise, predict)
     active_parts(run, first_step)
     training.start_trackers(run, first_step)
     training.report_plan(run)
     with disable_input_dtype_casting(run.denoiser, active=run.accelerator.mixed_precision != "no"):
-        if run.draws_comparison and first_step == 0:
+        if run.pictures.draws_start:
             # before the training, so that too little memory shows at once
             training.on_main_process(run, validation.draw_samples, run, 0, uses_denoiser=True)
         if args.dry_run:
@@ -611,6 +612,7 @@ def train(run: Run, first_step: int) -> None:
             bar.update()
             if done % args.logging_steps == 0 or done == run.max_steps:
                 metrics.log(done, grad_norm, active, bar)
+                run.pictures.observe(metrics, done)
             signal_number = training.received_signal(run, done)
             validating = done in run.validation_steps
             if done % args.checkpointing_steps == 0 or signal_number or (run.probe and validating):
@@ -663,8 +665,7 @@ def backward(run: Run, batch: dict, step: int, micro_step: int) -> torch.Tensor:
 def validate(run: Run, step: int, metrics: MetricsLogger) -> None:
     """Held-out loss and validation images, on the main process."""
     run.accelerator.wait_for_everyone()
-    draws = run.draws_comparison if step == run.max_steps else run.args.validation_prompt
-    if draws and run.sample_prompts:
+    if step in run.pictures.steps and run.sample_prompts:
         training.on_main_process(run, validation.draw_and_log_samples, run, step, uses_denoiser=True)
     if run.probe:  # its row comes last: it says that the pictures are there
         values = run.probe.measure()

@@ -17,6 +17,7 @@ from lora_training.cli.types import (
     path,
     rate,
     share,
+    steps,
     web_address,
     yes_or_no,
 )
@@ -249,11 +250,13 @@ def add_length_and_batch_flags(add) -> None:
     add("--seed", type=int, help="same seed, same run (default: drawn, printed and stored)")
     add("--train_batch_size", type=count, default=1, help="images per process and step (1)")
     add("--num_train_epochs", type=count, help="times through the data")
-    add("--max_train_steps", type=count_or_off,
-        help="optimizer steps; wins over epochs (1000 when neither is given)")
+    add("--max_train_steps", type=steps, metavar="STEPS",
+        help="optimizer steps; a number wins over epochs (1000 when neither is given); auto: without epochs, "
+             "about 100 for each picture, from 800 to 3,000")
     add("--gradient_accumulation_steps", type=count, default=1, help="batches per optimizer step (1)")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"],
-        help="precision of the frozen base (default: as accelerate is configured)")
+    add("--mixed_precision", choices=["no", "fp16", "bf16", "auto"],
+        help="precision of the frozen base; auto: bf16 where the GPU has it, else fp16, float32 on a CPU "
+             "(default: as accelerate is configured)")
     add("--dataloader_num_workers", type=natural, default=0, help="processes that prepare images (0: none)")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
 
@@ -293,10 +296,12 @@ def add_validation_flags(add, inference_steps: int, guidance: float) -> None:
         help="prompts drawn during training")
     add("--validation_prompts_file", type=path, metavar="FILE",
         help="prompts with settings of their own: YAML, or kohya's lines (--n --w --h --d --s --l)")
-    add("--num_validation_images", type=natural, default=4, help="per prompt (4; 0: none)")
-    add("--validation_epochs", type=count_or_off, help="draw every so many epochs")
+    add("--num_validation_images", type=natural,
+        help="per prompt, 0: none (default: 4 with a prompt, steps or epochs of validation, else as many as "
+             "take a tenth of the time)")
+    add("--validation_epochs", type=count_or_off, help="validate every so many epochs")
     add("--validation_steps", type=count_or_off,
-        help="draw every so many steps (with neither: about five times)")
+        help="validate every so many steps (with neither: about five times)")
     add("--validation_inference_steps", type=count, default=inference_steps,
         help=f"denoising steps of each picture ({inference_steps})")
     add("--validation_guidance_scale", type=amount, default=guidance,

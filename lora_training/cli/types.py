@@ -47,6 +47,14 @@ def count_or_off(text: str) -> int | None:
 
 count_or_off.__name__ = natural.__name__
 
+
+def steps(text: str) -> int | str | None:
+    """A count of steps, "auto", or 0, which turns the flag off."""
+    return text if text == "auto" else count_or_off(text)
+
+
+steps.__name__ = natural.__name__
+
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree")
 
 

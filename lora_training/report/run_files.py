@@ -75,6 +75,7 @@ def data_summary(run: Run) -> dict:
         if shares:
             used.append([sizes[number], len(shares), sum(shares) / len(shares)])
     return {
+        "steps": run.max_steps,
         "images": len(examples),
         "held_out": sum(example.held_out for example in examples),
         "captions": rows,

@@ -34,14 +34,17 @@ class Capabilities(NamedTuple):
 def choose_precision(args: argparse.Namespace, device: torch.device) -> str:
     """The precision of the frozen base; prints it with the device in one line.
 
-    A preset's or the launcher's precision is a default, replaced by one that suits the machine;
-    --mixed_precision on the command line is used as it is. Errors: UserError if the device can't do it.
+    "auto" is what suits the machine best. A preset's or the launcher's precision is a default, replaced by
+    one that suits the machine; --mixed_precision on the command line is used as it is. Errors: UserError if
+    the device can't do it.
     """
     family, is_explicit = args.family, "mixed_precision" in args.command_line_flags
     name, suitable, impossible = device_capabilities(device, family.predicts_flow)
     # in float32 the frozen base would take most of a Mac's memory
     usual = suitable[0] if device.type == "mps" else "no"
     requested = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", usual)
+    if requested == "auto":
+        requested = suitable[0]
     if requested == "fp16" and family.predicts_flow:
         print_status(f"{family.title} overflows in fp16: using bf16")
         requested = "bf16"

@@ -60,6 +60,7 @@ class Run:
     parts: list[TrainedPart] = field(default_factory=list)
     guard: NonFiniteGuard = None
     cuda_graphs: CudaGraphs | None = None
+    pictures: object | None = None  # validation's PictureBudget: which pictures are drawn
     probe: object | None = None  # validation's Probe, which measures what was learned and forgotten
 
     @property
@@ -74,7 +75,7 @@ class Run:
     @property
     def draws_comparison(self) -> bool:
         """Whether pictures are drawn before and after the training, for comparison.png."""
-        return bool(self.sample_prompts) and not self.args.skip_final_inference
+        return bool(self.sample_prompts) and not (self.args.skip_final_inference or self.args.dry_run)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """For DoRA, whose magnitudes stay in float32; all else computes in its modules' own precision."""
