@@ -27,11 +27,10 @@ FOLDER = ".requests"
 
 
 class Requests(NamedTuple):
-    """What a step is asked for. stop: the number of a signal, or 0."""
+    """What is asked after a step. stop: the number of a signal, or 0."""
 
     stop: int = 0
     save: bool = False
-    sample: bool = False
 
 
 def send_requests(output: Path, names: list[str]) -> None:
@@ -66,7 +65,10 @@ def take_requests(output: Path, names: tuple[str, ...] = tuple(REQUESTS)) -> set
 
 
 def received_requests(run: Run, step: int) -> Requests:
-    """What signals and control.py ask for after a step; several processes agree on it every ten steps."""
+    """What signals and control.py ask for after a step; several processes agree on it every ten steps.
+
+    A step that is to be sampled becomes one of those that are validated, with pictures.
+    """
     import torch
 
     is_alone = run.accelerator.num_processes == 1
@@ -82,4 +84,17 @@ def received_requests(run: Run, step: int) -> Requests:
     if asked:
         print_status(f"step {step}: control.py asks to {' and to '.join(asked)}")
     run.skips_pictures |= "skip_validation" in asked
-    return Requests(int(stop), "save" in asked, "sample" in asked)
+    if "sample" in asked:
+        run.validation_steps.add(step)
+        run.pictures.steps.add(step)
+    return Requests(int(stop), "save" in asked)
+
+
+def pictures_are_skipped(run: Run) -> bool:
+    """Whether no more pictures are to be drawn now; asked between them, where one process draws alone."""
+    if not run.components.sharded:
+        run.skips_pictures |= bool(take_requests(Path(run.args.output_dir), ("skip_validation",)))
+    skips, run.skips_pictures = run.skips_pictures, False
+    if skips:
+        print_status("control.py: no more pictures now")
+    return skips
