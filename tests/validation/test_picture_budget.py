@@ -175,7 +175,6 @@ def test_a_start_that_cant_be_drawn_any_more_decides_how_many_there_are(tmp_path
         ((), True),
         (("--num_validation_images", 4), False),
         (("--validation_prompt", "a cat"), False),
-        (("--validation_prompt", ""), True),
         (("--validation_steps", 100), False),
         (("--validation_epochs", 1), False),
         (("--control_prompt", "a cat"), True),
