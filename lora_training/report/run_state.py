@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from lora_training.report.run_folder import RunFolder
 
-LAST_LINES = 14
+LAST_LINES = 6
 RECENT_LOGS = 20  # whose seconds per step say how long the rest takes
 SILENT_SECONDS = 600  # after which a run on another machine counts as ended
 OWNER = re.compile(r"process (\d+) on (.+) since ")
