@@ -175,5 +175,10 @@ def log_samples(tracker: GeneralTracker, files: list[Path], prompts: list[str], 
             tracker.log_images({"validation": [Image.open(file) for _, file, _ in pictures]}, step)
         case "aim":
             tracker.log_images({name: (Image.open(file), prompt) for name, file, prompt in pictures}, step)
+        case "trackio":  # accelerate's tracker for it logs numbers alone
+            import trackio
+
+            shown = {name: trackio.Image(str(file), caption=prompt) for name, file, prompt in pictures}
+            tracker.log(shown, step)
         case "clearml":
             tracker.log_images({name: Image.open(file) for name, file, _ in pictures}, step)
