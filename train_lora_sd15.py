@@ -585,13 +585,14 @@ def train(run: Run, first_step: int) -> None:
             if done % args.logging_steps == 0 or done == run.max_steps:
                 metrics.log(done, grad_norm, active, bar)
                 run.pictures.observe(metrics, done)
-            signal_number = training.received_signal(run, done)
+            requests = training.received_requests(run, done)
             validating = done in run.validation_steps
-            if done % args.checkpointing_steps == 0 or signal_number or (run.probe and validating):
+            saving = requests.save or requests.stop or (run.probe and validating)
+            if done % args.checkpointing_steps == 0 or saving:
                 metrics.write_pending()  # and a validated step is kept, so that the advised one can be taken
                 training.on_main_process(run, training.save_checkpoint, run, done)
-            if signal_number:
-                training.stop_run(run, signal_number, done)
+            if requests.stop:
+                training.stop_run(run, requests.stop, done)
             if validating and done < run.max_steps:
                 metrics.write_pending()
                 validate(run, done, metrics)

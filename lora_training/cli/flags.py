@@ -18,6 +18,7 @@ from lora_training.cli.types import (
     rate,
     share,
     steps,
+    web_address,
     yes_or_no,
 )
 
@@ -324,6 +325,8 @@ def add_logging_flags(add) -> None:
     add("--logging_steps", type=count, default=1, help="steps between log lines (1)")
     add("--report", action="store_true",
         help="write report.html after each validation, with this project's scripts/reports/")
+    add("--notify", type=web_address, metavar="URL",
+        help="send warnings and the end to this address as JSON; Slack and Discord show it; never stored")
     add("--run_name", help="name in trackers (default: the output folder's)")
     add("--push_to_hub", action="store_true", help="upload the results at the end")
     add("--hub_model_id", help="repository on the hub (default: the output folder's name)")

@@ -6,6 +6,7 @@ import argparse
 import ast
 import math
 import os
+from urllib.parse import urlsplit
 
 from lora_training.errors import UserError
 
@@ -82,6 +83,16 @@ def key_and_value(text: str) -> tuple[str, object]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def web_address(text: str) -> str | None:
+    """An address that begins with http:// or https://; "none" is none."""
+    if text in ("", "none"):
+        return None
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise argparse.ArgumentTypeError("it is no address that begins with https://")
+    return text
 
 
 def yes_or_no(text: str) -> bool:
