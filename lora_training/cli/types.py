@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import math
 import os
 from urllib.parse import urlsplit
@@ -89,8 +90,10 @@ def web_address(text: str) -> str | None:
     """An address that begins with http:// or https://; "none" is none."""
     if text in ("", "none"):
         return None
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    host = None
+    with contextlib.suppress(ValueError):
+        host = urlsplit(text).hostname
+    if not text.startswith(("http://", "https://")) or not host:
         raise argparse.ArgumentTypeError("it is no address that begins with https://")
     return text
 

@@ -70,7 +70,7 @@ def test_an_address_that_does_not_answer_ends_no_run_and_is_not_shown(tmp_path, 
     assert "secret-word" not in printed
 
 
-@pytest.mark.parametrize("text", ["ftp://a.b", "hooks.slack.com/x", "https://"])
+@pytest.mark.parametrize("text", ["ftp://a.b", "hooks.slack.com/x", "https://", "http://["])
 def test_other_texts_are_no_address(text):
     with pytest.raises(Exception, match="it is no address that begins with https"):
         web_address(text)

@@ -14,6 +14,7 @@ BY_TYPE = {  # the name of argparse's type: good values, borderline ones
     "scale": (("1.29", "0.5"), ("0", "1.75", "1.7500001")),
     "path": (("{folder}/z", "{data}"), ("~", "~nobody/x", "nowhere", "")),
     "yes_or_no": (("true", "false"), ("TRUE", "no", "2")),
+    "web_address": (("http://127.0.0.1:9/x",), ("none", "https://", "ftp://x", "http://[")),
     "int": (
         ("0", "7"),
         ("-1", "2147483648", "9223372036854775807", "18446744073709551616", "-9223372036854775809"),
