@@ -87,6 +87,8 @@ FOREIGN_FLAGS = {  # of other families: accepted while they are off, else an err
     "snr_gamma": "rectified flow has none",
     "input_perturbation": "rectified flow has none",
     "noise_offset": "rectified flow has none",
+    "debiased_estimation": "rectified flow has none",
+    "prompt_weighting": "T5 was not made for it; brackets are text here, as in the WebUIs' own T5 by default",
     "prediction_type": "rectified flow has none",
     "conv_rank": "a transformer has no 3 x 3 convolutions",
     "conv_alpha": "a transformer has no 3 x 3 convolutions",
@@ -203,7 +205,8 @@ def compute_loss(
     model_pred = base_model.unpack_latents(model_pred, height, width)
     target = noise - latents  # dz_t / dt
     weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas)
-    return (weighting.float() * elementwise_loss(model_pred, target, batch, args)).mean(dim=(1, 2, 3))
+    loss = elementwise_loss(model_pred, target, batch, scheduler, args)
+    return (weighting.float() * loss).mean(dim=(1, 2, 3))
 
 
 def position_ids(height: int, width: int, device):
@@ -286,18 +289,32 @@ def sample_latents(moments: torch.Tensor, noise: torch.Tensor, vae_config: dict)
 
 
 def elementwise_loss(
-    model_pred: torch.Tensor, target: torch.Tensor, batch: dict, args: argparse.Namespace
+    model_pred: torch.Tensor, target: torch.Tensor, batch: dict, scheduler, args: argparse.Namespace
 ) -> torch.Tensor:
-    """l2, or pseudo-Huber 2c(sqrt((p - t)^2 + c^2) - c), https://arxiv.org/abs/2403.16728; (B, C, H, W) as
-    its inputs.
+    """l2, or pseudo-Huber 2c(sqrt((p - t)^2 + c^2) - c), https://arxiv.org/abs/2403.16728, or smooth l1, that
+    divided by c; (B, C, H, W) as its inputs.
 
-    batch: with --masked_loss, "mask" (B, 1, H, W), whose mean over each picture is 1.
+    batch: timesteps (B,); with --masked_loss, "mask" (B, 1, H, W), whose mean over each picture is 1.
     """
     loss = (model_pred - target.float()) ** 2
-    if args.loss_type == "huber":
-        c = args.huber_c
-        loss = 2 * c * (torch.sqrt(loss + c**2) - c)
+    if args.loss_type != "l2":
+        c = huber_threshold(batch["timesteps"], scheduler, args)
+        scale = 2 * c if args.loss_type == "huber" else 2
+        loss = scale * (torch.sqrt(loss + c**2) - c)
     return loss * batch["mask"] if "mask" in batch else loss
+
+
+def huber_threshold(timesteps: torch.Tensor, scheduler, args: argparse.Namespace):
+    """Where the loss turns from square to linear: --huber_c, or as --huber_schedule has it, (B, 1, 1, 1)."""
+    c = args.huber_c
+    if args.huber_schedule == "constant":
+        return c
+    if args.huber_schedule == "exponential":  # 1 without noise, c where there is noise alone
+        threshold = c ** (timesteps / scheduler.config.num_train_timesteps)
+    else:  # by sqrt(1 / SNR)
+        level = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+        threshold = (1 - c) / (1 + ((1 - level) / level).sqrt()) ** 2 + c
+    return threshold.view(-1, 1, 1, 1)
 
 
 def batch_loss(run: Run, batch: dict, embeds: dict) -> torch.Tensor:
@@ -477,13 +494,14 @@ def execute(args: argparse.Namespace) -> None:
 
     run, checkpoint = prepare_run(args)
     first_step = training.load_checkpoint(run, *checkpoint) if checkpoint else 0
-    if run.control_prompts:
-        run.probe = validation.Probe(run, first_step, draw_noise, predict)
+    run.pictures = validation.PictureBudget(run, first_step)
+    if run.control_prompts and not args.dry_run:
+        run.probe = validation.Probe(run, draw_noise, predict)
     active_parts(run, first_step)
     training.start_trackers(run, first_step)
     training.report_plan(run)
     with disable_input_dtype_casting(run.denoiser, active=run.accelerator.mixed_precision != "no"):
-        if run.draws_comparison and first_step == 0:
+        if run.pictures.draws_start:
             # before the training, so that too little memory shows at once
             training.on_main_process(run, validation.draw_samples, run, 0, uses_denoiser=True)
         if args.dry_run:
@@ -618,13 +636,15 @@ def train(run: Run, first_step: int) -> None:
             bar.update()
             if done % args.logging_steps == 0 or done == run.max_steps:
                 metrics.log(done, grad_norm, active, bar)
-            signal_number = training.received_signal(run, done)
+                run.pictures.observe(metrics, done)
+            requests = training.received_requests(run, done)
             validating = done in run.validation_steps
-            if done % args.checkpointing_steps == 0 or signal_number or (run.probe and validating):
+            saving = requests.save or requests.stop or (run.probe and validating)
+            if done % args.checkpointing_steps == 0 or saving:
                 metrics.write_pending()  # and a validated step is kept, so that the advised one can be taken
                 training.on_main_process(run, training.save_checkpoint, run, done)
-            if signal_number:
-                training.stop_run(run, signal_number, done)
+            if requests.stop:
+                training.stop_run(run, requests.stop, done)
             if validating and done < run.max_steps:
                 metrics.write_pending()
                 validate(run, done, metrics)
@@ -670,8 +690,7 @@ def backward(run: Run, batch: dict, step: int, micro_step: int) -> torch.Tensor:
 def validate(run: Run, step: int, metrics: MetricsLogger) -> None:
     """Held-out loss and validation images, on the main process."""
     run.accelerator.wait_for_everyone()
-    draws = run.draws_comparison if step == run.max_steps else run.args.validation_prompt
-    if draws and run.sample_prompts:
+    if step in run.pictures.steps and run.sample_prompts:
         training.on_main_process(run, validation.draw_and_log_samples, run, step, uses_denoiser=True)
     if run.probe:  # its row comes last: it says that the pictures are there
         values = run.probe.measure()

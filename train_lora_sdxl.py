@@ -4,9 +4,8 @@
 From a folder with pictures and captions (`metadata.jsonl`, `metadata.csv`, or a `.txt` beside each picture):
 
     accelerate launch train_lora_sdxl.py -m stabilityai/stable-diffusion-xl-base-1.0 \\
-        --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --train_data_dir my_pictures \\
-        --trigger_word sks --resolution 1280 720 --mixed_precision bf16 --cache_latents \\
-        --gradient_checkpointing --max_train_steps 1000 \\
+        --train_data_dir my_pictures --trigger_word sks --aspect_ratio_buckets auto --mixed_precision bf16 \\
+        --cache_latents --gradient_checkpointing --max_train_steps auto \\
         --validation_prompt "sks, a portrait in a garden" -o output/my_lora
 
 DreamBooth with prior preservation, from pictures without captions:
@@ -97,6 +96,8 @@ def add_family_args(add) -> None:
     add("--conv_rank", type=cli.count_or_off,
         help="also a LoRA of this rank on the UNet's 3 x 3 convolutions, LoCon (default: none)")
     add("--conv_alpha", type=cli.amount, help="its alpha (default: --conv_rank)")
+    add("--prompt_weighting", action="store_true",
+        help="read (word), (word:1.3), [word] and BREAK in captions and prompts as the WebUIs do")
     add("--snr_gamma", type=cli.amount, help="min-SNR weighting, 5 is usual (default: off)")
     add("--prediction_type", choices=["epsilon", "v_prediction"],
         help="what the base predicts: noise or velocity (default: the scheduler's)")
@@ -104,7 +105,9 @@ def add_family_args(add) -> None:
         help="noise that ends without signal (default: the base's)")
     add("--noise_offset", type=cli.amount, default=0.0,
         help="noise added per channel and image, 0.05 is usual (0: off)")
-    add("--input_perturbation", type=cli.amount, default=0.0,
+    add("--debiased_estimation", action="store_true",
+        help="weigh the loss by 1 / sqrt(SNR): high noise counts more, low noise hardly")
+    add("--input_perturbation", "--ip_noise_gamma", type=cli.amount, default=0.0,
         help="extra noise on the input, 0.1 is usual (0: off)")
     # fmt: on
 
@@ -156,17 +159,25 @@ def compute_loss(
     # v = sqrt(a_t) eps - sqrt(1 - a_t) x_0, https://arxiv.org/abs/2202.00512
     is_velocity = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
-    loss = elementwise_loss(model_pred, target, batch, args).mean(dim=(1, 2, 3))
-    if args.snr_gamma:  # min-SNR, https://arxiv.org/abs/2303.09556
+    loss = elementwise_loss(model_pred, target, batch, scheduler, args).mean(dim=(1, 2, 3))
+    if args.snr_gamma or args.debiased_estimation:
         from diffusers.training_utils import compute_snr
 
-        snr = compute_snr(scheduler, timesteps)
-        if is_velocity:
-            weight = snr.clamp(max=args.snr_gamma) / (snr + 1)
-        else:  # at an SNR of 0, as zero-terminal-SNR schedules have it, min(snr, gamma) / snr is 1
-            weight = (args.snr_gamma / snr).clamp(max=1)
-        loss = loss * weight
+        loss = loss * snr_weight(compute_snr(scheduler, timesteps), is_velocity, args)
     return loss
+
+
+def snr_weight(snr: torch.Tensor, is_velocity: bool, args: argparse.Namespace) -> torch.Tensor:
+    """min-SNR, https://arxiv.org/abs/2303.09556, or debiased estimation, https://arxiv.org/abs/2310.08442.
+
+    Weights (B,). At an SNR of 0, as zero-terminal-SNR schedules have it, the first's is 1, the second's 1000.
+    """
+    if args.debiased_estimation:
+        snr = snr.clamp(max=1000)
+        return 1 / (snr + 1) if is_velocity else 1 / snr.clamp(min=1e-6).sqrt()
+    if is_velocity:
+        return snr.clamp(max=args.snr_gamma) / (snr + 1)
+    return (args.snr_gamma / snr).clamp(max=1)
 
 
 # ---- prompts and their embeddings --------------------------------------------------------------------------
@@ -179,9 +190,10 @@ def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: 
     The second encoder adds its projection, "pooled" (B, P). Differentiable in the text encoder.
     """
     chunks = args.max_token_length // 75
-    ids = text.chunk_ids(tokenizer, prompts, chunks).to(text_encoder.device)
-    output = text_encoder(ids, output_hidden_states=True)
-    encoded = {"hidden": text.join_chunks(output.hidden_states[-2 - (args.clip_skip or 0)], chunks)}
+    ids, weights = text.chunk_ids(tokenizer, prompts, chunks, args.prompt_weighting)
+    output = text_encoder(ids.to(text_encoder.device), output_hidden_states=True)
+    hidden = text.weigh(output.hidden_states[-2 - (args.clip_skip or 0)], weights)
+    encoded = {"hidden": text.join_chunks(hidden, chunks)}
     if key == "clip_g":
         encoded["pooled"] = output.text_embeds[::chunks]
     return encoded
@@ -263,18 +275,32 @@ def sample_latents(moments: torch.Tensor, noise: torch.Tensor, vae_config: dict)
 
 
 def elementwise_loss(
-    model_pred: torch.Tensor, target: torch.Tensor, batch: dict, args: argparse.Namespace
+    model_pred: torch.Tensor, target: torch.Tensor, batch: dict, scheduler, args: argparse.Namespace
 ) -> torch.Tensor:
-    """l2, or pseudo-Huber 2c(sqrt((p - t)^2 + c^2) - c), https://arxiv.org/abs/2403.16728; (B, C, H, W) as
-    its inputs.
+    """l2, or pseudo-Huber 2c(sqrt((p - t)^2 + c^2) - c), https://arxiv.org/abs/2403.16728, or smooth l1, that
+    divided by c; (B, C, H, W) as its inputs.
 
-    batch: with --masked_loss, "mask" (B, 1, H, W), whose mean over each picture is 1.
+    batch: timesteps (B,); with --masked_loss, "mask" (B, 1, H, W), whose mean over each picture is 1.
     """
     loss = (model_pred - target.float()) ** 2
-    if args.loss_type == "huber":
-        c = args.huber_c
-        loss = 2 * c * (torch.sqrt(loss + c**2) - c)
+    if args.loss_type != "l2":
+        c = huber_threshold(batch["timesteps"], scheduler, args)
+        scale = 2 * c if args.loss_type == "huber" else 2
+        loss = scale * (torch.sqrt(loss + c**2) - c)
     return loss * batch["mask"] if "mask" in batch else loss
+
+
+def huber_threshold(timesteps: torch.Tensor, scheduler, args: argparse.Namespace):
+    """Where the loss turns from square to linear: --huber_c, or as --huber_schedule has it, (B, 1, 1, 1)."""
+    c = args.huber_c
+    if args.huber_schedule == "constant":
+        return c
+    if args.huber_schedule == "exponential":  # 1 without noise, c where there is noise alone
+        threshold = c ** (timesteps / scheduler.config.num_train_timesteps)
+    else:  # by sqrt(1 / SNR)
+        level = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+        threshold = (1 - c) / (1 + ((1 - level) / level).sqrt()) ** 2 + c
+    return threshold.view(-1, 1, 1, 1)
 
 
 def batch_loss(run: Run, batch: dict, embeds: dict) -> torch.Tensor:
@@ -454,13 +480,14 @@ def execute(args: argparse.Namespace) -> None:
 
     run, checkpoint = prepare_run(args)
     first_step = training.load_checkpoint(run, *checkpoint) if checkpoint else 0
-    if run.control_prompts:
-        run.probe = validation.Probe(run, first_step, draw_noise, predict)
+    run.pictures = validation.PictureBudget(run, first_step)
+    if run.control_prompts and not args.dry_run:
+        run.probe = validation.Probe(run, draw_noise, predict)
     active_parts(run, first_step)
     training.start_trackers(run, first_step)
     training.report_plan(run)
     with disable_input_dtype_casting(run.denoiser, active=run.accelerator.mixed_precision != "no"):
-        if run.draws_comparison and first_step == 0:
+        if run.pictures.draws_start:
             # before the training, so that too little memory shows at once
             training.on_main_process(run, validation.draw_samples, run, 0, uses_denoiser=True)
         if args.dry_run:
@@ -595,13 +622,15 @@ def train(run: Run, first_step: int) -> None:
             bar.update()
             if done % args.logging_steps == 0 or done == run.max_steps:
                 metrics.log(done, grad_norm, active, bar)
-            signal_number = training.received_signal(run, done)
+                run.pictures.observe(metrics, done)
+            requests = training.received_requests(run, done)
             validating = done in run.validation_steps
-            if done % args.checkpointing_steps == 0 or signal_number or (run.probe and validating):
+            saving = requests.save or requests.stop or (run.probe and validating)
+            if done % args.checkpointing_steps == 0 or saving:
                 metrics.write_pending()  # and a validated step is kept, so that the advised one can be taken
                 training.on_main_process(run, training.save_checkpoint, run, done)
-            if signal_number:
-                training.stop_run(run, signal_number, done)
+            if requests.stop:
+                training.stop_run(run, requests.stop, done)
             if validating and done < run.max_steps:
                 metrics.write_pending()
                 validate(run, done, metrics)
@@ -647,8 +676,7 @@ def backward(run: Run, batch: dict, step: int, micro_step: int) -> torch.Tensor:
 def validate(run: Run, step: int, metrics: MetricsLogger) -> None:
     """Held-out loss and validation images, on the main process."""
     run.accelerator.wait_for_everyone()
-    draws = run.draws_comparison if step == run.max_steps else run.args.validation_prompt
-    if draws and run.sample_prompts:
+    if step in run.pictures.steps and run.sample_prompts:
         training.on_main_process(run, validation.draw_and_log_samples, run, step, uses_denoiser=True)
     if run.probe:  # its row comes last: it says that the pictures are there
         values = run.probe.measure()

@@ -17,6 +17,8 @@ from lora_training.layer_patterns import read_patterns
 if TYPE_CHECKING:
     import argparse
 
+LOWER_RATES = {"lion8bit": 3e-5, "came": 1e-5}
+
 
 def fill_defaults(args: argparse.Namespace) -> None:
     """Fills in what depends on other flags."""
@@ -40,10 +42,16 @@ def fill_defaults(args: argparse.Namespace) -> None:
     for name in ("validation_prompt", "control_prompt"):  # each is one line, as a caption is; "" is off
         prompts = [clean_caption(prompt) for prompt in vars(args)[name] or []]
         vars(args)[name] = [prompt for prompt in prompts if prompt] or None
+    asked = (args.validation_steps, args.validation_epochs, args.validation_prompt)
+    args.limits_pictures = args.num_validation_images is None and not any(asked)
+    if args.num_validation_images is None:
+        args.num_validation_images = 4
     args.color_jitter = [0.1, 0.1, 0.1, 0.05] if args.color_jitter == [] else args.color_jitter
     # "name/" and "name" are the same folder
     args.output_dir = str(Path(args.output_dir or f"output/{args.family.name}-lora"))
     args.class_data_dir = args.class_data_dir or str(Path(args.output_dir) / "class_images")
+    if args.max_train_steps == "auto" and args.num_train_epochs:
+        args.max_train_steps = None
     if args.max_train_steps is None and args.num_train_epochs is None:
         args.max_train_steps = 1000
 
@@ -55,12 +63,13 @@ def prompt_is_empty(args: argparse.Namespace) -> bool:
 
 
 def use_prepared_buckets(args: argparse.Namespace) -> None:
-    """Takes the buckets that prepare_dataset.py has left in the data folder; --aspect_ratio_buckets wins.
+    """Takes the buckets that prepare_dataset.py has left in the data folder; a list of one's own wins.
 
-    Errors: UserError if --resolution asks for another size, because the pictures have been scaled already.
+    Errors: UserError if --resolution asks for another size, because the pictures have been scaled already;
+    with "auto" they are scaled again.
     """
     file = Path(args.train_data_dir or args.instance_data_dir or args.dataset_name or "") / "buckets.json"
-    if args.aspect_ratio_buckets is not None or not file.is_file():
+    if args.aspect_ratio_buckets not in (None, "auto") or not file.is_file():
         return
     try:
         prepared = json.loads(file.read_text(encoding="utf-8-sig"))
@@ -71,6 +80,9 @@ def use_prepared_buckets(args: argparse.Namespace) -> None:
         ) from None
     if args.resolution is not None and not 3 / 4 <= math.prod((args.resolution * 2)[:2]) / side**2 <= 4 / 3:
         resolution = " ".join(map(str, args.resolution))
+        if args.aspect_ratio_buckets == "auto":
+            print_status(f"note: {file}: the pictures are prepared for {side}, and scaled to {resolution}")
+            return
         raise UserError(
             f"--resolution {resolution}: the pictures are prepared for {side} ({file}); prepare again, or use"
             " --aspect_ratio_buckets auto"
@@ -94,9 +106,15 @@ def check_sizes(args: argparse.Namespace) -> None:
 
 
 def fill_learning_rate(args: argparse.Namespace, defaults: dict) -> None:
-    """--learning_rate and its default: 1 where the optimizer finds its own step size and multiplies it."""
+    """--learning_rate and its default: 1 where the optimizer finds its own step size and multiplies it.
+
+    Some take larger steps than AdamW at the same rate: Lion's are the rate itself in every weight (a third to
+    a tenth of AdamW's rate: https://arxiv.org/abs/2302.06675), and CAME's slowest mean is not corrected for
+    its start (a tenth learns as fast on the toys).
+    """
     name = optimizer_of(args).rpartition(".")[2].lower()
     defaults["learning_rate"] = 1.0 if name.startswith(("prodigy", "dadapt")) else 1e-4
+    defaults["learning_rate"] = LOWER_RATES.get(optimizer_of(args), defaults["learning_rate"])
     if args.learning_rate is None:
         args.learning_rate = defaults["learning_rate"]
 

@@ -19,6 +19,8 @@ from lora_training.cli.types import (
     positive,
     rate,
     share,
+    steps,
+    web_address,
     yes_or_no,
 )
 
@@ -108,6 +110,8 @@ def add_data_flags(add) -> None:
         help="the first so many tags, or those before a |||, are neither shuffled nor dropped (0)")
     add("--caption_per_line", action="store_true",
         help="each line of a .txt is a caption, one of which is drawn each time")
+    add("--caption_wildcards", action="store_true",
+        help="{red|blue} in a caption is one of the two each time")
     add("--caption_extension", metavar="END",
         help="how the names of caption files end, such as .tags (default: .txt, else .caption)")
     add("--validation_split", type=share, default=0.0,
@@ -203,9 +207,11 @@ def add_text_encoders_flags(add) -> None:
 
 
 def add_loss_flags(add) -> None:
-    add("--loss_type", choices=["l2", "huber"], default="l2",
-        help="squared error, or Huber's, on which outliers weigh less (l2)")
-    add("--huber_c", type=amount, default=0.1, help="where huber turns from square to linear (0.1)")
+    add("--loss_type", choices=["l2", "huber", "smooth_l1"], default="l2",
+        help="squared error, or Huber's, on which outliers weigh less; smooth_l1 is huber / c (l2)")
+    add("--huber_c", type=amount, default=0.1, help="where both turn from square to linear (0.1)")
+    add("--huber_schedule", choices=["constant", "exponential", "snr"], default="constant",
+        help="the same c everywhere, or from 1 at no noise down to --huber_c (constant)")
     add("--masked_loss", type=path, metavar="WHERE",
         help='train on what masks show in white: "alpha" (the picture\'s own), a folder, or the end of their '
              'names, as in --masked_loss=-mask')
@@ -226,7 +232,8 @@ def add_optimizer_flags(add) -> None:
     add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
     add("--use_prodigy", action="store_true", help="the same as --optimizer prodigy")
     add("--learning_rate", type=rate,
-        help="of the denoiser, and of text encoders unless they have their own (1e-4; 1 for prodigy)")
+        help="of the denoiser, and of text encoders unless they have their own (1e-4; prodigy: 1, lion8bit: "
+             "3e-5, came: 1e-5)")
     add("--scale_lr", action="store_true", help="multiply it by processes, batch size and accumulation steps")
     add("--lr_scheduler", default="constant", choices=SCHEDULES,
         help="course of the learning rate after the warm-up (constant)")
@@ -256,11 +263,13 @@ def add_length_and_batch_flags(add) -> None:
     add("--seed", type=int, help="same seed, same run (default: drawn, printed and stored)")
     add("--train_batch_size", type=count, default=1, help="images per process and step (1)")
     add("--num_train_epochs", type=count, help="times through the data")
-    add("--max_train_steps", type=count_or_off,
-        help="optimizer steps; wins over epochs (1000 when neither is given)")
+    add("--max_train_steps", type=steps, metavar="STEPS",
+        help="optimizer steps; a number wins over epochs (1000 when neither is given); auto: without epochs, "
+             "about 100 for each picture, from 800 to 3,000")
     add("--gradient_accumulation_steps", type=count, default=1, help="batches per optimizer step (1)")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"],
-        help="precision of the frozen base (default: as accelerate is configured)")
+    add("--mixed_precision", choices=["no", "fp16", "bf16", "auto"],
+        help="precision of the frozen base; auto: bf16 where the GPU has it, else fp16, float32 on a CPU "
+             "(default: as accelerate is configured)")
     add("--dataloader_num_workers", type=natural, default=0, help="processes that prepare images (0: none)")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
 
@@ -300,10 +309,12 @@ def add_validation_flags(add, inference_steps: int, guidance: float) -> None:
         help="prompts drawn during training")
     add("--validation_prompts_file", type=path, metavar="FILE",
         help="prompts with settings of their own: YAML, or kohya's lines (--n --w --h --d --s --l)")
-    add("--num_validation_images", type=natural, default=4, help="per prompt (4; 0: none)")
-    add("--validation_epochs", type=count_or_off, help="draw every so many epochs")
+    add("--num_validation_images", type=natural,
+        help="per prompt, 0: none (default: 4 with a prompt, steps or epochs of validation, else as many as "
+             "take a tenth of the time)")
+    add("--validation_epochs", type=count_or_off, help="validate every so many epochs")
     add("--validation_steps", type=count_or_off,
-        help="draw every so many steps (with neither: about five times)")
+        help="validate every so many steps (with neither: about five times)")
     add("--validation_inference_steps", type=count, default=inference_steps,
         help=f"denoising steps of each picture ({inference_steps})")
     add("--validation_guidance_scale", type=amount, default=guidance,
@@ -322,6 +333,8 @@ def add_logging_flags(add) -> None:
     add("--logging_steps", type=count, default=1, help="steps between log lines (1)")
     add("--report", action="store_true",
         help="write report.html after each validation, with this project's scripts/reports/")
+    add("--notify", type=web_address, metavar="URL",
+        help="send warnings and the end to this address as JSON; Slack and Discord show it; never stored")
     add("--run_name", help="name in trackers (default: the output folder's)")
     add("--push_to_hub", action="store_true", help="upload the results at the end")
     add("--hub_model_id", help="repository on the hub (default: the output folder's name)")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import math
 import os
+from urllib.parse import urlsplit
 
 from lora_training.errors import UserError
 from lora_training.layer_patterns import split_entry
@@ -48,7 +50,18 @@ def count_or_off(text: str) -> int | None:
 
 count_or_off.__name__ = natural.__name__
 
-OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree")
+
+def steps(text: str) -> int | str | None:
+    """A count of steps, "auto", or 0, which turns the flag off."""
+    return text if text == "auto" else count_or_off(text)
+
+
+steps.__name__ = natural.__name__
+
+OPTIMIZERS = (
+    *("adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree"),
+    *("muon", "lion8bit", "ademamix8bit", "came"),
+)
 
 
 def optimizer_name(text: str) -> str:
@@ -92,6 +105,18 @@ def by_layer(value_type):
 
     check.__name__ = "PATTERN=VALUE"
     return check
+
+
+def web_address(text: str) -> str | None:
+    """An address that begins with http:// or https://; "none" is none."""
+    if text in ("", "none"):
+        return None
+    host = None
+    with contextlib.suppress(ValueError):
+        host = urlsplit(text).hostname
+    if not text.startswith(("http://", "https://")) or not host:
+        raise argparse.ArgumentTypeError("it is no address that begins with https://")
+    return text
 
 
 def yes_or_no(text: str) -> bool:

@@ -64,7 +64,11 @@ def select_checkpoints(path: str, selection: str | int | list[int]) -> dict[str,
                 raise UserError(f"checkpoints: no checkpoint-{step} in {path}; there are {known}")
         return {f"step {step}": folders[step] for step in dict.fromkeys(steps)}
     selected = {f"step {step}": folder for step, folder in folders.items()}
-    if (Path(path) / LORA_FILE).is_file() and read_training(path).get("max_train_steps") not in folders:
+    about = read_training(path)
+    last_step = about.get("max_train_steps")
+    if last_step == "auto":  # the number stands in the LoRA's metadata
+        last_step = about.get("ss_max_train_steps")
+    if (Path(path) / LORA_FILE).is_file() and str(last_step) not in map(str, folders):
         selected["the result"] = Path(path)
     return selected
 

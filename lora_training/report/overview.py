@@ -34,7 +34,7 @@ class Verdict(NamedTuple):
 
 def progress_notes(run: RunFolder) -> list[str]:
     """How far the run came, and its base."""
-    total = run.settings.values.get("max_train_steps")
+    total = run.data.get("steps", run.settings.values.get("max_train_steps"))
     of_total = f" of {total:,}" if is_number(total) and total > run.last_step else ""
     notes = ["finished" if run.is_finished else "not finished", f"{run.last_step:,}{of_total} steps"]
     base = run.settings.values.get("pretrained_model_name_or_path")

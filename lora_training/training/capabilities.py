@@ -34,14 +34,17 @@ class Capabilities(NamedTuple):
 def choose_precision(args: argparse.Namespace, device: torch.device) -> str:
     """The precision of the frozen base; prints it with the device in one line.
 
-    A preset's or the launcher's precision is a default, replaced by one that suits the machine;
-    --mixed_precision on the command line is used as it is. Errors: UserError if the device can't do it.
+    "auto" is what suits the machine best. A preset's or the launcher's precision is a default, replaced by
+    one that suits the machine; --mixed_precision on the command line is used as it is. Errors: UserError if
+    the device can't do it.
     """
     family, is_explicit = args.family, "mixed_precision" in args.command_line_flags
     name, suitable, impossible = device_capabilities(device, family.predicts_flow)
     # in float32 the frozen base would take most of a Mac's memory
     usual = suitable[0] if device.type == "mps" else "no"
     requested = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", usual)
+    if requested == "auto":
+        requested = suitable[0]
     if requested == "fp16" and family.predicts_flow:
         print_status(f"{family.title} overflows in fp16: using bf16")
         requested = "bf16"
@@ -130,9 +133,9 @@ def trials_for(args: argparse.Namespace, device: torch.device) -> list[Trial]:
     trials = []
     if args.quantize_base:
         trials.append(Trial("quantize_base", args.quantize_base, multiply_quantized))
-    if args.optimizer == "adamw8bit":
-        step = functools.partial(try_steps, args, device)
-        trials.append(Trial("optimizer", args.optimizer, step, fallback="adamw"))
+    if args.optimizer.endswith("8bit") and "." not in args.optimizer:
+        step, is_adamw = functools.partial(try_steps, args, device), args.optimizer == "adamw8bit"
+        trials.append(Trial("optimizer", args.optimizer, step, fallback="adamw" if is_adamw else None))
     if args.compile:
         trials.append(Trial("compile", "", lambda: import_compiler(device), fallback=False))
     return trials

@@ -62,6 +62,8 @@ class Run:
     parts: list[TrainedPart] = field(default_factory=list)
     guard: NonFiniteGuard = None
     cuda_graphs: CudaGraphs | None = None
+    pictures: object | None = None  # validation's PictureBudget: which pictures are drawn
+    skips_pictures: bool = False  # control.py asks for no pictures of a validation
     probe: object | None = None  # validation's Probe, which measures what was learned and forgotten
 
     @property
@@ -76,7 +78,7 @@ class Run:
     @property
     def draws_comparison(self) -> bool:
         """Whether pictures are drawn before and after the training, for comparison.png."""
-        return bool(self.sample_prompts) and not self.args.skip_final_inference
+        return bool(self.sample_prompts) and not (self.args.skip_final_inference or self.args.dry_run)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """For DoRA, whose magnitudes stay in float32; all else computes in its modules' own precision."""
@@ -102,19 +104,6 @@ def on_main_process(run: Run, function: Callable, *arguments: object, uses_denoi
     if run.accelerator.is_main_process or (uses_denoiser and run.components.sharded):
         function(*arguments)
     run.accelerator.wait_for_everyone()
-
-
-def received_signal(run: Run, step: int) -> int:
-    """The number of the signal that any process has received, or 0.
-
-    Several processes agree on it every ten steps.
-    """
-    if run.accelerator.num_processes == 1:
-        return run.stop.number
-    if step % 10:
-        return 0
-    numbers = run.accelerator.gather(torch.tensor([run.stop.number], device=run.accelerator.device))
-    return int(numbers.max())
 
 
 def stop_run(run: Run, number: int, step: int) -> None:

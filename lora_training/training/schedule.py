@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lora_training.optim.parts import TrainedPart
     from lora_training.training.run import Run
 
+STEPS_PER_PICTURE, AUTO_STEPS = 100, (800, 3000)  # of --max_train_steps auto
 LEAST_MULTIPLIER = 0.1  # of a step size that an optimizer finds; far below, nothing is learned
 
 
@@ -22,12 +23,25 @@ def plan_steps(run: Run) -> None:
     """Sets the number of steps, those after which validation runs, and the size of validation images."""
     args, data = run.args, run.data
     steps_per_epoch = run.plan.per_epoch / args.gradient_accumulation_steps
+    if args.max_train_steps == "auto":
+        args.max_train_steps = steps_by_pictures(run)
     run.max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
     if args.num_validation_images or args.validation_split:
         run.validation_steps = validation_schedule(args, run.max_steps, steps_per_epoch)
     image_counts = Counter(example.bucket for example in data.examples)
     fullest_bucket = image_counts.most_common(1)[0][0]
     run.validation_size = data.buckets[fullest_bucket]
+
+
+def steps_by_pictures(run: Run) -> int:
+    """--max_train_steps auto: so many that each picture is seen about STEPS_PER_PICTURE times; says so."""
+    pictures = len({run.data.examples[index].digest for index in run.plan.buckets})
+    samples = run.plan.size * run.args.gradient_accumulation_steps
+    least, most = AUTO_STEPS
+    steps = min(most, max(least, math.ceil(STEPS_PER_PICTURE * pictures / samples)))
+    rule = f"{STEPS_PER_PICTURE} for each of {pictures} pictures, {samples} in a step, {least:,} to {most:,}"
+    print_status(f"--max_train_steps auto: {steps} steps ({rule}); give a number to set your own")
+    return steps
 
 
 def validation_schedule(args: argparse.Namespace, max_steps: int, steps_per_epoch: float) -> set[int]:

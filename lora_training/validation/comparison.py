@@ -18,10 +18,14 @@ MAX_PROMPTS = 6
 
 
 class Block(NamedTuple):
-    """A heading, and rows of pictures below it. rows: {label: files from left to right}."""
+    """A heading, and rows of pictures below it.
+
+    rows: {label: files from left to right}; columns: how many each has if all are drawn.
+    """
 
     heading: str
     rows: dict[str, list[Path]]
+    columns: int = COLUMNS
 
 
 def comparison_image(run: Run) -> Image.Image | None:
@@ -30,8 +34,7 @@ def comparison_image(run: Run) -> Image.Image | None:
     None if the run has not drawn all of them.
     """
     training, *drawn = comparison_blocks(run)
-    count = min(run.args.num_validation_images, COLUMNS)
-    is_complete = all(len(files) >= count for block in drawn for files in block.rows.values())
+    is_complete = all(len(files) == block.columns for block in drawn for files in block.rows.values())
     if not run.draws_comparison or not is_complete:
         return None
     return draw_blocks([training, *drawn], run.validation_size)
@@ -42,14 +45,17 @@ def comparison_blocks(run: Run) -> list[Block]:
     output = Path(run.args.output_dir)
     after = "with the\nLoRA" if run.lora_modules else "with the\nnew tokens"
     steps = {"before": 0, after: run.max_steps}
-    patterns = [(prompt, f"{number:02d}_*") for number, prompt in enumerate(run.sample_prompts[:MAX_PROMPTS])]
-    patterns.append((f"should not change: {', '.join(run.control_prompts)}", "control_*"))
+    count, prompts = min(run.pictures.per_prompt, COLUMNS), run.sample_prompts[:MAX_PROMPTS]
+    patterns = [(prompt, f"{number:02d}_*", count) for number, prompt in enumerate(prompts)]
+    if run.pictures.controls:
+        heading = f"should not change: {', '.join(run.control_prompts)}"
+        patterns.append((heading, "control_*", min(run.pictures.controls, COLUMNS)))
     blocks = [Block("trained on", {"": sorted(output.glob("training_pictures/*.png"))})]
-    for heading, pattern in patterns:
+    for heading, pattern, columns in patterns:
         rows = {}
         for label, step in steps.items():
-            rows[label] = sorted(output.glob(f"samples/step-{step:06d}/{pattern}"))
-        blocks.append(Block(heading, rows))
+            rows[label] = sorted(output.glob(f"samples/step-{step:06d}/{pattern}"))[:columns]
+        blocks.append(Block(heading, rows, columns))
     return blocks
 
 

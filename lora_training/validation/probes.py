@@ -49,7 +49,7 @@ class Probe:
     that the base has drawn, relative to how far that for the trained captions has moved (root mean squares).
     """
 
-    def __init__(self, run: Run, first_step: int, draw_noise: Callable, predict: Callable) -> None:
+    def __init__(self, run: Run, draw_noise: Callable, predict: Callable) -> None:
         """draw_noise, predict: the recipe's functions of these names."""
         self.run, self.draw_noise, self.predict = run, draw_noise, predict
         self.batches: dict[str, list[ProbeBatch]] = {
@@ -57,7 +57,7 @@ class Probe:
             "held_out": self.held_out_batches(),
         }
         with initial_weights(run), evaluation_mode(run), torch.no_grad(), progress("probes of the base"):
-            control_latents = draw_control_images(run, 0, save=first_step == 0)
+            control_latents = draw_control_images(run, 0, probing=True)
             self.batches["control"] = self.control_batches(control_latents)
             self.base_measurements = self.measure_batches()
 

@@ -119,11 +119,12 @@ def test_wrapper_trains_what_the_env_file_names(checkout, tmp_path):
         'VALIDATION_PROMPTS=("a sks circle" "a blue star")\n'
     )
     flags = ("--mixed_precision", "no", "--resolution", "64", "--max_train_steps", "2", "--rank", "8")
+    flags += ("--report_to", "wandb")
     command = ["bash", str(folder / "run_lora_train.sh"), *flags, "--validation_inference_steps", "1"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     pictures = list((output / "samples" / "step-000002").glob("0*.png"))
-    assert len(pictures) == 8  # two prompts, four each, as the recipe says
+    assert len(pictures) == 8  # two prompts, four each, as prompts are drawn that are named
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     assert len(weights(output)[f"lora.unet.{layer}.lora.down.weight"]) == 8
     assert list((output / "wandb").glob("offline-run-*"))

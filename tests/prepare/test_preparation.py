@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import FAMILIES, run_here
+from conftest import FAMILIES, load_script, run_here
 from photo_folders import EVERY_STEP, model_steps, photo, prepare, read_captions, read_rows, tree
 from PIL import Image
 from tiny_models import COLOURS
@@ -71,6 +71,13 @@ def test_a_lora_trains_on_the_buckets_as_they_are(phone, tmp_path, capsys):
     assert (
         run_here(family, tmp_path / "run", "-d", out, "--aspect_ratio_buckets", "64,64", "--overwrite") == 0
     )
+    parse_args = load_script(family.script).parse_args
+    argv = ["-m", "BASE", "-d", str(out), "--aspect_ratio_buckets", "auto"]  # as the recipes have it
+    prepared = parse_args(argv)
+    assert prepared.resolution == [128] and ";" in prepared.aspect_ratio_buckets
+    scaled = parse_args([*argv, "--resolution", "64"])
+    assert (scaled.resolution, scaled.aspect_ratio_buckets) == ([64], "auto")
+    assert "the pictures are prepared for 128, and scaled to 64" in capsys.readouterr().out
     (out / "buckets.json").write_text("[]")
     assert run_here(family, tmp_path / "run", "-d", out) == 2
     assert "prepare the folder again" in capsys.readouterr().err
