@@ -9,6 +9,8 @@ RESUME_FLAGS = (
     "rank_pattern", "alpha_pattern", "lr_pattern", "conv_rank", "conv_alpha",
     "optimizer", "targets", "tokens", "layout",
 )
+# what checkpoints of before these flags had, whose layers were all alike
+LATER_FLAGS = dict.fromkeys(("rank_pattern", "alpha_pattern", "lr_pattern", "conv_rank", "conv_alpha"))
 # what changes nothing of what is trained, or is compared by what it comes to (data, base, precision, length);
 # a change of any other flag needs --resume_anyway
 FREE_FLAGS = (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lora_training.cli.resume_flags import FREE_FLAGS, RESUME_FLAGS
+from lora_training.cli.resume_flags import FREE_FLAGS, LATER_FLAGS, RESUME_FLAGS
 from lora_training.console import print_status, progress
 from lora_training.errors import UserError, one_line
 from lora_training.files import list_checkpoints, sha256_of, staging_folder
@@ -93,6 +93,7 @@ def load_checkpoint(run: Run, folder: Path, manifest: dict) -> int:
 def changed_settings(saved: dict, current: dict) -> dict[str, str]:
     """{setting: what it was when a checkpoint was written and what it is}, of those that have changed."""
     current = json.loads(json.dumps(current))  # tuples become lists, as in the manifest
+    saved = LATER_FLAGS | saved
     return {
         flag: f"{flag} {saved[flag]}, now {value}"
         for flag, value in current.items()

@@ -22,6 +22,7 @@ from lora_training.lora.formats import kohya_state
 from lora_training.lora.initial import rank_and_alpha
 from lora_training.lora.layer_ranks import layer_ranks
 from lora_training.lora.reading import read_lora
+from lora_training.training.checkpoints import changed_settings
 from scripts.lora import inspect_lora, resize_lora
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -319,3 +320,12 @@ def test_a_start_from_rslora_keeps_its_scale():
     }
     for name, pair in (("x", (3, 5)), ("y", (4, 6))):
         assert rank_and_alpha({f"{name}.hada_w1_a": state["x.lora_A.weight"]}, "unet", name, patterns) == pair
+
+
+@pytest.mark.unit
+def test_a_checkpoint_of_before_these_flags_goes_on_without_them_and_names_one():
+    """It has none of them in its settings, and fits a run whose layers are all alike."""
+    flags = {"rank": 4, "rank_pattern": None, "lr_pattern": None, "conv_rank": None}
+    assert changed_settings({"rank": 4}, flags) == {}
+    changes = changed_settings({"rank": 4}, flags | {"rank_pattern": ["to_k=2"]})
+    assert changes == {"rank_pattern": "rank_pattern None, now ['to_k=2']"}
