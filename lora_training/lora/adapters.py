@@ -77,7 +77,8 @@ def trained_layers(part: str, layers: list[str], args: argparse.Namespace, start
     rates = args.patterns["lr_pattern"]
     trained = [name for name in layers if rates.value(part, name, 1.0)]
     left_out = set(layers) - set(trained)
-    lost = sorted({ADAPTER.split(key)[0] for key in start or ()} & left_out)
+    started = {ADAPTER.split(key)[0].removeprefix("text_model.") for key in start or ()}
+    lost = sorted(name for name in left_out if name.removeprefix("text_model.") in started)
     if lost:
         advice = "a factor such as 1e-6 keeps them as they are"
         raise UserError(f"--lr_pattern leaves out layers that --init_lora has, such as {lost[0]}: {advice}")

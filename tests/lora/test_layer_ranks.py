@@ -137,8 +137,9 @@ def test_a_run_starts_from_uneven_ranks_as_they_are(trained, tmp_path, capsys):
         twin = after.layers[part][name]
         assert (layer.rank, layer.alpha) == (twin.rank, twin.alpha)
         assert torch.allclose(layer.delta(), twin.delta(), atol=1e-6)
-    assert run_here(family, tmp_path / "y", *flags, *start, "--lr_pattern", "mid_block=0") == 2
-    assert "leaves out layers that --init_lora has" in capsys.readouterr().err
+    for left_out in ("mid_block=0", "text_encoder_2=0"):
+        assert run_here(family, tmp_path / "y", *flags, *start, "--lr_pattern", left_out) == 2
+        assert "leaves out layers that --init_lora has" in capsys.readouterr().err
     assert inspect_lora.main([str(trained)]) == 0
     assert "8 (" in (said := capsys.readouterr().out) and "3 (" in said
     small = tmp_path / "small.safetensors"
