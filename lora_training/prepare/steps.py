@@ -12,7 +12,7 @@ from lora_training.data.checks import findings_for, unvaried_captions
 from lora_training.errors import UserError
 from lora_training.families import FAMILIES
 from lora_training.files import remove_unfinished
-from lora_training.libraries import import_model_libraries, silence_image_libraries
+from lora_training.libraries import import_model_libraries
 from lora_training.prepare.buckets import assign_buckets, write_buckets
 from lora_training.prepare.caption_files import BY_HAND, write_captions
 from lora_training.prepare.captioning import caption_pictures, tag_pictures
@@ -38,7 +38,6 @@ def prepare_data_set(settings: Settings) -> None:
     Errors: UserError for what a person can mend, OSError for files that can't be read or written.
     """
     started = time.perf_counter()
-    silence_image_libraries()  # of large pictures, which are no fault
     preparation, steps = Preparation.start(settings), settings
     remove_unfinished(preparation.output)
     list_pictures(preparation)
