@@ -53,6 +53,7 @@ from tqdm import tqdm
 from lora_training import exits, inference, text
 from lora_training.console import print_status
 from lora_training.data.captions import TRIGGER_MARK, contains_word
+from lora_training.data.emphasis import prompt_chunks
 from lora_training.errors import UserError, is_out_of_memory, one_line
 from lora_training.files import read_config_file
 from lora_training.settings import SettingsParser, file_values, validate
@@ -211,7 +212,8 @@ def insert_tokens(settings, trainings: list[Training]) -> None:
 
 
 def text_arguments(pipeline, prompt: str, negative: str | None, settings) -> dict[str, object]:
-    """The pipeline's arguments for one prompt: text, or embeddings where layers are skipped or text is long.
+    """The pipeline's arguments for one prompt: text, or embeddings where layers are skipped, text is long or
+    weighted.
 
     The pipelines' own clip_skip needs an older transformers; as there, the negative half of guidance skips no
     layers. Errors: UserError for more layers than there are.
@@ -219,17 +221,23 @@ def text_arguments(pipeline, prompt: str, negative: str | None, settings) -> dic
     clip_skip, length = settings.clip_skip or 0, settings.max_token_length or 75
     if length not in (75, 150, 225):
         raise UserError(f"max_token_length: {length} is none of 75, 150, 225")
-    if not clip_skip and length == 75:
+    weighted, chunks = bool(settings.prompt_weighting), length // 75
+    if not clip_skip and length == 75 and not weighted:
         return {"prompt": prompt} | ({"negative_prompt": negative} if negative else {})
-    embeds = encode_prompt(pipeline, prompt, clip_skip, length // 75)
+    if weighted:  # as many as it takes
+        needed = [len(prompt_chunks(pipeline.tokenizer, text or "", 75)) for text in (prompt, negative)]
+        chunks = max(chunks, *needed)
+    embeds = encode_prompt(pipeline, prompt, clip_skip, chunks, weighted)
     if negative is None and pipeline.config.get("force_zeros_for_empty_prompt"):
         negative_embeds = {key: torch.zeros_like(value) for key, value in embeds.items()}
     else:
-        negative_embeds = encode_prompt(pipeline, negative or "", 0, length // 75)
+        negative_embeds = encode_prompt(pipeline, negative or "", 0, chunks, weighted)
     return embeds | {f"negative_{key}": value for key, value in negative_embeds.items()}
 
 
-def encode_prompt(pipeline, prompt: str, clip_skip: int, chunks: int) -> dict[str, torch.Tensor]:
+def encode_prompt(
+    pipeline, prompt: str, clip_skip: int, chunks: int, weighted: bool
+) -> dict[str, torch.Tensor]:
     """{"prompt_embeds": (1, 75 * chunks + 2, D)}, of SDXL also {"pooled_prompt_embeds": (1, P)}.
 
     The same as the training scripts' encode_prompts.
@@ -242,12 +250,12 @@ def encode_prompt(pipeline, prompt: str, clip_skip: int, chunks: int) -> dict[st
         layers = encoder.config.num_hidden_layers
         if clip_skip >= layers:
             raise UserError(f"clip_skip: {clip_skip}: the text encoder has {layers} layers")
-        ids = text.chunk_ids(tokenizer, [prompt], chunks).to(pipeline._execution_device)
+        ids, weights = text.chunk_ids(tokenizer, [prompt], chunks, weighted)
         with torch.no_grad():
-            output = encoder(ids, output_hidden_states=True)
+            output = encoder(ids.to(pipeline._execution_device), output_hidden_states=True)
             states = output.hidden_states[-(clip_skip + (2 if is_sdxl else 1))]
             states = states if is_sdxl else encoder.final_layer_norm(states)
-        hidden.append(text.join_chunks(states, chunks))
+        hidden.append(text.join_chunks(text.weigh(states, weights), chunks))
         if ending:
             pooled["pooled_prompt_embeds"] = output.text_embeds[:1]
     return {"prompt_embeds": torch.cat(hidden, dim=-1)} | pooled

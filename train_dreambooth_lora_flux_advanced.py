@@ -87,6 +87,8 @@ FOREIGN_FLAGS = {  # of other families: accepted while they are off, else an err
     "snr_gamma": "rectified flow has none",
     "input_perturbation": "rectified flow has none",
     "noise_offset": "rectified flow has none",
+    "debiased_estimation": "rectified flow has none",
+    "prompt_weighting": "T5 was not made for it; brackets are text here, as in the WebUIs' own T5 by default",
     "prediction_type": "rectified flow has none",
     "clip_skip": "this family's pooled vectors and T5 come from the last layers",
 }
@@ -201,7 +203,8 @@ def compute_loss(
     model_pred = base_model.unpack_latents(model_pred, height, width)
     target = noise - latents  # dz_t / dt
     weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas)
-    return (weighting.float() * elementwise_loss(model_pred, target, batch, args)).mean(dim=(1, 2, 3))
+    loss = elementwise_loss(model_pred, target, batch, scheduler, args)
+    return (weighting.float() * loss).mean(dim=(1, 2, 3))
 
 
 def position_ids(height: int, width: int, device):
@@ -284,18 +287,32 @@ def sample_latents(moments: torch.Tensor, noise: torch.Tensor, vae_config: dict)
 
 
 def elementwise_loss(
-    model_pred: torch.Tensor, target: torch.Tensor, batch: dict, args: argparse.Namespace
+    model_pred: torch.Tensor, target: torch.Tensor, batch: dict, scheduler, args: argparse.Namespace
 ) -> torch.Tensor:
-    """l2, or pseudo-Huber 2c(sqrt((p - t)^2 + c^2) - c), https://arxiv.org/abs/2403.16728; (B, C, H, W) as
-    its inputs.
+    """l2, or pseudo-Huber 2c(sqrt((p - t)^2 + c^2) - c), https://arxiv.org/abs/2403.16728, or smooth l1, that
+    divided by c; (B, C, H, W) as its inputs.
 
-    batch: with --masked_loss, "mask" (B, 1, H, W), whose mean over each picture is 1.
+    batch: timesteps (B,); with --masked_loss, "mask" (B, 1, H, W), whose mean over each picture is 1.
     """
     loss = (model_pred - target.float()) ** 2
-    if args.loss_type == "huber":
-        c = args.huber_c
-        loss = 2 * c * (torch.sqrt(loss + c**2) - c)
+    if args.loss_type != "l2":
+        c = huber_threshold(batch["timesteps"], scheduler, args)
+        scale = 2 * c if args.loss_type == "huber" else 2
+        loss = scale * (torch.sqrt(loss + c**2) - c)
     return loss * batch["mask"] if "mask" in batch else loss
+
+
+def huber_threshold(timesteps: torch.Tensor, scheduler, args: argparse.Namespace):
+    """Where the loss turns from square to linear: --huber_c, or as --huber_schedule has it, (B, 1, 1, 1)."""
+    c = args.huber_c
+    if args.huber_schedule == "constant":
+        return c
+    if args.huber_schedule == "exponential":  # 1 without noise, c where there is noise alone
+        threshold = c ** (timesteps / scheduler.config.num_train_timesteps)
+    else:  # by sqrt(1 / SNR)
+        level = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+        threshold = (1 - c) / (1 + ((1 - level) / level).sqrt()) ** 2 + c
+    return threshold.view(-1, 1, 1, 1)
 
 
 def batch_loss(run: Run, batch: dict, embeds: dict) -> torch.Tensor:
@@ -613,13 +630,14 @@ def train(run: Run, first_step: int) -> None:
             if done % args.logging_steps == 0 or done == run.max_steps:
                 metrics.log(done, grad_norm, active, bar)
                 run.pictures.observe(metrics, done)
-            signal_number = training.received_signal(run, done)
+            requests = training.received_requests(run, done)
             validating = done in run.validation_steps
-            if done % args.checkpointing_steps == 0 or signal_number or (run.probe and validating):
+            saving = requests.save or requests.stop or (run.probe and validating)
+            if done % args.checkpointing_steps == 0 or saving:
                 metrics.write_pending()  # and a validated step is kept, so that the advised one can be taken
                 training.on_main_process(run, training.save_checkpoint, run, done)
-            if signal_number:
-                training.stop_run(run, signal_number, done)
+            if requests.stop:
+                training.stop_run(run, requests.stop, done)
             if validating and done < run.max_steps:
                 metrics.write_pending()
                 validate(run, done, metrics)

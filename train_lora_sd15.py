@@ -92,6 +92,8 @@ def add_family_args(add) -> None:
         help="use the text encoder's output so many layers before the last (default: 0)")
     add("--max_token_length", type=int, choices=[75, 150, 225], default=75,
         help="tokens read of a caption (75)")
+    add("--prompt_weighting", action="store_true",
+        help="read (word), (word:1.3), [word] and BREAK in captions and prompts as the WebUIs do")
     add("--snr_gamma", type=cli.amount, help="min-SNR weighting, 5 is usual (default: off)")
     add("--prediction_type", choices=["epsilon", "v_prediction"],
         help="what the base predicts: noise or velocity (default: the scheduler's)")
@@ -99,7 +101,9 @@ def add_family_args(add) -> None:
         help="noise that ends without signal (default: the base's)")
     add("--noise_offset", type=cli.amount, default=0.0,
         help="noise added per channel and image, 0.05 is usual (0: off)")
-    add("--input_perturbation", type=cli.amount, default=0.0,
+    add("--debiased_estimation", action="store_true",
+        help="weigh the loss by 1 / sqrt(SNR): high noise counts more, low noise hardly")
+    add("--input_perturbation", "--ip_noise_gamma", type=cli.amount, default=0.0,
         help="extra noise on the input, 0.1 is usual (0: off)")
     # fmt: on
 
@@ -140,17 +144,25 @@ def compute_loss(
     # v = sqrt(a_t) eps - sqrt(1 - a_t) x_0, https://arxiv.org/abs/2202.00512
     is_velocity = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
-    loss = elementwise_loss(model_pred, target, batch, args).mean(dim=(1, 2, 3))
-    if args.snr_gamma:  # min-SNR, https://arxiv.org/abs/2303.09556
+    loss = elementwise_loss(model_pred, target, batch, scheduler, args).mean(dim=(1, 2, 3))
+    if args.snr_gamma or args.debiased_estimation:
         from diffusers.training_utils import compute_snr
 
-        snr = compute_snr(scheduler, timesteps)
-        if is_velocity:
-            weight = snr.clamp(max=args.snr_gamma) / (snr + 1)
-        else:  # at an SNR of 0, as zero-terminal-SNR schedules have it, min(snr, gamma) / snr is 1
-            weight = (args.snr_gamma / snr).clamp(max=1)
-        loss = loss * weight
+        loss = loss * snr_weight(compute_snr(scheduler, timesteps), is_velocity, args)
     return loss
+
+
+def snr_weight(snr: torch.Tensor, is_velocity: bool, args: argparse.Namespace) -> torch.Tensor:
+    """min-SNR, https://arxiv.org/abs/2303.09556, or debiased estimation, https://arxiv.org/abs/2310.08442.
+
+    Weights (B,). At an SNR of 0, as zero-terminal-SNR schedules have it, the first's is 1, the second's 1000.
+    """
+    if args.debiased_estimation:
+        snr = snr.clamp(max=1000)
+        return 1 / (snr + 1) if is_velocity else 1 / snr.clamp(min=1e-6).sqrt()
+    if is_velocity:
+        return snr.clamp(max=args.snr_gamma) / (snr + 1)
+    return (args.snr_gamma / snr).clamp(max=1)
 
 
 # ---- prompts and their embeddings --------------------------------------------------------------------------
@@ -163,12 +175,12 @@ def encode_prompts(key: str, prompts: list[str], tokenizer, text_encoder, args: 
     Differentiable in the text encoder.
     """
     chunks = args.max_token_length // 75
-    ids = text.chunk_ids(tokenizer, prompts, chunks).to(text_encoder.device)
-    output = text_encoder(ids, output_hidden_states=True)
+    ids, weights = text.chunk_ids(tokenizer, prompts, chunks, args.prompt_weighting)
+    output = text_encoder(ids.to(text_encoder.device), output_hidden_states=True)
     hidden = output.last_hidden_state
     if args.clip_skip is not None:
         hidden = text_encoder.final_layer_norm(output.hidden_states[-(args.clip_skip + 1)])
-    return {"hidden": text.join_chunks(hidden, chunks)}
+    return {"hidden": text.join_chunks(text.weigh(hidden, weights), chunks)}
 
 
 def join_embeds(encoded: dict[str, dict], args: argparse.Namespace, config: dict) -> dict:
@@ -230,18 +242,32 @@ def sample_latents(moments: torch.Tensor, noise: torch.Tensor, vae_config: dict)
 
 
 def elementwise_loss(
-    model_pred: torch.Tensor, target: torch.Tensor, batch: dict, args: argparse.Namespace
+    model_pred: torch.Tensor, target: torch.Tensor, batch: dict, scheduler, args: argparse.Namespace
 ) -> torch.Tensor:
-    """l2, or pseudo-Huber 2c(sqrt((p - t)^2 + c^2) - c), https://arxiv.org/abs/2403.16728; (B, C, H, W) as
-    its inputs.
+    """l2, or pseudo-Huber 2c(sqrt((p - t)^2 + c^2) - c), https://arxiv.org/abs/2403.16728, or smooth l1, that
+    divided by c; (B, C, H, W) as its inputs.
 
-    batch: with --masked_loss, "mask" (B, 1, H, W), whose mean over each picture is 1.
+    batch: timesteps (B,); with --masked_loss, "mask" (B, 1, H, W), whose mean over each picture is 1.
     """
     loss = (model_pred - target.float()) ** 2
-    if args.loss_type == "huber":
-        c = args.huber_c
-        loss = 2 * c * (torch.sqrt(loss + c**2) - c)
+    if args.loss_type != "l2":
+        c = huber_threshold(batch["timesteps"], scheduler, args)
+        scale = 2 * c if args.loss_type == "huber" else 2
+        loss = scale * (torch.sqrt(loss + c**2) - c)
     return loss * batch["mask"] if "mask" in batch else loss
+
+
+def huber_threshold(timesteps: torch.Tensor, scheduler, args: argparse.Namespace):
+    """Where the loss turns from square to linear: --huber_c, or as --huber_schedule has it, (B, 1, 1, 1)."""
+    c = args.huber_c
+    if args.huber_schedule == "constant":
+        return c
+    if args.huber_schedule == "exponential":  # 1 without noise, c where there is noise alone
+        threshold = c ** (timesteps / scheduler.config.num_train_timesteps)
+    else:  # by sqrt(1 / SNR)
+        level = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+        threshold = (1 - c) / (1 + ((1 - level) / level).sqrt()) ** 2 + c
+    return threshold.view(-1, 1, 1, 1)
 
 
 def batch_loss(run: Run, batch: dict, embeds: dict) -> torch.Tensor:
@@ -559,13 +585,14 @@ def train(run: Run, first_step: int) -> None:
             if done % args.logging_steps == 0 or done == run.max_steps:
                 metrics.log(done, grad_norm, active, bar)
                 run.pictures.observe(metrics, done)
-            signal_number = training.received_signal(run, done)
+            requests = training.received_requests(run, done)
             validating = done in run.validation_steps
-            if done % args.checkpointing_steps == 0 or signal_number or (run.probe and validating):
+            saving = requests.save or requests.stop or (run.probe and validating)
+            if done % args.checkpointing_steps == 0 or saving:
                 metrics.write_pending()  # and a validated step is kept, so that the advised one can be taken
                 training.on_main_process(run, training.save_checkpoint, run, done)
-            if signal_number:
-                training.stop_run(run, signal_number, done)
+            if requests.stop:
+                training.stop_run(run, requests.stop, done)
             if validating and done < run.max_steps:
                 metrics.write_pending()
                 validate(run, done, metrics)

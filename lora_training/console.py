@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 import threading
 import time
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 QUIET = int(os.environ.get("RANK", "0")) > 0  # the first process alone prints
 
@@ -24,10 +29,34 @@ def summarize_names(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + rest
 
 
+class LineLog:
+    """A file that keeps what is printed, each line with its time, for who watches a run from elsewhere."""
+
+    file: Path | None = None
+    notifier = None  # --notify's `Notifier`, which gets each line, too
+
+    @classmethod
+    def add(cls, text: str) -> None:
+        """Appends a line, where a file is kept; a full disk ends no run here."""
+        if cls.notifier:
+            cls.notifier.receive(text)
+        if cls.file and not QUIET:
+            with contextlib.suppress(OSError), cls.file.open("a", encoding="utf-8") as stream:
+                stream.write(f"{time.strftime('%H:%M:%S')} {printable(text)}\n")
+
+    @classmethod
+    def close(cls, code: int) -> None:
+        """Ends it with the program. code: the program's exit code."""
+        if cls.notifier:
+            cls.notifier.end(code)
+        cls.file = cls.notifier = None
+
+
 def print_status(text: str) -> None:
     """Prints a line above the bars; in a log file, below them."""
     if QUIET:
         return
+    LineLog.add(text)
     with progress.get_lock():
         visible, is_terminal = [bar for bar in progress.bars if bar.is_visible], sys.stderr.isatty()
         for bar in visible:

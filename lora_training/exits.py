@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_training.console import print_status, printable
+from lora_training.console import LineLog, print_status, printable
 from lora_training.errors import Interrupted, UserError, is_out_of_memory, one_line
 from lora_training.files import last_checkpoint_note, list_checkpoints
 from lora_training.signals import StopSignal
@@ -65,6 +65,8 @@ def exit_code(program: str | None = None, user_errors: tuple[type[Exception], ..
         outcome.code = report_error(message, 2, program)
     except Exception as error:
         outcome.code = report_error(explain(error, outcome), 1, program)
+    finally:
+        LineLog.close(outcome.code)
 
 
 def run_command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
@@ -144,5 +146,7 @@ def report_error(why: str, code: int, program: str | None = None) -> int:
     if number:
         print_status(f"stopped at once by {signal.Signals(number).name}")
         return 128 + number
-    print(printable(f"{program or Path(sys.argv[0]).name}: error: {why}"), file=sys.stderr)
+    line = f"{program or Path(sys.argv[0]).name}: error: {why}"
+    LineLog.add(line)
+    print(printable(line), file=sys.stderr)
     return code

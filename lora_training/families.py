@@ -43,7 +43,7 @@ class Family:
     scheduler_settings: tuple[str, ...] = ()  # flags that change the base's scheduler
 
 
-UNET_TEXT_SETTINGS = ("clip_skip", "max_token_length")
+UNET_TEXT_SETTINGS = ("clip_skip", "max_token_length", "prompt_weighting")
 UNET_SCHEDULER_SETTINGS = ("prediction_type", "rescale_betas_zero_snr")
 UNET_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
 UNET_SPELLING = ((".lora_A.", ".lora.down."), (".lora_B.", ".lora.up."))

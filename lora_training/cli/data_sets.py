@@ -21,6 +21,7 @@ SET_KEYS = (
     "caption_dropout", "caption_per_line", "masked_loss", "unmasked_weight", "validation_split",
     "max_train_samples", "resolution", "aspect_ratio_buckets", "weight", "resolutions", "class_prompt",
     "shuffle_tags", "tag_separator", "tag_dropout", "keep_tokens", "caption_extension",
+    "caption_wildcards",
 )
 # fmt: on
 

@@ -16,6 +16,8 @@ from lora_training.errors import UserError
 if TYPE_CHECKING:
     import argparse
 
+LOWER_RATES = {"lion8bit": 3e-5, "came": 1e-5}
+
 
 def fill_defaults(args: argparse.Namespace) -> None:
     """Fills in what depends on other flags."""
@@ -101,9 +103,15 @@ def check_sizes(args: argparse.Namespace) -> None:
 
 
 def fill_learning_rate(args: argparse.Namespace, defaults: dict) -> None:
-    """--learning_rate and its default: 1 where the optimizer finds its own step size and multiplies it."""
+    """--learning_rate and its default: 1 where the optimizer finds its own step size and multiplies it.
+
+    Some take larger steps than AdamW at the same rate: Lion's are the rate itself in every weight (a third to
+    a tenth of AdamW's rate: https://arxiv.org/abs/2302.06675), and CAME's slowest mean is not corrected for
+    its start (a tenth learns as fast on the toys).
+    """
     name = optimizer_of(args).rpartition(".")[2].lower()
     defaults["learning_rate"] = 1.0 if name.startswith(("prodigy", "dadapt")) else 1e-4
+    defaults["learning_rate"] = LOWER_RATES.get(optimizer_of(args), defaults["learning_rate"])
     if args.learning_rate is None:
         args.learning_rate = defaults["learning_rate"]
 

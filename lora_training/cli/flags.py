@@ -18,6 +18,7 @@ from lora_training.cli.types import (
     rate,
     share,
     steps,
+    web_address,
     yes_or_no,
 )
 
@@ -107,6 +108,8 @@ def add_data_flags(add) -> None:
         help="the first so many tags, or those before a |||, are neither shuffled nor dropped (0)")
     add("--caption_per_line", action="store_true",
         help="each line of a .txt is a caption, one of which is drawn each time")
+    add("--caption_wildcards", action="store_true",
+        help="{red|blue} in a caption is one of the two each time")
     add("--caption_extension", metavar="END",
         help="how the names of caption files end, such as .tags (default: .txt, else .caption)")
     add("--validation_split", type=share, default=0.0,
@@ -198,9 +201,11 @@ def add_text_encoders_flags(add) -> None:
 
 
 def add_loss_flags(add) -> None:
-    add("--loss_type", choices=["l2", "huber"], default="l2",
-        help="squared error, or Huber's, on which outliers weigh less (l2)")
-    add("--huber_c", type=amount, default=0.1, help="where huber turns from square to linear (0.1)")
+    add("--loss_type", choices=["l2", "huber", "smooth_l1"], default="l2",
+        help="squared error, or Huber's, on which outliers weigh less; smooth_l1 is huber / c (l2)")
+    add("--huber_c", type=amount, default=0.1, help="where both turn from square to linear (0.1)")
+    add("--huber_schedule", choices=["constant", "exponential", "snr"], default="constant",
+        help="the same c everywhere, or from 1 at no noise down to --huber_c (constant)")
     add("--masked_loss", type=path, metavar="WHERE",
         help='train on what masks show in white: "alpha" (the picture\'s own), a folder, or the end of their '
              'names, as in --masked_loss=-mask')
@@ -219,7 +224,8 @@ def add_optimizer_flags(add) -> None:
     add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
     add("--use_prodigy", action="store_true", help="the same as --optimizer prodigy")
     add("--learning_rate", type=rate,
-        help="of the denoiser, and of text encoders unless they have their own (1e-4; 1 for prodigy)")
+        help="of the denoiser, and of text encoders unless they have their own (1e-4; prodigy: 1, lion8bit: "
+             "3e-5, came: 1e-5)")
     add("--scale_lr", action="store_true", help="multiply it by processes, batch size and accumulation steps")
     add("--lr_scheduler", default="constant", choices=SCHEDULES,
         help="course of the learning rate after the warm-up (constant)")
@@ -319,6 +325,8 @@ def add_logging_flags(add) -> None:
     add("--logging_steps", type=count, default=1, help="steps between log lines (1)")
     add("--report", action="store_true",
         help="write report.html after each validation, with this project's scripts/reports/")
+    add("--notify", type=web_address, metavar="URL",
+        help="send warnings and the end to this address as JSON; Slack and Discord show it; never stored")
     add("--run_name", help="name in trackers (default: the output folder's)")
     add("--push_to_hub", action="store_true", help="upload the results at the end")
     add("--hub_model_id", help="repository on the hub (default: the output folder's name)")

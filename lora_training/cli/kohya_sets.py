@@ -26,6 +26,7 @@ SET_NAMES = {  # what kohya's scripts call a set's flags
 SWITCHES = {  # those that are on or off: the flag and its value where they are on
     "enable_bucket": ("aspect_ratio_buckets", "auto"),
     "alpha_mask": ("masked_loss", "alpha"),
+    "enable_wildcard": ("caption_wildcards", True),
     "is_reg": ("is_class", True),
 }
 RUN_NAMES = {  # what stands in such a file and is the whole run's here, or chosen here without a flag

@@ -15,6 +15,8 @@ NAMES_ELSEWHERE = {
     "log_to_wandb": "--report_to wandb",
     "text_encoder_lr1": "--text_encoder_lr",
     "min_snr_gamma": "--snr_gamma",
+    "weighted_captions": "--prompt_weighting",
+    "debiased_estimation_loss": "--debiased_estimation",
     "flip_aug": "--random_flip",
     "enable_bucket": "--aspect_ratio_buckets auto",
     "sample_prompts": "--validation_prompt",

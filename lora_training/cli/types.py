@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import math
 import os
+from urllib.parse import urlsplit
 
 from lora_training.errors import UserError
 
@@ -54,7 +56,10 @@ def steps(text: str) -> int | str | None:
 
 steps.__name__ = natural.__name__
 
-OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree")
+OPTIMIZERS = (
+    *("adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree"),
+    *("muon", "lion8bit", "ademamix8bit", "came"),
+)
 
 
 def optimizer_name(text: str) -> str:
@@ -79,6 +84,18 @@ def key_and_value(text: str) -> tuple[str, object]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def web_address(text: str) -> str | None:
+    """An address that begins with http:// or https://; "none" is none."""
+    if text in ("", "none"):
+        return None
+    host = None
+    with contextlib.suppress(ValueError):
+        host = urlsplit(text).hostname
+    if not text.startswith(("http://", "https://")) or not host:
+        raise argparse.ArgumentTypeError("it is no address that begins with https://")
+    return text
 
 
 def yes_or_no(text: str) -> bool:

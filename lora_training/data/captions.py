@@ -7,6 +7,7 @@ import unicodedata
 from typing import TYPE_CHECKING
 
 from lora_training.console import print_status, printable
+from lora_training.data.emphasis import join_brackets
 from lora_training.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def split_tags(caption: str, args: argparse.Namespace) -> tuple[list[str], list[
     In front stay those before kohya's |||, else --keep_tokens, and a tag with the trigger word at the very
     beginning; behind, those after a second |||.
     """
-    first, *parts = [list_tags(part, args.tag_separator) for part in caption.split(KEEP_MARK)]
+    weighted = vars(args).get("prompt_weighting", False)
+    first, *parts = [list_tags(part, args.tag_separator, weighted) for part in caption.split(KEEP_MARK)]
     keep = len(first) if parts else args.keep_tokens
     tags = first + (parts[0] if parts else []) or [""]
     if args.trigger_word and contains_word(tags[0], [args.trigger_word]):
@@ -89,9 +91,14 @@ def split_tags(caption: str, args: argparse.Namespace) -> tuple[list[str], list[
     return tags[:keep], tags[keep:], [tag for part in parts[1:] for tag in part]
 
 
-def list_tags(text: str, separator: str) -> list[str]:
-    """The tags of a text, with or without spaces around the separator, such as ", "."""
-    return [tag.strip() for tag in text.split(separator.strip() or separator) if tag.strip()]
+def list_tags(text: str, separator: str, weighted: bool = False) -> list[str]:
+    """The tags of a text, with or without spaces around the separator, such as ", ".
+
+    weighted: what stands in brackets is one tag, whatever is in it.
+    """
+    sign = separator.strip() or separator
+    tags = join_brackets(text.split(sign), sign) if weighted else text.split(sign)
+    return [tag.strip() for tag in tags if tag.strip()]
 
 
 def without_marks(caption: str, args: argparse.Namespace) -> str:

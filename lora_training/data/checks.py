@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lora_training.console import print_status, summarize_names
 from lora_training.data.buckets import share_cropped
 from lora_training.data.captions import list_tags, prepend_trigger
+from lora_training.data.emphasis import prompt_chunks
 
 if TYPE_CHECKING:
     import argparse
@@ -127,6 +128,9 @@ def find_cut_texts(
     findings = []
     for key, tokenizer in (t5 or tokenizers).items() if texts else ():
         lengths = map(len, tokenizer(texts, truncation=False).input_ids)
+        if settings.get("prompt_weighting"):
+            chunks = [prompt_chunks(tokenizer, text, 75) for text in texts]
+            lengths = [75 * (len(each) - 1) + len(each[-1]) + 2 for each in chunks]
         pairs = zip(texts, lengths, strict=True)
         long = [f"{length} tokens: {text[:60]}…" for text, length in pairs if length > limit]
         what = f"{kind} longer than the {limit} tokens that {key} reads"

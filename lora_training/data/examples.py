@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lora_training.console import print_status, summarize_names
 from lora_training.data.buckets import bucket_sizes
 from lora_training.data.captions import clean_caption, insert_trigger, without_marks
+from lora_training.data.emphasis import all_variants
 from lora_training.data.folders import IMAGE_SUFFIXES, Example, folder_examples
 from lora_training.data.hf_datasets import dataset_examples, files_of_split
 from lora_training.data.masks import attach_masks
@@ -108,12 +109,15 @@ def fill_captions(examples: list[Example], args: argparse.Namespace) -> None:
 
 
 def resolve_marks(example: Example, args: argparse.Namespace) -> None:
-    """Takes [trigger] and ||| in an example's captions for what other trainers mean by them.
+    """Takes [trigger], ||| and --caption_wildcards' braces in an example's captions for what they stand for.
 
     Errors: UserError for [trigger] without a trigger word, but for images of the class.
     """
     trigger = args.trigger_word or ("" if args.is_class else None)
-    captions = [insert_trigger(text, trigger, f"the caption of {example.name}") for text in example.captions]
+    where = f"the caption of {example.name}"
+    captions = [insert_trigger(text, trigger, where) for text in example.captions]
+    if args.caption_wildcards:
+        captions = all_variants(captions, where)
     example.captions = [without_marks(caption, args) for caption in captions]
     if args.captions_vary:
         example.marked_captions = captions

@@ -147,7 +147,9 @@ def scheduler_class(name: str, current: str):
 
 
 def report_cut_prompts(pipeline, settings) -> None:
-    """Says which prompts are longer than the base's text encoders read."""
+    """Says which prompts are longer than the base's text encoders read; prompt_weighting reads them all."""
+    if settings.prompt_weighting:
+        return
     named = [family for family in FAMILIES.values() if family.pipeline_class == type(pipeline).__name__]
     negative = settings.negative_prompt or []
     prompts = list_prompts(settings) + (negative if isinstance(negative, list) else [negative])

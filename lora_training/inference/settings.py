@@ -129,6 +129,11 @@ class Sampling(SettingsModel):
     max_token_length: Count | None = Field(
         None, description="75, 150 or 225; SD 1.x/2.x, SDXL: tokens of a prompt that are read, as in training"
     )
+    prompt_weighting: bool | None = Field(
+        None,
+        description="SD 1.x/2.x, SDXL: (word:1.3), [word] and BREAK as in the WebUIs, and no end of a prompt"
+        " is cut (null: as in training)",
+    )
     scheduler: OptionalText = Field(None, description="such as EulerDiscreteScheduler (null: the base's own)")
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(
         None, description="as in training (null: the base's own)"

@@ -27,6 +27,7 @@ TRAINING_FLAGS = {
     "max_sequence_length": "max_sequence_length",
     "max_token_length": "max_token_length",
     "clip_skip": "clip_skip",
+    "prompt_weighting": "prompt_weighting",
     "prediction_type": "prediction_type",
     "rescale_betas_zero_snr": "rescale_betas_zero_snr",
     "seed": "seed",

@@ -19,6 +19,7 @@ SETTINGS_HELP = """\
     without a model       the family's toy base and sample data, with config/toy_FAMILY.yaml
     -m BASE               your own base; the family is found out, settings come from config/recipe_FAMILY.yaml
     --config FILE         your own settings, or a workflow of Olive; the recipe is left out
+    --queue FILE ...      several trainings, one after another: docs/while-it-runs.md
     --config_file FILE    a configuration of accelerate, for several GPUs (or ACCELERATE_CONFIG=FILE); with
                           it, the launcher's --num_processes, --num_machines, --machine_rank,
                           --main_process_ip, --main_process_port

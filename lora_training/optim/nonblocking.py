@@ -7,10 +7,10 @@ import math
 import torch
 
 
-def nonblocking_adamw8bit(base: type) -> type:
-    """bitsandbytes' 8-bit AdamW without its wait for the GPU after each parameter; paged memory needs it."""
+def nonblocking_8bit(base: type) -> type:
+    """bitsandbytes' optimizers without their wait for the GPU after each parameter; paged memory needs it."""
 
-    class AdamW8bit(base):
+    class Nonblocking8bit(base):
         @torch.no_grad()
         def step(self, closure=None):
             if self.is_paged:
@@ -21,7 +21,57 @@ def nonblocking_adamw8bit(base: type) -> type:
                         self.init_state(group, parameter, number, index)
                     self.update_step(group, parameter, number, index)
 
-    return AdamW8bit
+    return Nonblocking8bit
+
+
+def batched_muon(base: type) -> type:
+    """torch's Muon, https://kellerjordan.github.io/posts/muon/, for all matrices of one shape at once.
+
+    The library launches some twenty kernels for each matrix, of which a LoRA has hundreds.
+    """
+
+    class BatchedMuon(base):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                matrices, momentum = group["params"], group["momentum"]
+                gradients = [matrix.grad for matrix in matrices]
+                for matrix in matrices:
+                    if not self.state[matrix]:
+                        self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+                updates = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+                torch._foreach_lerp_(updates, gradients, 1 - momentum)
+                if group["nesterov"]:
+                    updates = torch._foreach_lerp(gradients, updates, momentum)
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                for shape in dict.fromkeys(matrix.shape for matrix in matrices):
+                    places = [k for k, matrix in enumerate(matrices) if matrix.shape == shape]
+                    directions = orthogonalized(torch.stack([updates[k] for k in places]), group)
+                    rate = group["lr"] * shape_factor(shape, group["adjust_lr_fn"])
+                    alike = [matrices[k] for k in places]
+                    torch._foreach_add_(alike, list(directions.to(alike[0].dtype)), alpha=-rate)
+
+    return BatchedMuon
+
+
+def orthogonalized(matrices: torch.Tensor, group: dict) -> torch.Tensor:
+    """Matrices (K, M, N) -> nearly the nearest orthogonal ones, in bf16, by Newton and Schulz's iteration."""
+    a, b, c = group["ns_coefficients"]
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if is_tall else matrices).bfloat16()
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+def shape_factor(shape: torch.Size, rule: str | None) -> float:
+    """What Muon multiplies the rate by for a matrix of this shape."""
+    rows, columns = shape
+    if rule == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1, rows / columns))
 
 
 def nonblocking_prodigy(base: type) -> type:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import inspect
 import io
 import math
 from typing import TYPE_CHECKING
@@ -11,19 +13,19 @@ import torch
 
 from lora_training.base_model.reading import import_class
 from lora_training.errors import UserError, one_line
-from lora_training.optim.nonblocking import nonblocking_adamw8bit, nonblocking_prodigy
+from lora_training.optim.nonblocking import batched_muon, nonblocking_8bit, nonblocking_prodigy
 from lora_training.optim.parts import arguments_of, averages_by_itself
 
 if TYPE_CHECKING:
-    import argparse
-
     from lora_training.optim.parts import TrainedPart
 
 # libraries whose optimizers treat each weight by itself, and those of their classes that don't
 ELEMENTWISE_LIBRARIES = {"torch", "schedulefree", "bitsandbytes", "prodigyopt", "lora_training", "builtins"}
 SHAPED_CLASSES = {"Adafactor", "Muon", "LAMB", "LARS", "PytorchLARS"}
 LARGEST_RELATIVE_RATE = 1e-2  # of Adafactor with relative_step=True, which has no learning rate
-ADAM_LIKE = ("adamw", "adamw8bit", "prodigy", "schedulefree")
+ADAM_LIKE = ("adamw", "adamw8bit", "ademamix8bit", "prodigy", "schedulefree")
+EIGHT_BIT_CLASSES = {"adamw8bit": "AdamW8bit", "lion8bit": "Lion8bit", "ademamix8bit": "AdEMAMix8bit"}
+SLOW_BETA = 0.9999  # AdEMAMix's, https://arxiv.org/abs/2409.03137
 
 
 def prepare_parts(parts: list[TrainedPart], args: argparse.Namespace, dtype=None) -> None:
@@ -68,14 +70,18 @@ def make_schedule(part: TrainedPart, args: argparse.Namespace):
 def make_optimizer(part: TrainedPart, args: argparse.Namespace):
     """The optimizer of --optimizer for one part; --optimizer_args win over all other flags.
 
-    Each part has its own, so that Prodigy finds a step size for each.
+    Each part has its own, so that Prodigy finds a step size for each. New tokens are rows of a table, no
+    matrix: beside Muon, AdamW trains them.
 
     Errors: ImportError, AttributeError, TypeError or ValueError for a class or arguments that there are not.
     """
+    if args.optimizer == "muon" and part.name == "embeddings":
+        args = argparse.Namespace(**vars(args) | {"optimizer": "adamw", "optimizer_args": {}})
     optimizer_class = find_class(args.optimizer)
     settings = flag_settings(optimizer_class, part, args) | args.optimizer_args
     part.learning_rate = LARGEST_RELATIVE_RATE if settings["lr"] is None else settings["lr"]
-    groups = parameter_groups(part, args.loraplus_lr_ratio, needs_shapes(optimizer_class))
+    shaped, as_matrices = needs_shapes(optimizer_class), args.optimizer in ("muon", "came")
+    groups = parameter_groups(part, args.loraplus_lr_ratio, shaped, as_matrices)
     with contextlib.redirect_stdout(io.StringIO()):  # Prodigy prints how it decays weights
         optimizer = optimizer_class(groups, **settings)
     if averages_by_itself(optimizer):
@@ -90,10 +96,8 @@ def find_class(name: str) -> type:
         if not (isinstance(found, type) and hasattr(found, "step")):
             raise TypeError("it is no class of an optimizer")
         return found
-    if name == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return nonblocking_adamw8bit(AdamW8bit)
+    if name in EIGHT_BIT_CLASSES:
+        return nonblocking_8bit(import_class("bitsandbytes.optim", EIGHT_BIT_CLASSES[name]))
     if name == "prodigy":
         from prodigyopt import Prodigy
 
@@ -106,7 +110,18 @@ def find_class(name: str) -> type:
         from schedulefree import AdamWScheduleFree
 
         return AdamWScheduleFree
-    return torch.optim.AdamW
+    if name == "came":
+        from pytorch_optimizer import CAME
+
+        return with_named_arguments(CAME)
+    return batched_muon(torch.optim.Muon) if name == "muon" else torch.optim.AdamW
+
+
+def with_named_arguments(base: type) -> type:
+    """A class that takes only arguments that it names: a misspelt one would vanish in its **kwargs."""
+    signature = inspect.signature(base)
+    named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    return type(base.__name__, (base,), {"__signature__": signature.replace(parameters=named)})
 
 
 def flag_settings(optimizer_class: type, part: TrainedPart, args: argparse.Namespace) -> dict:
@@ -116,7 +131,11 @@ def flag_settings(optimizer_class: type, part: TrainedPart, args: argparse.Names
         settings["weight_decay"] = part.weight_decay
     if name in ADAM_LIKE:
         settings |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if name == "adamw":  # fused excludes these two
+    if name == "ademamix8bit":
+        settings["betas"] += (SLOW_BETA,)
+    elif name == "muon":  # steps as large as AdamW's, so that its rate and decay fit
+        settings["adjust_lr_fn"] = "match_rms_adamw"
+    elif name == "adamw":  # fused excludes these two
         other = args.optimizer_args.get("foreach") or args.optimizer_args.get("differentiable")
         settings["fused"] = part.weights.is_cuda and not other
     elif name == "prodigy":
@@ -139,7 +158,7 @@ def needs_shapes(optimizer_class: type) -> bool:
     return not libraries <= ELEMENTWISE_LIBRARIES or bool(names & SHAPED_CLASSES)
 
 
-def parameter_groups(part: TrainedPart, ratio: float, shaped: bool) -> list:
+def parameter_groups(part: TrainedPart, ratio: float, shaped: bool, as_matrices: bool = False) -> list:
     """A part's weights as an optimizer takes them: flat, or each in its shape.
 
     For LoRA+, two groups, of which the B matrices' has a learning rate `ratio` times as high.
@@ -151,6 +170,8 @@ def parameter_groups(part: TrainedPart, ratio: float, shaped: bool) -> list:
     splits = ratio != 1 and b_size > 0
     if shaped:
         pieces = zip(part.views(part.weights.detach()).values(), part.views(part.gradients).values())
+        if as_matrices:  # of a convolution: a row for each of its outputs
+            pieces = [tuple(tensor.flatten(min(1, tensor.dim() - 1)) for tensor in pair) for pair in pieces]
     elif splits:
         sizes, is_b = [len(part.gradients) - b_size, b_size], [False, True]
         pieces = zip(part.weights.detach().split(sizes), part.gradients.split(sizes))

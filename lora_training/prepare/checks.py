@@ -27,7 +27,9 @@ def check_settings(settings: Settings, flags: dict[str, object]) -> None:
         return
     for name, field in Doctor.model_fields.items():
         if getattr(settings, name) != field.default:
-            raise UserError(f"--{name} is read by --doctor alone")
+            ways = "--aspect_ratio_bucketing base_resolution=N or --image_resizing target_resolution=N"
+            way_out = f"; {ways} set sizes here" if name == "resolution" else ""
+            raise UserError(f"--{name} is read by --doctor alone{way_out}")
     if settings.output_dir is None:
         raise UserError("--output_dir is missing: a folder for the training set")
     if not any(getattr(settings, name) for name in Steps.model_fields):

@@ -169,7 +169,7 @@ def overview(settings: Settings, inspection: Inspection) -> list[str]:
     shapes = Counter("square" if w == h else "wide" if w > h else "tall" for w, h in by_area)
     modes = Counter(f"{facts['format']} {facts['mode']}" for facts in inspection.facts.values())
     captioned = sum(any(example.captions) for example in examples)
-    target = f"{len(buckets)} buckets" if len(buckets) > 1 else "{} x {} alone".format(*buckets[0])
+    target = f"{len(buckets)} buckets" if len(buckets) > 1 else "one size, {} x {}".format(*buckets[0])
     note = f", and {len(unreadable)} that can not be read" if unreadable else ""
     return [
         f"data set   {settings.data_dir or settings.dataset_name}, for {settings.family} at {target}",

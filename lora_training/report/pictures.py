@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -37,10 +38,22 @@ class EncodedPicture(NamedTuple):
         return f"data:image/{self.format};base64,{base64.b64encode(self.data).decode()}"
 
 
+class LinkedPicture(NamedTuple):
+    """A picture that a page's server has, and its (width, height) there."""
+
+    address: str
+    size: tuple[int, int]
+
+    @property
+    def is_small(self) -> bool:
+        """Whether each pixel is to be seen."""
+        return max(self.size) <= LOSSLESS_SIDE
+
+
 class Tile(NamedTuple):
     """A picture of a page, None if it can't be read; what it shows in words; and what stands below it."""
 
-    picture: EncodedPicture | None
+    picture: EncodedPicture | LinkedPicture | None
     alt: str
     title: str = ""
 
@@ -91,3 +104,26 @@ class PagePictures:
         if key not in self.encoded:
             self.encoded[key] = encode_within(file, limit or self.limit, largest)
         return self.encoded[key]
+
+
+class LinkedPictures:
+    """The pictures of a page that a server has, which makes each small when it is asked for.
+
+    folder: the run's; addresses are relative to its page.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def encode(self, file: Path, largest: int = 512, limit: int | None = None) -> LinkedPicture | None:
+        """The link to a picture; None if it can't be read. largest: pixels of the longer side."""
+        try:
+            written = file.stat().st_mtime_ns
+            with Image.open(file) as image:
+                width, height = image.size
+        except DAMAGED_PICTURE:
+            return None
+        scale = min(1.0, largest / max(width, height))
+        name = quote(file.relative_to(self.folder).as_posix())
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        return LinkedPicture(f"picture/{name}?side={largest}&written={written}", size)

@@ -33,7 +33,7 @@ class SettingTables(NamedTuple):
 
 
 class FileRow(NamedTuple):
-    """A file or a folder, with a link to it, its size and what it is for."""
+    """A file or a folder, with a link to it (or none), its size and what it is for."""
 
     name: str
     address: str
@@ -93,20 +93,24 @@ def setting_tables(run: RunFolder) -> SettingTables:
     return SettingTables([(name, format_setting(value)) for name, value in values], changed)
 
 
-def file_rows(run: RunFolder, page_file: Path) -> list[FileRow]:
-    """Checkpoints and the other files. page_file: where the page will be."""
-    folder, rows = page_file.parent, []
+def file_rows(run: RunFolder, page_file: Path | None = None) -> list[FileRow]:
+    """Checkpoints and the other files. page_file: where the page will be; without it nothing is linked."""
+    rows = []
+
+    def address(file: Path) -> str:
+        return link(file, page_file.parent) if page_file else ""
+
     for step, path, size, is_complete in run.checkpoints:
-        address, is_advised = link(path, folder), step == run.advised_step
-        rows.append(FileRow(path.name, address, format_bytes(size), "", is_advised, not is_complete))
+        is_advised = step == run.advised_step
+        rows.append(FileRow(path.name, address(path), format_bytes(size), "", is_advised, not is_complete))
     meanings = file_meanings(run.name)
     for file, size in run.files:
-        if file.resolve() != page_file.resolve():
+        if not page_file or file.resolve() != page_file.resolve():
             meaning = meanings.get(file.name, "")
-            rows.append(FileRow(file.name, link(file, folder), format_bytes(size), meaning))
+            rows.append(FileRow(file.name, address(file), format_bytes(size), meaning))
     for name, meaning in (("samples", "all pictures drawn"), ("logs", "for TensorBoard")):
         if (run.path / name).is_dir():
-            rows.append(FileRow(f"{name}/", link(run.path / name, folder), "", meaning))
+            rows.append(FileRow(f"{name}/", address(run.path / name), "", meaning))
     return rows
 
 
@@ -119,6 +123,7 @@ def file_meanings(run_name: str) -> dict[str, str]:
         "comparison.png": "before and after as one picture",
         "metrics.jsonl": "the numbers behind the curves",
         "config.yaml": "every setting; runs again with --config",
+        "log.txt": "the lines that the run has printed",
         "verdict.json": "which step to take, for programs",
         "data.json": "the summary of the data, for programs",
         "README.md": "the model card",

@@ -19,6 +19,8 @@ from lora_training.report.run_folder import read_run_folder
 from lora_training.report.samples import page_samples
 
 if TYPE_CHECKING:
+    from lora_training.report.pictures import LinkedPictures, PagePictures
+    from lora_training.report.run_folder import RunFolder
     from lora_training.training.run import Run
 
 
@@ -41,16 +43,18 @@ def write_run_page(folder: Path, file: Path | None = None) -> Path:
     """
     folder = Path(folder)
     run, file = read_run_folder(folder), file or folder / "report.html"
-    return write_page(
-        file,
-        "run.html",
-        run=run,
-        notes=progress_notes(run),
-        cards=summary_cards(run),
-        verdict=read_verdict(run),
-        samples=page_samples(run),
-        plots=run_plots(run),
-        data=data_summary(run),
-        settings=setting_tables(run),
-        files=file_rows(run, file),
-    )
+    return write_page(file, "run.html", files=file_rows(run, file), **page_values(run))
+
+
+def page_values(run: RunFolder, pictures: PagePictures | LinkedPictures | None = None) -> dict[str, object]:
+    """What the page of a run shows, but for the files. pictures: how they come onto it, else inside it."""
+    return {
+        "run": run,
+        "notes": progress_notes(run),
+        "cards": summary_cards(run),
+        "verdict": read_verdict(run),
+        "samples": page_samples(run, pictures),
+        "plots": run_plots(run),
+        "data": data_summary(run),
+        "settings": setting_tables(run),
+    }

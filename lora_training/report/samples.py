@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lora_training.report.pictures import PagePictures, Tile
 
 if TYPE_CHECKING:
-    from lora_training.report.pictures import EncodedPicture
+    from lora_training.report.pictures import EncodedPicture, LinkedPictures
     from lora_training.report.run_folder import RunFolder, Sample
 
 MOST_STEPS = 24
@@ -109,10 +109,13 @@ class PageSamples(NamedTuple):
     omitted: int
 
 
-def page_samples(run: RunFolder) -> PageSamples:
-    """The pictures of an output folder, in the sizes that the page has them in."""
+def page_samples(run: RunFolder, pictures: PagePictures | LinkedPictures | None = None) -> PageSamples:
+    """The pictures of an output folder, in the sizes that the page has them in.
+
+    pictures: how they come onto the page; by default inside it, all of them together within a budget.
+    """
     selection = SampleSelection(run)
-    pictures = PagePictures(selection.count)
+    pictures = pictures or PagePictures(selection.count)
     taught = [
         (pictures.encode(file, 256, 40_000), file.stem, caption) for file, caption in run.training_pictures
     ]

@@ -9,6 +9,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "text_cache": ["fill_text_cache"],
         "words": ["abstraction_tokens", "class_caption", "insert_tokens"],
         "tokens": ["TokenRows", "report_split"],
-        "chunks": ["chunk_ids", "join_chunks"],
+        "chunks": ["chunk_ids", "join_chunks", "weigh"],
     },
 )

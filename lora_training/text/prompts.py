@@ -82,6 +82,7 @@ class Prompts:
         """What an embedding depends on."""
         settings = {name: vars(self.args)[name] for name in self.family.text_settings}
         values = [settings.get(name) for name in KEY_SETTINGS]
+        values += ["prompt_weighting"] if settings.get("prompt_weighting") else []
         return (self.family.name, key, prompt, *self.identity[key], self.components.dtype, *values)
 
     def compute(self, key: str, prompts: list[str]) -> dict:

@@ -5,7 +5,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "run": ["Run", "on_main_process", "received_signal", "stop_run"],
+        "run": ["Run", "on_main_process", "stop_run"],
+        "requests": ["received_requests"],
         "machine": ["choose_seed", "start_accelerator"],
         "base": ["fuse_layers", "open_base", "prepare_denoiser"],
         "schedule": ["plan_steps", "report_parts", "report_plan", "validation_is_due"],

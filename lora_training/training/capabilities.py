@@ -133,9 +133,9 @@ def trials_for(args: argparse.Namespace, device: torch.device) -> list[Trial]:
     trials = []
     if args.quantize_base:
         trials.append(Trial("quantize_base", args.quantize_base, multiply_quantized))
-    if args.optimizer == "adamw8bit":
-        step = functools.partial(try_steps, args, device)
-        trials.append(Trial("optimizer", args.optimizer, step, fallback="adamw"))
+    if args.optimizer.endswith("8bit") and "." not in args.optimizer:
+        step, is_adamw = functools.partial(try_steps, args, device), args.optimizer == "adamw8bit"
+        trials.append(Trial("optimizer", args.optimizer, step, fallback="adamw" if is_adamw else None))
     if args.compile:
         trials.append(Trial("compile", "", lambda: import_compiler(device), fallback=False))
     return trials

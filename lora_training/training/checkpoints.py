@@ -220,7 +220,8 @@ def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict] | None:
         raise UserError(f"--resume_from_checkpoint {name}: {problem}")
     if folders:
         raise UserError(f"--resume_from_checkpoint latest: every checkpoint in {output} is damaged")
-    print_status(f"no checkpoint in {output}: starting from step 0")
+    if not args.dry_run:  # whose folder is a new one
+        print_status(f"no checkpoint in {output}: starting from step 0")
     return None
 
 

@@ -6,7 +6,7 @@ tensor that autograd would save is counted once, by its storage. A step takes
   64 weights) for the linear layers of its blocks, 2 bytes for the rest and for its buffers; of swapped
   blocks, two places for the largest;
 * the LoRA: 4 bytes per parameter for weights, 4 for gradients, both again in half precision, 8 for
-  AdamW's state (2 in 8 bits, 16 for Prodigy's);
+  AdamW's state (2 in 8 bits, 16 for Prodigy's; OPTIMIZER_BYTES has the others);
 * activations: all that is saved, or with gradient checkpointing the inputs of what is computed again and
   the largest inside;
 * the largest layer's weights in bf16 where the base is quantised: it is unpacked when it works; with fp8
@@ -47,7 +47,10 @@ SLACK = 1.0  # GiB that the CUDA context and the allocator take beside the tenso
 TEXT_ENCODER_PARAMETERS = {"sd15": 123.1, "sdxl": 817.7, "sd3": 5581.0, "flux": 4885.0}
 HALF_PRECISIONS = ("fp16", "bf16", "auto")  # of --mixed_precision, on a GPU
 WEIGHT_BITS = {"nf4": 4 + 8 / 64 + 32 / 64 / 256, "int8": 8, "fp8": 8, None: 16}
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0.1, "schedulefree": 8}
+OPTIMIZER_BYTES = {  # of state for each trained weight; came: beside its mean, sums of rows and columns
+    **{"adamw": 8, "adamw8bit": 2, "lion8bit": 1, "ademamix8bit": 3, "prodigy": 16, "adafactor": 0.1},
+    **{"schedulefree": 8, "muon": 4, "came": 6},
+}
 # (part, its configuration, args) -> beginnings of names of layers whose output nothing reads
 IdleLayers = Callable[[str, object, "argparse.Namespace"], tuple[str, ...]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import secrets
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,8 +15,11 @@ import torch
 from lora_training.console import print_status, progress
 from lora_training.errors import UserError, one_line
 from lora_training.files import atomic_write, last_checkpoint_note, output_name, read_metrics
+from lora_training.training.output_folder import WANDB_RUN
 
 if TYPE_CHECKING:
+    import argparse
+
     from lora_training.optim.parts import TrainedPart
     from lora_training.training.run import Run
 
@@ -23,6 +27,7 @@ MAX_BAD_STEPS = 10  # steps in a row with a loss that isn't finite, after which 
 # settings that are no setting of the training, or secret
 INTERNAL_SETTINGS = (
     "hub_token",
+    "notify",
     "settings",
     "defaults",
     "sets",
@@ -190,6 +195,8 @@ def start_trackers(run: Run, first_step: int) -> None:
         "wandb": {"name": run_name, "dir": args.output_dir},
         "tensorboard": {"purge_step": first_step + 1 if first_step else 0},
     }
+    if {"wandb", "all"} & set(args.report_to.split(",")) and run.accelerator.is_main_process:
+        options["wandb"] |= {"id": wandb_run(args), "resume": "allow"}
     try:
         with progress("starting the trackers"):
             run.accelerator.init_trackers(f"lora-{args.family.name}", config=config, init_kwargs=options)
@@ -198,3 +205,11 @@ def start_trackers(run: Run, first_step: int) -> None:
             raise
         way_out = "--report_to tensorboard needs no server"
         raise UserError(f"--report_to {args.report_to} can't start: {one_line(error)}; {way_out}") from None
+
+
+def wandb_run(args: argparse.Namespace) -> str:
+    """The name by which W&B knows a run, so that a resumed one goes on in the same curves."""
+    file = Path(args.output_dir) / WANDB_RUN
+    if not file.is_file():
+        file.write_text(secrets.token_hex(4), encoding="utf-8")
+    return file.read_text(encoding="utf-8").strip()

@@ -12,20 +12,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_training.console import QUIET, print_status
+from lora_training.console import QUIET, LineLog, print_status
 from lora_training.errors import UserError
 from lora_training.files import list_checkpoints, output_name
+from lora_training.notify import Notifier
 from lora_training.signals import default_signals_afterwards
+from lora_training.training.requests import take_requests
 from lora_training.training.summary import RESULTS, print_summary
 
 if TYPE_CHECKING:
     import argparse
 
+WANDB_RUN = ".wandb_run"  # the file that names W&B's run, which a resumed run goes on in
 ADAPTER_FOLDER = "adapter"  # of --copy_to_adapter: where Olive leaves a LoRA
 FINISHED = "# finished: step "  # the last line of config.yaml, before the number
 # of a command rather than of a training, or secret
 UNRECORDED_SETTINGS = (
     "hub_token",
+    "notify",
     "config",
     "dry_run",
     "resume_from_checkpoint",
@@ -75,6 +79,10 @@ def locked_output(args: argparse.Namespace) -> Iterator[None]:
         hold_lock(locks, output, owner)
         process, started = f"process {os.getpid()}", time.strftime("%Y-%m-%d %H:%M:%S")
         owner.write_text(f"{process} on {socket.gethostname()} since {started}", encoding="utf-8")
+        LineLog.file = output / "log.txt"
+        if args.notify:
+            LineLog.notifier = Notifier(args.notify, output)
+        take_requests(output)  # those that a run that has ended has not seen
         try:
             yield
         finally:
@@ -215,8 +223,8 @@ def clear_output_folder(output: Path) -> None:
     """Before the first step: removes what another run has left, and nothing that is a person's own."""
     for folder in (*list_checkpoints(output), *output.glob("samples/step-[0-9]*")):
         shutil.rmtree(folder, ignore_errors=True)
-    names = ("verdict.json", "metrics.jsonl", "crash.log", f"{ADAPTER_FOLDER}/{RESULTS['LoRA']}")
-    others = [output / name for name in names]
+    names = ("verdict.json", "metrics.jsonl", "crash.log", WANDB_RUN)
+    others = [output / name for name in (*names, f"{ADAPTER_FOLDER}/{RESULTS['LoRA']}")]
     for file in result_files(output) + others:
         with contextlib.suppress(PermissionError):  # on Windows: open in another program
             file.unlink(missing_ok=True)

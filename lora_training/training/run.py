@@ -61,6 +61,7 @@ class Run:
     guard: NonFiniteGuard = None
     cuda_graphs: CudaGraphs | None = None
     pictures: object | None = None  # validation's PictureBudget: which pictures are drawn
+    skips_pictures: bool = False  # control.py asks for no pictures of a validation
     probe: object | None = None  # validation's Probe, which measures what was learned and forgotten
 
     @property
@@ -94,19 +95,6 @@ def on_main_process(run: Run, function: Callable, *arguments: object, uses_denoi
     if run.accelerator.is_main_process or (uses_denoiser and run.components.sharded):
         function(*arguments)
     run.accelerator.wait_for_everyone()
-
-
-def received_signal(run: Run, step: int) -> int:
-    """The number of the signal that any process has received, or 0.
-
-    Several processes agree on it every ten steps.
-    """
-    if run.accelerator.num_processes == 1:
-        return run.stop.number
-    if step % 10:
-        return 0
-    numbers = run.accelerator.gather(torch.tensor([run.stop.number], device=run.accelerator.device))
-    return int(numbers.max())
 
 
 def stop_run(run: Run, number: int, step: int) -> None:

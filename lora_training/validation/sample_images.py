@@ -18,6 +18,7 @@ from lora_training.console import progress
 from lora_training.files import atomic_write
 from lora_training.optim.parts import averaged_weights
 from lora_training.seeds import validation_seed
+from lora_training.training.requests import pictures_are_skipped
 from lora_training.validation.drawing import (
     decode_latents,
     draw_images,
@@ -50,6 +51,8 @@ def draw_samples(run: Run, step: int, first: int = 0) -> list[Path]:
     images, the first that is drawn.
     """
     files, total = [], len(run.sample_prompts) * (run.pictures.per_prompt - first)
+    if pictures_are_skipped(run):
+        return files
     with (
         shown_weights(run, step),
         evaluation_mode(run),
@@ -64,6 +67,8 @@ def draw_samples(run: Run, step: int, first: int = 0) -> list[Path]:
                     name = f"{number:02d}_{image_number:02d}"
                     files.append(save_sample(run, step, name, prompt, seed, image))
                 bar.update()
+                if pictures_are_skipped(run):
+                    return files
     return files
 
 
@@ -116,6 +121,8 @@ def draw_control_images(run: Run, step: int, probing: bool = False) -> list[torc
     ):
         pipeline = run.components.pipeline(run.denoiser)
         for number in range(count):
+            if not probing and pictures_are_skipped(run):
+                break
             prompt = prompts[number % len(prompts)]
             seed = validation_seed(run.args.seed, -1, number)
             embeds, size = pipeline_embeds(run, prompt), run.validation_size
@@ -168,5 +175,10 @@ def log_samples(tracker: GeneralTracker, files: list[Path], prompts: list[str], 
             tracker.log_images({"validation": [Image.open(file) for _, file, _ in pictures]}, step)
         case "aim":
             tracker.log_images({name: (Image.open(file), prompt) for name, file, prompt in pictures}, step)
+        case "trackio":  # accelerate's tracker for it logs numbers alone
+            import trackio
+
+            shown = {name: trackio.Image(str(file), caption=prompt) for name, file, prompt in pictures}
+            tracker.log(shown, step)
         case "clearml":
             tracker.log_images({name: Image.open(file) for name, file, _ in pictures}, step)

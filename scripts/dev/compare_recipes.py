@@ -19,7 +19,7 @@ MAY_DIFFER = {  # what makes a family
     *("add_family_args", "draw_noise", "compute_loss", "encode_prompts", "join_embeds", "negative_embeds"),
     *("check_base", "idle_layers", "token_encoders"),
 }
-MAY_BE_ABSENT = {"draw_level", "position_ids"}  # not all families have these
+MAY_BE_ABSENT = {"draw_level", "position_ids", "snr_weight"}  # not all families have these
 
 
 def functions_of(recipe: Path) -> dict[str, str]:

@@ -32,14 +32,16 @@ HEAD = """\
 
 **In short:** `--help` shows the twenty that matter; this page has all of them. Names are those of the
 diffusers examples. A name without its dashes is a key of a `--config` file (YAML or JSON); flags on the
-command line win over it. In brackets: the default.
+command line win over it. A key that has no effect is off, with a note; a flag that has none is an error that
+says why. In brackets: the default.
 
 This page is written by `python scripts/dev/write_flags_page.py`.
 """
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Writes the page."""
+    argparse.ArgumentParser(description="Writes docs/flags.md, the page of all flags.").parse_args(argv)
     PAGE.write_text(flags_page(), encoding="utf-8")
     print(PAGE)
     return 0

@@ -50,7 +50,10 @@ def start_training(argv: list[str]) -> int:
     from lora_training.launch.decision import decide
     from lora_training.launch.env_file import load_env_file
 
-    start = decide(argv, load_env_file(ROOT / ".env"))
+    settings = load_env_file(ROOT / ".env")
+    if has_flag(argv, "--queue"):
+        return start_queue(argv, settings)
+    start = decide(argv, settings)
     print("".join(f"{note}\n" for note in start.notes), end="", flush=True)
     if start.preparation_argv:
         script = str(ROOT / "scripts/dataset/prepare_dataset.py")
@@ -60,6 +63,15 @@ def start_training(argv: list[str]) -> int:
     if start.launch_config:  # the launcher's errors are the wrapper's, too
         start.environment["STARTED_AS"] = program()
     return become(start.command(ROOT), start.environment)
+
+
+def start_queue(argv: list[str], settings: dict) -> int:
+    """Starts the trainings of --queue one after another; returns the exit code of all together."""
+    from lora_training.queue.running import run_queue
+
+    if argv[0] != "--queue" or not argv[1:] or any(argument.startswith("-") for argument in argv[1:]):
+        raise UserError("--queue FILE … stands alone: flags belong into its file, under defaults")
+    return run_queue(argv[1:], [sys.executable, str(Path(__file__).resolve())], settings)
 
 
 if __name__ == "__main__":

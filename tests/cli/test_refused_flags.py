@@ -34,6 +34,8 @@ WRONG = [  # flags, and what the line says
     (["-d", ".", "--train_transformer_frac", "0"], "needs --train_text_encoder_ti"),
     (["-d", ".", "--cache_latents", "--color_jitter"], "--cache_latents can't be combined"),
     (["-d", ".", "--huber_c", "0.2"], "--huber_c has no effect without --loss_type huber"),
+    (["-d", ".", "--huber_schedule", "snr"], "--huber_schedule has no effect without --loss_type huber or"),
+    (["-d", ".", "--loss_type", "smooth_l1", "--huber_c", "0"], "--huber_c 0 leaves --loss_type smooth_l1"),
     (["-d", ".", "--ema_decay", "0.9"], "--ema_decay has no effect without --use_ema"),
     (["-d", ".", "--blocks_to_swap", "4", "--compile"], "--blocks_to_swap can't be combined with --compile"),
     (["-d", ".", "--cuda_graphs"], "--cuda_graphs needs --cache_latents"),

@@ -128,7 +128,8 @@ def test_a_tracker_whose_server_refuses_is_one_line_with_the_way_out(tmp_path):
     args = SimpleNamespace(
         run_name="r", output_dir=str(tmp_path), report_to="wandb", family=SimpleNamespace(name="sdxl")
     )
-    run = SimpleNamespace(args=args, accelerator=SimpleNamespace(log_with=["wandb"], init_trackers=refuse))
+    accelerator = SimpleNamespace(log_with=["wandb"], init_trackers=refuse, is_main_process=True)
+    run = SimpleNamespace(args=args, accelerator=accelerator)
     with pytest.raises(UserError) as refusal:
         start_trackers(run, 0)
     assert str(refusal.value) == (

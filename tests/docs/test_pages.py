@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import ROOT
 
 from lora_training.families import FAMILIES
 from lora_training.launch.arguments import MODEL_FLAGS, take_flags
+from lora_training.queue.jobs import read_queue
 
 pytestmark = pytest.mark.unit
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -83,11 +85,17 @@ def training_flags(family, argv: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("name", "argv"), commands(), ids=lambda value: str(value)[:60])
-def test_commands_have_flags_that_there_are(name, argv, monkeypatch):
+def test_commands_have_flags_that_there_are(name, argv, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     script = next((word for word in argv if word in TRAINING_SCRIPTS), None)
     if script:
         training_flags(TRAINING_SCRIPTS[script], argv[argv.index(script) + 1 :])
+    elif argv[2:3] == ["--queue"]:
+        monkeypatch.chdir(tmp_path)
+        block = re.search(r"^    defaults:\n(?:    .*\n|\n)+?    sweep.*$", TEXTS[name], re.MULTILINE)[0]
+        (tmp_path / "night.yaml").write_text(textwrap.dedent(block))
+        (tmp_path / "config").symlink_to(ROOT / "config")
+        assert len(read_queue(argv[3:])[0]) in (2, 6)
     elif argv[1] == "run_lora_train.sh":
         rest = argv[3:] if argv[2:3] and argv[2] in FAMILIES else argv[2:]
         (_, _, model), rest = take_flags(rest, "--config_file", "--model_variant", MODEL_FLAGS)

@@ -266,14 +266,17 @@ def test_checkpoints_make_a_grid(family, trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
-@pytest.mark.parametrize("negative", [None, "a red star"])
-@pytest.mark.parametrize(("skip", "length"), [(1, 75), (None, 150)])
-def test_both_halves_are_encoded_as_training_does(name, negative, skip, length, tmp_path):
+@pytest.mark.parametrize("negative", [None, "a [red] (star:1.8)"])
+@pytest.mark.parametrize(
+    ("skip", "length", "weighted"), [(1, 75, False), (None, 150, False), (None, 75, True)]
+)
+def test_both_halves_are_encoded_as_training_does(name, negative, skip, length, weighted, tmp_path):
     import diffusers
 
     family, settings = FAMILIES[name], argparse.Namespace(clip_skip=skip, max_token_length=length)
+    settings.prompt_weighting = weighted
     recipe = importlib.import_module(Path(family.script).stem)
-    prompt = "a red circle" + ", a circle" * (20 if length > 75 else 0)
+    prompt = "a (red:1.9) circle" + ", a circle" * (20 if length > 75 else 0)
     pipeline = getattr(diffusers, family.pipeline).from_pretrained(family.base)
     pipeline.set_progress_bar_config(disable=True)
 
@@ -300,8 +303,16 @@ def test_both_halves_are_encoded_as_training_does(name, negative, skip, length, 
     (tmp_path / "c.yaml").write_text("paths: {}\n")
     argv += ["--config", str(tmp_path / "c.yaml"), *(["--negative_prompt", negative] if negative else [])]
     pictures = {}
-    for name, (layers, read) in {"same": (skip or 0, length), "usual": (0, 75)}.items():
-        flags = ["--clip_skip", str(layers), "--max_token_length", str(read)]
+    cases = {"same": (skip or 0, length, weighted), "usual": (0, 75, False)}
+    for name, (layers, read, weighs) in cases.items():
+        flags = [
+            "--clip_skip",
+            str(layers),
+            "--max_token_length",
+            str(read),
+            "--prompt_weighting",
+            str(weighs),
+        ]
         assert infer_lora.main([*argv, *flags, "--paths.infer_path", str(tmp_path / name / "out")]) == 0
         pictures[name] = drawn(tmp_path / name)["000_scale1_000.png"]
     assert np.abs(np.asarray(expected).astype(int) - pictures["same"]).max() <= 1

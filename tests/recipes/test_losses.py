@@ -19,6 +19,7 @@ from safetensors import safe_open
 from toy_parts import arguments, toy_base
 
 from lora_training.base_model.vae import pack_latents, unpack_latents
+from lora_training.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -41,6 +42,7 @@ def ddpm_settings(**settings) -> argparse.Namespace:
     """The flags that a noise prediction loss reads."""
     usual = {"snr_gamma": None, "loss_type": "l2", "huber_c": 0.1, "input_perturbation": 0.0}
     usual |= {"noise_offset": 0.0, "min_timestep": 0, "max_timestep": 1000}
+    usual |= {"huber_schedule": "constant", "debiased_estimation": False}
     return argparse.Namespace(**usual | settings)
 
 
@@ -49,6 +51,7 @@ def flow_settings(**settings) -> argparse.Namespace:
     usual = {"logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, "weighting_scheme": "none"}
     usual |= {"timestep_sampling": "weighting_scheme", "min_timestep": 0, "max_timestep": 1000}
     usual |= {"precondition_outputs": False, "loss_type": "l2", "huber_c": 0.1, "guidance_scale": 2.5}
+    usual |= {"huber_schedule": "constant"}
     return argparse.Namespace(**usual | settings)
 
 
@@ -73,7 +76,10 @@ def embeds_of(count: int) -> dict:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"snr_gamma": 5.0}, {"loss_type": "huber"}, {"input_perturbation": 0.1}, {"noise_offset": 0.1}],
+    [
+        *({}, {"snr_gamma": 5.0}, {"debiased_estimation": True}),
+        *({"loss_type": "huber"}, {"input_perturbation": 0.1}, {"noise_offset": 0.1}),
+    ],
 )
 def test_noise_prediction_loss_against_its_formula(script, prediction, extra):
     args, denoiser, latents = ddpm_settings(**extra), Denoiser(), torch.randn(3, 4, 8, 8)
@@ -96,7 +102,65 @@ def test_noise_prediction_loss_against_its_formula(script, prediction, extra):
     if "snr_gamma" in extra:
         snr = (a**2 / s**2).flatten()
         expected *= torch.minimum(snr, torch.tensor(5.0)) / (snr if prediction == "epsilon" else snr + 1)
+    if "debiased_estimation" in extra:
+        snr = (a**2 / s**2).flatten().clamp(max=1000)
+        expected *= snr**-0.5 if prediction == "epsilon" else 1 / (snr + 1)
     assert torch.allclose(loss.double(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss_type", ["huber", "smooth_l1"])
+@pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
+def test_hubers_losses_and_where_they_turn_against_their_formulas(script, family, loss_type, schedule):
+    """As https://arxiv.org/abs/2403.16728 and sd-scripts have them, for c = 0.1."""
+    if (flow := script.FAMILY.predicts_flow) and schedule == "snr":
+        with pytest.raises(UserError, match="--huber_schedule snr is for families that predict noise"):
+            arguments(script, "--loss_type", loss_type, "--huber_schedule", schedule)
+        return
+    scheduler = FlowMatchEulerDiscreteScheduler() if flow else DDPMScheduler(beta_schedule="scaled_linear")
+    args = argparse.Namespace(loss_type=loss_type, huber_schedule=schedule, huber_c=0.1)
+    prediction, target = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    times = torch.tensor([0, 400, 999])
+    batch = {"timesteps": times.float() if flow else times}
+    loss = script.elementwise_loss(prediction, target, batch, scheduler, args)
+    c = {"constant": [0.1] * 3, "exponential": [math.exp(-t * -math.log(0.1) / 1000) for t in times.tolist()]}
+    if schedule == "snr":
+        levels = scheduler.alphas_cumprod.double()[times].tolist()
+        c["snr"] = [0.9 / (1 + math.sqrt((1 - level) / level)) ** 2 + 0.1 for level in levels]
+        assert c["snr"][0] > 0.9 and c["snr"][2] < 0.11
+    c = torch.tensor(c[schedule], dtype=torch.float64).view(3, 1, 1, 1)
+    root = ((prediction.double() - target.double()) ** 2 + c**2).sqrt()
+    expected = 2 * (root - c) * (c if loss_type == "huber" else 1)
+    assert torch.allclose(loss.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.families("sd15", "sdxl")
+def test_names_of_losses_that_sd_scripts_has(script):
+    assert arguments(script, "--ip_noise_gamma", 0.1).input_perturbation == 0.1
+    with pytest.raises(UserError, match="--debiased_estimation and --snr_gamma both weigh"):
+        arguments(script, "--debiased_estimation", "--snr_gamma", 5)
+
+
+@pytest.mark.families("sd3", "flux")
+def test_each_weighting_scheme_of_diffusers_draws_by_its_formula(script, family):
+    """None is left out: its two functions know these four names, and uniform draws without weights."""
+    import inspect
+    import re
+
+    from diffusers import training_utils as known
+
+    functions = (known.compute_density_for_timestep_sampling, known.compute_loss_weighting_for_sd3)
+    names = {n for f in functions for n in re.findall(r'weighting_scheme == "(\w+)"', inspect.getsource(f))}
+    for scheme in ("none", *sorted(names)):
+        args = arguments(script, "--weighting_scheme", scheme)
+        draws, u = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+        level = script.draw_level(draws, args)
+        if scheme == "logit_normal":
+            expected = 1 / (1 + math.exp(-torch.randn(1, generator=u).item()))
+        else:
+            expected = torch.rand(1, generator=u).item()
+        if scheme == "mode":  # https://arxiv.org/abs/2403.03206 section 3.1
+            expected = 1 - expected - 1.29 * (math.cos(math.pi / 2 * expected) ** 2 - 1 + expected)
+        assert level == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("scheme", ["logit_normal", "mode", "cosmap", "sigma_sqrt", "none"])
@@ -188,6 +252,8 @@ def test_min_snr_at_an_snr_of_zero(script, prediction, expected):
     latents, args = torch.zeros(1, 4, 8, 8), ddpm_settings(snr_gamma=5.0)
     loss = script.compute_loss(batch, latents, embeds_of(1), Denoiser(0.0, 3.0), scheduler, args)
     assert loss.item() == pytest.approx(expected, abs=1e-4)
+    args = ddpm_settings(debiased_estimation=True, loss_type="huber", huber_schedule="snr")
+    assert script.compute_loss(batch, latents, embeds_of(1), Denoiser(), scheduler, args).isfinite().all()
 
 
 def test_sdxl_is_told_sizes_in_the_pipelines_order(recipe):

@@ -81,8 +81,8 @@ def test_long_captions_are_read_in_chunks():
     long_prompt = "a red circle on a blue background, " * 40
     prompts = ["", "a circle", long_prompt]
     cut = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
-    assert torch.equal(chunk_ids(tokenizer, prompts, 1), tokenizer(prompts, **cut).input_ids)
-    ids = chunk_ids(tokenizer, prompts, 3).view(3, 3, 77)
+    assert torch.equal(chunk_ids(tokenizer, prompts, 1)[0], tokenizer(prompts, **cut).input_ids)
+    ids = chunk_ids(tokenizer, prompts, 3)[0].view(3, 3, 77)
     content = tokenizer(long_prompt, add_special_tokens=False).input_ids
     assert ids[2, :, 1:-1].flatten().tolist() == content[:225]
     hidden = join_chunks(ids.view(9, 77, 1).float(), 3)

@@ -86,6 +86,16 @@ def test_other_trackers_get_what_they_take(files, monkeypatch):
     assert {call[-1]["iteration"] for call in sent} == {30}
 
 
-@pytest.mark.parametrize("name", ["comet_ml", "mlflow", "dvclive", "trackio"])
+def test_trackio_gets_each_picture_with_its_prompt(files, monkeypatch):
+    sent = []
+    picture = lambda file, caption: (Path(file).name, caption)  # noqa: E731
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=picture))
+    run = SimpleNamespace(log=lambda values, step: sent.append((values, step)))
+    log_samples(started("trackio", run=run), files, PROMPTS, 30)
+    ((values, step),) = sent
+    assert step == 30 and values["validation/01_00"] == ("01_00_a-dog.png", "a dog") and len(values) == 3
+
+
+@pytest.mark.parametrize("name", ["comet_ml", "mlflow", "dvclive"])
 def test_trackers_that_take_no_pictures_get_none(files, name):
     log_samples(started(name), files, PROMPTS, 30)

@@ -41,7 +41,15 @@ def project_program(case: Case, work: Path) -> Program:
     quiet = ("--report_to", "none", "--num_validation_images", "0")
     script = ROOT / FAMILIES[case.family].training_script
     argv = case_argv(case, work, *quiet, flags=case.flags)
-    return Program(script, argv, ROOT, prepare=load_without_content)
+    return Program(script, argv, ROOT, prepare=prepare_project)
+
+
+def prepare_project() -> None:
+    """Weights have no content here, so that a trial can't see whether an optimizer's step changes them."""
+    from lora_training.optim import trial
+
+    load_without_content()
+    trial.take_steps = lambda *_: None
 
 
 def example_program(case: Case, work: Path, folder: Path) -> Program:
