@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from trained_loras import draw
 
 from lora_training.lora import extraction
+from lora_training.lora.base_layers import candidate_bases
 from lora_training.lora.reading import read_lora
-from lora_training.lora.single_file import BaseWeights, single_file
+from lora_training.lora.single_file import BaseWeights, denoiser_places, single_file
 from scripts.lora import extract_lora, merge_lora
 
 pytestmark = pytest.mark.run
@@ -193,6 +194,28 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path, monkeypatch):
     finally:
         gc.enable()
     assert len(most) > 100 and max(most) <= 3
+
+
+RELEASED = [
+    ("sd15", "the released sd15", "-"),
+    ("sd15", "the released Stable Diffusion 2.x", "-"),
+    ("sdxl", "the released sdxl", "-"),
+    ("sd3", "the released sd3", "attn2"),  # 3 medium has no second attention
+    ("sd3", "the released SD 3.5 large", "-"),
+    ("flux", "the released flux", "guidance_in"),  # which schnell has not
+]
+
+
+@pytest.mark.parametrize(("family", "title", "absent"), RELEASED)
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])
+def test_a_released_file_is_known_by_the_sizes_of_its_layers(family, title, absent, prefix, monkeypatch):
+    base = next(base for base in candidate_bases(family, None) if base.title == title)
+    part, types = base.family.denoiser, {}
+    for name, place in denoiser_places(family, base.config).items():
+        if absent not in place.name:
+            types[f"{prefix}{place.name}.weight"] = "F16", (place.height, *base.shapes[part, name][1:])
+    monkeypatch.setattr(extraction, "tensor_types", lambda _: types)
+    assert extraction.base_of_checkpoint(Path("x.safetensors"), family, None) is base
 
 
 @pytest.mark.faults
