@@ -93,6 +93,23 @@ def test_equal_scales_leave_matrices_and_alpha_as_they_are(tmp_path):
     assert alphas == [3.0, 2.0, 1.0]
 
 
+def test_another_scale_makes_a_file_of_float32_unless_its_precision_is_set(tmp_path, capsys):
+    base = FAMILIES["flux"].base
+    a = kohya_lora(tmp_path / "a.safetensors", {QKV: 4}, 4.0, torch.float16)
+    pair = ["--lora", str(a), "0.3", "--lora", str(a), "-1.1", "--shape", base]
+    for flags, dtype, said in (
+        ((), "float32", "exact\n"),
+        (("--dtype", "float16"), "float16", "rounds away"),
+    ):
+        target = tmp_path / f"{dtype}.safetensors"
+        assert merge_lora.main([*pair, "--into", str(target), *flags]) == 0
+        assert said in capsys.readouterr().out
+        weights = [tensor for key, tensor in load_file(target).items() if "alpha" not in key]
+        assert {str(tensor.dtype) for tensor in weights} == {f"torch.{dtype}"}
+        for key, update in deltas(a, base).items():
+            assert (deltas(target, base)[key] + 0.8 * update).norm() < 2e-3 * update.norm()
+
+
 def test_a_rank_gives_the_best_sum_of_that_rank_and_says_what_is_lost(tmp_path, capsys):
     """A LoHa can be one of them then; what is printed is the distance from the sum of the whole updates."""
     base, target = FAMILIES["flux"].base, tmp_path / "c.safetensors"
