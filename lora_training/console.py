@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 QUIET = int(os.environ.get("RANK", "0")) > 0  # the first process alone prints
 
+STARTED = "started: "  # the first line of each start in a run's log
+
 
 def printable(text: str) -> str:
     """Text that any file and terminal takes: what is no character, as in some file names, is spelled out."""

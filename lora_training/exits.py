@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from lora_training.console import LineLog, print_status, printable
 from lora_training.errors import Interrupted, UserError, is_out_of_memory, one_line
 from lora_training.files import last_checkpoint_note, list_checkpoints
+from lora_training.libraries import silence_image_libraries
 from lora_training.signals import StopSignal
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def exit_code(program: str | None = None, user_errors: tuple[type[Exception], ..
     can mend (exit code 2).
     """
     outcome = Outcome()
+    silence_image_libraries()  # whose warnings stand before the one line
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(
             AttributeError, OSError

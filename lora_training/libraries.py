@@ -35,7 +35,6 @@ def import_libraries(title: str) -> None:
 def import_training_libraries() -> None:
     """Imports torch, diffusers, transformers, accelerate and peft."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    silence_image_libraries()
     import_model_libraries()
     import accelerate  # noqa: F401
     import peft  # noqa: F401

@@ -35,14 +35,14 @@ def words_tokenizer(words: list[str], begin: bool = False, **special: str):
     )
 
 
-def teach(model, batch: dict) -> None:
+def teach(model, batch: dict, rate: float = 1e-2, steps: int = 300) -> None:
     """Trains until the model repeats its labels."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     model.train()
-    for _ in range(300):
+    for _ in range(steps):
         loss = model(**batch).loss
         optimizer.zero_grad()
         loss.backward()
@@ -208,4 +208,120 @@ def make_tagger(folder: Path, batch: str | int = "batch_size") -> Path:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.save(model, folder / "model.onnx")
+    return folder
+
+
+def write_graph(nodes: list, constants: dict[str, np.ndarray], shapes: dict[str, list], file: Path) -> None:
+    """Writes an ONNX file. shapes: of its input and its output, by name."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    values = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "graph", ends[:1], ends[1:], values)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), file)
+
+
+def make_subject_finder(folder: Path, logits: bool = True, settings: dict | None = None) -> Path:
+    """A model whose subject is what is red, in 64 x 64 pixels, as BiRefNet (logits) or IS-Net gives it.
+
+    settings: of its preprocessor_config.json; None for none.
+    """
+    import json
+
+    from onnx import helper
+
+    nodes = [helper.make_node("Conv", ["input_image", "weight", "bias"], ["scores"])]
+    nodes.append(helper.make_node("Identity" if logits else "Sigmoid", ["scores"], ["output_image"]))
+    weight = np.array([2, -2, -2], np.float32).reshape(1, 3, 1, 1)  # on normalised channels
+    constants = {"weight": weight, "bias": np.array([-4], np.float32)}
+    shapes = {"input_image": ["batch", 3, 64, 64], "output_image": ["batch", 1, 64, 64]}
+    write_graph(nodes, constants, shapes, folder / "onnx" / "model.onnx")
+    if settings is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def coloured_squares(count: int, side: int) -> tuple[list[Image.Image], torch.Tensor]:
+    """Grey pictures with a rectangle in each of two colours, and where the first one, red, is."""
+    rng = np.random.default_rng(0)
+    pictures, targets = [], torch.zeros(count, 2, side, side)
+    for number in range(count):
+        picture = Image.new("RGB", (side, side), (120, 120, 120))
+        for k, colour in enumerate(("red", "blue")):
+            left, top = rng.integers(0, side // 8 - 2, 2) * 8
+            box = (int(left), int(top), int(left) + 24, int(top) + 24)
+            picture.paste(COLOURS[colour], box)
+            targets[number, k, box[1] : box[3], box[0] : box[2]] = 1
+        targets[number, 0] *= 1 - targets[number, 1]
+        pictures.append(picture)
+    return pictures, targets
+
+
+def make_segformer(folder: Path) -> Path:
+    """A model of the classes "wall" and "person, someone"; what is red is a person."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    config = t.SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16], patch_sizes=[3, 3],
+        strides=[2, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=16,
+        id2label={0: "wall", 1: "person, someone"}, label2id={"wall": 0, "person, someone": 1},
+        classifier_dropout_prob=0.0, drop_path_rate=0.0,
+    )  # fmt: skip
+    model = t.SegformerForSemanticSegmentation(config)
+    images = t.SegformerImageProcessorPil(size={"height": 64, "width": 64})
+    pictures, targets = coloured_squares(12, 64)
+    batch = dict(images(pictures, return_tensors="pt"))
+    teach(model, batch | {"labels": targets[:, 0].long()})
+    model.save_pretrained(folder)
+    images.save_pretrained(folder)
+    return folder
+
+
+def make_clipseg(folder: Path) -> Path:
+    """A CLIPSeg that finds what is "red" or "blue"."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    tokenizer = words_tokenizer(["a", "thing", *COLOURS])
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = t.CLIPSegConfig(
+        text_config=dict(
+            size, vocab_size=len(tokenizer), max_position_embeddings=16, eos_token_id=2, bos_token_id=1
+        ),
+        vision_config=dict(size, image_size=64, patch_size=8),
+        projection_dim=32, extract_layers=[0, 1], reduce_dim=32, decoder_num_attention_heads=2,
+        decoder_intermediate_size=64, conditional_layer=0,
+    )  # fmt: skip
+    model = t.CLIPSegForImageSegmentation(config)
+    images = t.ViTImageProcessorPil(size={"height": 64, "width": 64})
+    pictures, targets = coloured_squares(6, 64)
+    texts = tokenizer(["a red thing"] * 6 + ["a blue thing"] * 6, padding=True, return_tensors="pt")
+    batch = dict(texts) | dict(images(pictures * 2, return_tensors="pt"))
+    teach(model, batch | {"labels": torch.cat([targets[:, 0], targets[:, 1]])}, rate=2e-3, steps=160)
+    for part in (model, tokenizer, images):
+        part.save_pretrained(folder)
+    return folder
+
+
+def make_mask2former(folder: Path) -> Path:
+    """A Mask2Former that has learned nothing, with pictures of their own shapes."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    swin = t.SwinConfig(
+        image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = t.Mask2FormerConfig(
+        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
+        encoder_feedforward_dim=16, encoder_layers=1, decoder_layers=2, num_attention_heads=2,
+        dim_feedforward=16, num_queries=6, id2label={0: "person", 1: "dog", 2: "wall"},
+        label2id={"person": 0, "dog": 1, "wall": 2},
+    )  # fmt: skip
+    t.Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    size = {"shortest_edge": 64, "longest_edge": 160}
+    t.Mask2FormerImageProcessorPil(size=size, size_divisor=32).save_pretrained(folder)
     return folder

@@ -54,7 +54,9 @@ def prepare_examples(
             print_status(f"warning: {example.name} is left out: {problem}")
     store.examples = [e for e, problem in zip(examples, problems, strict=True) if problem is None]
     if not store.examples:
-        raise UserError("none of the images can be read; see the lines above")
+        folder = args.train_data_dir or args.instance_data_dir or args.dataset_name or args.dataset_config
+        first = next(filter(None, problems), "")
+        raise UserError(f"{folder}: none of the {len(examples)} images can be read ({first})")
     return store
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from lora_training.errors import UserError
 from lora_training.files import atomic_write
 from lora_training.lora.reading import Lora, read_lora, read_lora_tensors
-from lora_training.lora.resizing import resize_lora
+from lora_training.lora.resizing import check_size, resize_lora
 from lora_training.lora.single_file import BaseWeights
 from lora_training.lora.writing import write_lora
 
@@ -66,6 +66,7 @@ def resize_lora_file(
     rank, energy_share: as `resize_layer` takes them; one of them is needed. spelling: None for the source's.
     family, base: as `convert_lora_file` takes them. Errors: UserError.
     """
+    check_size(rank, energy_share)
     check_target(target)
     if target.exists() and target.samefile(source):
         raise UserError(f"{target}: is the file to read; name another target")

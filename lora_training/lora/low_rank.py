@@ -162,11 +162,13 @@ def resize_layer(
     rank: int | None = None,
     energy_share: float | None = None,
     weight: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[LoraLayer, float, float]:
     """The nearest plain LoRA of a rank, or of the least rank that keeps this share of the delta's energy.
 
-    Energy is the sum of squares; with both, `rank` is the highest. weight: the base's, for DoRA. Returns
-    (LoRA, squared error, squared norm of the delta), the error as the LoRA will be stored.
+    Energy is the sum of squares; with both, `rank` is the highest. weight: the base's, for DoRA. dtype: of
+    the LoRA; None for the layer's. Returns (LoRA, squared error, squared norm of the delta), the error as the
+    LoRA will be stored.
     """
     delta = None
     if layer.kind == "LoRA" and layer.magnitude is None:
@@ -182,7 +184,7 @@ def resize_layer(
     count = min(rank or len(s), len(s))
     if energy_share:
         count = min(count, int((s.double().square().cumsum(0) < energy_share * energy).sum()) + 1)
-    root, dtype = s[:count].sqrt(), next(t.dtype for t in layer.tensors)
+    root, dtype = s[:count].sqrt(), dtype or next(t.dtype for t in layer.tensors)
     up, down = (u[:, :count] * root).to(dtype), (v[:, :count] * root).T.to(dtype)
     if delta is not None:
         error = (delta - up.float() @ down.float()).double().square().sum().item()

@@ -15,12 +15,15 @@ from lora_training.base_model.released_models import denoiser_config
 from lora_training.errors import UserError, one_line
 from lora_training.families import FAMILIES
 from lora_training.files import atomic_write, read_safetensors_header
+from lora_training.lora.block_weights import layer_weights
 from lora_training.lora.low_rank import LoraLayer, LycorisLayer, apply_delta
 from lora_training.lora.reading import Lora, read_lora
 from lora_training.lora.single_file import denoiser_places, single_file
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from lora_training.lora.block_weights import Layer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -32,12 +35,14 @@ def merge_loras(
     dtype: str | None = None,
     family: str | None = None,
     shape: str | None = None,
+    block_weights: list[tuple[str, float]] | None = None,
 ) -> Merger:
     """Writes a base with LoRAs merged in; it appears only when it is whole. Returns what was done.
 
     target: a folder, or a .safetensors file with the original checkpoint's names. loras: files or folders,
     with their scales. dtype: a key of DTYPES; None for the base's. family: None to find it out. shape: for a
-    single file of another shape than the released model, a diffusers folder of it. Errors: UserError.
+    single file of another shape than the released model, a diffusers folder of it. block_weights: as
+    `parse_block_weights` gives them. Errors: UserError.
     """
     to_file = target.suffix == ".safetensors"
     if target.exists():
@@ -47,7 +52,9 @@ def merge_loras(
         raise UserError(f"{target}: a single-file base is merged into a single file: {advice}")
     family = family_of_base(base, family)
     shape = str(base) if base.is_dir() else shape
-    merger = Merger(read_scaled_loras(loras, family, shape), DTYPES.get(dtype))
+    scaled_loras = read_scaled_loras(loras, family, shape)
+    weights = layer_weights(block_weights or [], scaled_loras[0][0].base)
+    merger = Merger(scaled_loras, DTYPES.get(dtype), weights)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as part:
         if base.is_dir():
@@ -108,9 +115,11 @@ def read_scaled_loras(
 class Merger:
     """LoRAs with their scales, put into weights as these come by; remembers which have been used."""
 
-    def __init__(self, loras: list[tuple[Lora, float]], dtype: torch.dtype | None) -> None:
-        """dtype: of the result; None for the base's."""
-        self.loras, self.dtype = loras, dtype
+    def __init__(
+        self, loras: list[tuple[Lora, float]], dtype: torch.dtype | None, weights: dict[Layer, float]
+    ) -> None:
+        """dtype: of the result; None for the base's. weights: further factors; 0 leaves a layer out."""
+        self.loras, self.dtype, self.weights = loras, dtype, weights
         self.parts = {part for lora, _ in loras for part in lora.layers}
         self.unused = {(k, part, name) for k, (lora, _) in enumerate(loras) for part, name, _ in lora}
         # (norm of what rounding took, norm of the update), by layer
@@ -118,11 +127,12 @@ class Merger:
 
     def layers(self, part: str, name: str) -> list[tuple[LoraLayer | LycorisLayer, float]]:
         """The adapters of one layer, with their scales."""
-        layers = []
+        layers, weight = [], self.weights.get((part, name), 1.0)
         for k, (lora, scale) in enumerate(self.loras):
             layer = lora.layers.get(part, {}).get(name)
             if layer is not None:
-                layers.append((layer, scale))
+                if weight:
+                    layers.append((layer, scale * weight))
                 self.unused.discard((k, part, name))
         return layers
 
@@ -165,11 +175,13 @@ class Merger:
         }
 
     def check_all_used(self) -> None:
-        """Errors: UserError if a layer of a LoRA has no place in the base."""
+        """Errors: UserError if a layer of a LoRA has no place in the base, or none has a weight."""
         if self.unused:
             _, part, name = sorted(self.unused)[0]
             count = len(self.unused)
             raise UserError(f"{count} layers of the LoRAs are not in the base, such as {part}.{name}")
+        if not self.rounding:
+            raise UserError("--block_weights leaves nothing of the LoRAs")
 
 
 def read_base_file(file: Path) -> dict[str, torch.Tensor]:

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 class Resizer:
     """Makes layers smaller, and adds up what is lost.
 
-    rank, energy_share: as `resize_layer` takes them. base_weights(part, layer): for DoRA.
+    rank, energy_share, dtype: as `resize_layer` takes them. base_weights(part, layer): for DoRA.
     """
 
     rank: int | None
     energy_share: float | None
     base_weights: Callable[[str, str], torch.Tensor] | None
+    dtype: torch.dtype | None = None
     squared_error: float = 0.0
     squared_norm: float = 0.0
 
@@ -41,7 +42,9 @@ class Resizer:
                     "DoRA changes every weight of its layers: --base BASE says which weights these are"
                 )
             weight = self.base_weights(part, name)
-        small, squared_error, squared_norm = resize_layer(layer, self.rank, self.energy_share, weight)
+        small, squared_error, squared_norm = resize_layer(
+            layer, self.rank, self.energy_share, weight, self.dtype
+        )
         self.squared_error += squared_error
         self.squared_norm += squared_norm
         return small
@@ -50,6 +53,16 @@ class Resizer:
     def lost_share(self) -> float:
         """The length of what is lost, as a share of the whole update's."""
         return (self.squared_error / self.squared_norm) ** 0.5 if self.squared_norm else 0.0
+
+
+def check_size(rank: int | None, energy_share: float | None) -> None:
+    """Errors: UserError for a rank and a share of energy that can't be, or neither."""
+    if rank is None and energy_share is None:
+        raise UserError("--rank or --keep says how large the new LoRA is")
+    if rank is not None and rank < 1:
+        raise UserError(f"--rank {rank}: must be 1 or more")
+    if energy_share is not None and not 0 < energy_share <= 1:
+        raise UserError(f"--keep {energy_share:g}: must be between 0 and 1")
 
 
 def resize_lora(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from lora_training.base_model.original_layout import (
@@ -113,6 +113,7 @@ class BaseWeights:
         self.is_folder = base.is_dir()
         self.places: dict[str, OriginalPlace] = {}
         self.files: dict[str, tuple] = {}  # {part.key or key: (opened file, key in it)}
+        self.layer_keys: set[str] = set()  # of those that a layer has been read from
         if self.is_folder:
             for folder in (entry for entry in base.iterdir() if entry.is_dir()):
                 for file in part_files(folder):
@@ -122,7 +123,10 @@ class BaseWeights:
             self.places = denoiser_places(family, config)
 
     def add_file(self, file: Path, prefix: str) -> None:
-        opened = safe_open(file, "pt")
+        try:
+            opened = safe_open(file, "pt")
+        except SafetensorError as error:
+            raise UserError(f"{file}: not a safetensors file, or damaged ({error})") from None
         self.files |= {f"{prefix}{key}": (opened, key) for key in opened.keys()}  # noqa: SIM118
 
     def __call__(self, part: str, layer: str) -> torch.Tensor:
@@ -143,6 +147,7 @@ class BaseWeights:
         for key in keys:
             if key in self.files:
                 opened, name = self.files[key]
+                self.layer_keys.add(key)
                 return opened.get_tensor(name)
         raise UserError(f"{self.base}: no weight of {part}.{layer}")
 

@@ -11,6 +11,7 @@ from lora_training.errors import UserError
 from lora_training.prepare.model_folders import model_folder, remote_code_classes, weights_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from PIL.Image import Image
@@ -41,23 +42,16 @@ class Captioner:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self.settings, self.batch_size = settings, settings.batch_size
-        self.device, self.dtype = device_and_dtype(settings.device)
+        self.device, self.dtype = device_and_dtype(settings.device, "auto_caption")
         model_class = self.find_class()
         folder = weights_folder(settings.model_name, SETTING)
         options = {"trust_remote_code": settings.trust_remote_code}
         what = f"{SETTING} {settings.model_name}"
+        self.model = load_model(model_class, folder, what, settings.model_type, dtype=self.dtype, **options)
         try:
-            self.model, info = model_class.from_pretrained(
-                folder, dtype=self.dtype, output_loading_info=True, **options
-            )
             self.processor = load_processor(folder, options)
         except Exception as error:  # of a dozen kinds, by what it is that doesn't fit
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{what} can't be loaded as {settings.model_type}: {reason}") from None
-        missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
-        if missing:
-            count = f"{len(missing)} tensors, such as {missing[0]}"
-            raise UserError(f"{what} is no {settings.model_type} model: it has no weights for {count}")
+            raise cannot_load(what, settings.model_type, error) from None
         self.model.to(self.device).eval()
 
     def find_class(self):
@@ -93,15 +87,7 @@ class Captioner:
 
     def __call__(self, images: list[Image]) -> list[str]:
         """RGB images -> captions. A batch that the GPU's memory doesn't hold is halved."""
-        try:
-            return self.describe(images)
-        except torch.OutOfMemoryError:
-            if len(images) == 1:
-                message = "the GPU's memory does not suffice for one image; use device=cpu"
-                raise UserError(f"auto_caption: {message}") from None
-        torch.cuda.empty_cache()
-        middle = len(images) // 2
-        return self(images[:middle]) + self(images[middle:])
+        return run_in_halves(self.describe, images, "auto_caption")
 
     def describe(self, images: list[Image]) -> list[str]:
         """RGB images -> captions, in one batch."""
@@ -128,6 +114,40 @@ class Captioner:
         return {name: x.to(self.device, dtypes[name]) for name, x in inputs.items()}
 
 
+def run_in_halves(run: Callable, images: list[Image], step: str) -> list:
+    """What run(images) gives, or its halves where the GPU's memory doesn't hold the batch."""
+    try:
+        return run(images)
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            message = "the GPU's memory does not suffice for one image; use device=cpu"
+            raise UserError(f"{step}: {message}") from None
+    torch.cuda.empty_cache()
+    middle = len(images) // 2
+    return run_in_halves(run, images[:middle], step) + run_in_halves(run, images[middle:], step)
+
+
+def load_model(model_class, folder: Path, what: str, kind: str, **options):
+    """A model with all of its weights. Errors: UserError if it is another kind of model, or some are missing.
+
+    what, kind: of the model, for errors.
+    """
+    try:
+        model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
+    except Exception as error:  # of a dozen kinds, by what it is that doesn't fit
+        raise cannot_load(what, kind, error) from None
+    missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
+    if missing:
+        count = f"{len(missing)} tensors, such as {missing[0]}"
+        raise UserError(f"{what} is no {kind} model: it has no weights for {count}")
+    return model
+
+
+def cannot_load(what: str, kind: str, error: Exception) -> UserError:
+    """The error of a model that can't be loaded."""
+    return UserError(f"{what} can't be loaded as {kind}: {' '.join(str(error).split())[:300]}")
+
+
 class ProcessorPair:
     """An image processor and a tokenizer, called as the processor of a model is."""
 
@@ -151,11 +171,11 @@ def load_processor(folder: Path, options: dict):
     return processor if is_complete else ProcessorPair(folder, options)
 
 
-def device_and_dtype(device: str) -> tuple[str, torch.dtype]:
+def device_and_dtype(device: str, step: str) -> tuple[str, torch.dtype]:
     """The device of "auto", "cuda" or "cpu", and the precision there. Errors: UserError without a GPU."""
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
-        raise UserError("auto_caption: device cuda: there is no CUDA GPU; use device=cpu or auto")
+        raise UserError(f"{step}: device cuda: there is no CUDA GPU; use device=cpu or auto")
     if device == "auto":
         device = "cuda" if has_gpu else "cpu"
     if device != "cuda":

@@ -11,7 +11,8 @@ from lora_training.prepare.parallel import in_parallel
 from lora_training.prepare.pictures import short_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from typing import Any
 
     from PIL.Image import Image
 
@@ -104,20 +105,22 @@ def describe_pictures(
         print_status(f"{step}: loading {settings.model_name}")
         model = load_model(settings)
         title = "captioning" if step == "auto_caption" else "tagging"
-        for picture, text in describe_in_batches(model, missing, preparation.workers, title):
+        for picture, (_, text) in run_in_batches(model, missing, preparation.workers, title):
             journal.put(step, keys[picture.name], clean_caption(text))
     return {picture.name: journal.get(step, keys[picture.name]) for picture in pictures}, len(missing)
 
 
-def describe_in_batches(model, pictures: list[Picture], workers: int, title: str):
-    """Yields (picture, the model's text for it); pictures are decoded by threads meanwhile."""
+def run_in_batches(
+    model, pictures: list[Picture], workers: int, title: str
+) -> Iterator[tuple[Picture, tuple[Image, Any]]]:
+    """Yields (picture, (image, the model's answer to it)); pictures are decoded by threads meanwhile."""
     batch: list[tuple[Picture, Image]] = []
     for number, entry in enumerate(in_parallel(decode_small, pictures, workers, title), 1):
         batch.append(entry)
         if len(batch) == model.batch_size or number == len(pictures):
-            texts = model([image for _, image in batch])
-            for (picture, _), text in zip(batch, texts, strict=True):
-                yield picture, text
+            answers = model([image for _, image in batch])
+            for (picture, image), answer in zip(batch, answers, strict=True):
+                yield picture, (image, answer)
             batch = []
 
 

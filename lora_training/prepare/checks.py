@@ -77,11 +77,13 @@ def common_trigger_word(settings: Settings) -> str | None:
     return triggers[0] if triggers else None
 
 
-def check_steps(steps: Steps) -> None:
+def check_steps(steps: Settings) -> None:
     """Parameters that contradict each other."""
     filtering, resizing, bucketing = steps.image_filtering, steps.image_resizing, steps.aspect_ratio_bucketing
     if filtering and filtering.min_aspect_ratio > filtering.max_aspect_ratio:
         raise UserError("image_filtering: min_aspect_ratio is above max_aspect_ratio")
+    if steps.masks and steps.masked_loss == "alpha":
+        raise UserError("masks: --masked_loss alpha gives every picture a mask: leave one of the two out")
     if resizing and resizing.target_resolution and bucketing and bucketing.resize_images:
         use_target_area(resizing.target_resolution, bucketing)
     if resizing and resizing.fill != "none":

@@ -44,6 +44,11 @@ def is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def is_truth_value(value: object) -> bool:
+    """Whether a value is true or false."""
+    return isinstance(value, bool)
+
+
 def is_list_of_texts(value: object) -> bool:
     """Whether a value is a list of texts."""
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
@@ -58,6 +63,7 @@ CHECKS = {
     "text": is_list_of_texts,  # stem -> the captions that were written
     "auto_caption": is_text,  # picture and settings -> caption
     "auto_tagging": is_text,  # picture and settings -> tags
+    "masks": is_truth_value,  # picture and settings -> whether something was found in it
 }
 
 

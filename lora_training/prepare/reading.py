@@ -68,8 +68,12 @@ def list_pictures(preparation: Preparation) -> None:
             stem = free_stem(name, used_stems)
             used_stems.add(stem.lower())
             journal.put("name", name, stem)
-        if settings.masked_loss and stem.endswith(MASK_ENDING):
-            raise UserError(f"{name}: a picture's name that ends with {MASK_ENDING} is a mask's: rename it")
+        if (settings.masked_loss or settings.masks) and stem.endswith(MASK_ENDING):
+            way_out = (
+                "rename it" if settings.masked_loss else f"rename it, or give --masked_loss={MASK_ENDING}"
+            )
+            what = f"a picture's name that ends with {MASK_ENDING} is a mask's"
+            raise UserError(f"{name}: {what}: {way_out}")
         source = "kept" if example.captions else ""
         picture = Picture(name, example.read, example.captions, stem, caption_source=source)
         picture.read_mask = example.read_mask

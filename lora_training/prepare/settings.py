@@ -19,6 +19,12 @@ LARGEST_SIDE = 2**14  # pixels
 CAPTION_MODELS = {"blip2": "Salesforce/blip2-opt-2.7b", "florence2": "florence-community/Florence-2-large"}
 FLORENCE_WITH_CODE = "microsoft/Florence-2-large"  # the same weights; the default with trust_remote_code
 
+MASK_MODELS = {
+    "subject": "onnx-community/BiRefNet_lite-ONNX",
+    "person": "openmmlab/upernet-swin-tiny",
+    "text": "CIDAS/clipseg-rd64-refined",
+}
+
 
 def off_is_none(value):
     """None for what turns a parameter off."""
@@ -140,6 +146,34 @@ class AutoTagging(SettingsModel):
     device: Device = "auto"
 
 
+class Masks(SettingsModel):
+    """makes masks for --masked_loss where there is none: of the subject, persons, or what a text says"""
+
+    model_type: Literal["subject", "person", "text"] = Field(
+        "subject", description="what counts: the foremost thing, all persons, or what prompt says"
+    )
+    prompt: str | None = Field(None, description='of text, such as "a dog" (none)')
+    model_name: str | None = Field(None, description="hub id or local folder (by model_type)")
+    threshold: Annotated[Share | None, Off] = Field(
+        None, description="least probability that counts; off: as it is (0.5, text: 0.3)"
+    )
+    soft_edge: Annotated[float, Field(ge=0, le=0.2)] = Field(
+        0.01, description="blur of the edge, as a share of the shorter side; 0: none"
+    )
+    batch_size: PositiveInt = Field(8, description="images at a time")
+    device: Device = "auto"
+
+    @model_validator(mode="after")
+    def name_the_model(self):
+        """The usual model and threshold of a type where none is named."""
+        if (self.model_type == "text") != bool(self.prompt):
+            raise ValueError("model_type text and prompt go together")
+        if "threshold" not in self.model_fields_set:
+            self.threshold = 0.3 if self.model_type == "text" else 0.5
+        self.model_name = self.model_name or MASK_MODELS[self.model_type]
+        return self
+
+
 class ImageResizing(SettingsModel):
     """writes every image at one size, or within one"""
 
@@ -219,6 +253,7 @@ class Steps(SettingsModel):
     image_filtering: ImageFiltering | None = None
     auto_caption: AutoCaption | None = None
     auto_tagging: AutoTagging | None = None
+    masks: Masks | None = None
     image_resizing: ImageResizing | None = None
     aspect_ratio_bucketing: AspectRatioBucketing | None = None
 

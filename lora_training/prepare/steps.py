@@ -12,13 +12,14 @@ from lora_training.data.checks import findings_for, unvaried_captions
 from lora_training.errors import UserError
 from lora_training.families import FAMILIES
 from lora_training.files import remove_unfinished
-from lora_training.libraries import import_model_libraries, silence_image_libraries
+from lora_training.libraries import import_model_libraries
 from lora_training.prepare.buckets import assign_buckets, write_buckets
 from lora_training.prepare.caption_files import BY_HAND, write_captions
 from lora_training.prepare.captioning import caption_pictures, tag_pictures
 from lora_training.prepare.filters import filter_pictures
 from lora_training.prepare.image_findings import find_image_problems
 from lora_training.prepare.images import write_images
+from lora_training.prepare.masks import make_masks
 from lora_training.prepare.output_folder import remove_outdated_files, write_left_out
 from lora_training.prepare.page import write_preparation_page
 from lora_training.prepare.preparation import Preparation
@@ -38,7 +39,6 @@ def prepare_data_set(settings: Settings) -> None:
     Errors: UserError for what a person can mend, OSError for files that can't be read or written.
     """
     started = time.perf_counter()
-    silence_image_libraries()  # of large pictures, which are no fault
     preparation, steps = Preparation.start(settings), settings
     remove_unfinished(preparation.output)
     list_pictures(preparation)
@@ -46,12 +46,14 @@ def prepare_data_set(settings: Settings) -> None:
     if steps.image_filtering:
         filter_pictures(preparation)
     report_left_out(preparation)
-    if steps.auto_caption or steps.aspect_ratio_bucketing:
+    if steps.auto_caption or steps.masks or steps.aspect_ratio_bucketing:
         import_model_libraries()
     if steps.auto_caption:
         caption_pictures(preparation)
     if steps.auto_tagging:
         tag_pictures(preparation)
+    if steps.masks:
+        make_masks(preparation)
     assign_buckets(preparation)
     write_images(preparation)
     remove_outdated_files(preparation)

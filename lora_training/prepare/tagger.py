@@ -32,7 +32,7 @@ class Tagger:
         for name in (MODEL_FILE, TAGS_FILE):
             if not (folder / name).is_file():
                 raise UserError(f"auto_tagging: model_name {settings.model_name}: no {name} in {folder}")
-        self.session = open_session(folder / MODEL_FILE, settings.device)
+        self.session = open_session(folder / MODEL_FILE, settings.device, "auto_tagging")
         (self.input,) = self.session.get_inputs()
         batch, side = (size if isinstance(size, int) else None for size in self.input.shape[:2])
         self.has_fixed_batch = batch is not None
@@ -79,20 +79,20 @@ class Tagger:
         return ", ".join(spaced_tag(name) if settings.replace_underscore else name for name in names)
 
 
-def open_session(file: Path, device: str):
+def open_session(file: Path, device: str, step: str):
     """An onnxruntime session on "auto", "cuda" or "cpu". Errors: UserError."""
     import onnxruntime
 
     available = onnxruntime.get_available_providers()
     if device == "cuda" and "CUDAExecutionProvider" not in available:
         way_out = "install onnxruntime-gpu, or device=cpu"
-        raise UserError(f"auto_tagging: device cuda: this onnxruntime has no CUDA; {way_out}")
+        raise UserError(f"{step}: device cuda: this onnxruntime has no CUDA; {way_out}")
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     providers = [name for name in providers if name in available and (device != "cpu" or "CPU" in name)]
     try:
         return onnxruntime.InferenceSession(file, providers=providers)
     except Exception as error:  # onnxruntime's own kinds have no common base
-        raise UserError(f"auto_tagging: {file}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{step}: {file}: {' '.join(str(error).split())[:200]}") from None
 
 
 def read_tags(file: Path) -> list[tuple[str, int]]:

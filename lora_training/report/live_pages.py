@@ -14,7 +14,7 @@ from lora_training.report.pictures import LinkedPictures, Tile
 from lora_training.report.run_details import file_rows
 from lora_training.report.run_folder import RUN_FILES, RunFolder, read_run_folder
 from lora_training.report.run_page import page_values
-from lora_training.report.run_state import RunState, read_state
+from lora_training.report.run_state import RunState, has_owner, read_state
 from lora_training.report.samples import step_title
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def fingerprint(folders: list[Path]) -> str:
     """What changes when anything that a page shows does: names, sizes and times of the runs' files."""
     digest = hashlib.sha256()
     for folder in folders:
-        state = ["running"] if (folder / ".lock_owner").is_file() else []
+        state = [str(has_owner(folder))]  # a killed process changes it and no file
         for pattern in ("*", "samples/*", "samples/*/*", "checkpoint-*/manifest.json"):
             for file in sorted(folder.glob(pattern)):
                 try:
@@ -60,15 +60,8 @@ def fingerprint(folders: list[Path]) -> str:
                 except OSError:  # gone meanwhile
                     continue
                 state.append(f"{file} {status.st_size} {status.st_mtime_ns}")
-        digest.update(" ".join([read_state_name(folder), *state]).encode("utf-8", "surrogateescape"))
+        digest.update(" ".join(state).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-def read_state_name(folder: Path) -> str:
-    """A run's state without its numbers: a killed process changes it and no file."""
-    from lora_training.report.run_state import has_owner
-
-    return "running" if has_owner(folder) else "ended"
 
 
 def live_run_page(folder: Path, is_one_of_several: bool) -> str:

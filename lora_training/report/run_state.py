@@ -9,6 +9,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from lora_training.console import STARTED
 from lora_training.report.formatting import format_duration
 from lora_training.report.run_folder import is_number, read_text
 
@@ -104,7 +105,9 @@ def last_lines(file: Path) -> list[str]:
             text = stream.read().decode("utf-8", "replace")
     except OSError:
         return []
-    return text.splitlines()
+    lines = text.splitlines()
+    starts = [number for number, line in enumerate(lines) if line[9:].startswith(STARTED)]
+    return lines[starts[-1] :] if starts else lines
 
 
 def error_of(lines: list[str]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_training.console import QUIET, LineLog, print_status
+from lora_training.console import QUIET, STARTED, LineLog, print_status
 from lora_training.errors import UserError
 from lora_training.files import list_checkpoints, output_name
 from lora_training.notify import Notifier
@@ -80,6 +80,7 @@ def locked_output(args: argparse.Namespace) -> Iterator[None]:
         process, started = f"process {os.getpid()}", time.strftime("%Y-%m-%d %H:%M:%S")
         owner.write_text(f"{process} on {socket.gethostname()} since {started}", encoding="utf-8")
         LineLog.file = output / "log.txt"
+        LineLog.add(f"{STARTED}{process} on {socket.gethostname()}, {started}")
         if args.notify:
             LineLog.notifier = Notifier(args.notify, output)
         take_requests(output)  # those that a run that has ended has not seen

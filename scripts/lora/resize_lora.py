@@ -21,13 +21,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, which has the library
 
 from lora_training import lora
-from lora_training.errors import UserError
 from lora_training.exits import run_command
 from lora_training.families import FAMILIES
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Errors: UserError for sizes that can't be."""
     parser = argparse.ArgumentParser(
         description="Makes a LoRA of another rank, or a plain LoRA of a DoRA, LoHa or LoKr."
     )
@@ -39,14 +37,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", choices=["diffusers", "kohya"], help="default: the source's spelling")
     parser.add_argument("--base", help="a base, for DoRA, or where its shape is not the released one")
     parser.add_argument("--family", choices=sorted(FAMILIES), help="default: found out from the file")
-    args = parser.parse_args(argv)
-    if args.rank is None and args.keep is None:
-        raise UserError("--rank or --keep says how large the new LoRA is")
-    if args.rank is not None and args.rank < 1:
-        raise UserError(f"--rank {args.rank}: must be 1 or more")
-    if args.keep is not None and not 0 < args.keep <= 1:
-        raise UserError(f"--keep {args.keep:g}: must be between 0 and 1")
-    return args
+    return parser.parse_args(argv)
 
 
 @run_command

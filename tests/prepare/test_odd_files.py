@@ -152,3 +152,12 @@ def test_what_is_prepared_can_be_copied_to_windows():
     assert portable_path("day 1/cat: the movie?") == "day 1/cat_ the movie_"
     assert portable_path("con/aux.x/LPT1/console. ") == "_con/_aux.x/_LPT1/console"
     assert portable_path("plain/猫 3") == "plain/猫 3"
+
+
+def test_a_library_that_warns_of_a_cut_picture_adds_no_line(tmp_path, recwarn):
+    """Pillow's warning of damaged metadata stood beside the doctor's lines."""
+    Image.new("RGB", (80, 80), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (80, 80), "blue").save(tmp_path / "b.tiff")
+    (tmp_path / "b.tiff").write_bytes((tmp_path / "b.tiff").read_bytes()[:100])
+    assert prepare("--doctor", "-d", tmp_path, "--resolution", 64) == 1
+    assert not [str(warning.message) for warning in recwarn if "PIL" in warning.filename]

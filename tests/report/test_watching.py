@@ -177,6 +177,10 @@ def test_a_state_is_that_of_the_process_and_the_last_line(tmp_path):
         assert shown().startswith("failed") and "out of memory; try less" in shown()
         page = get(address, "/run/one/")[1].decode()
         assert '<div class="finding">a &lt;b&gt;' in page
+        with (run / "log.txt").open("a") as log:
+            log.write("10:05:00 started: process 3 on elsewhere, today\n10:05:02 loading the unet\n")
+        assert shown().startswith("stopped") and "a &lt;b&gt;" not in get(address, "/run/one/")[1].decode()
+        (run / "log.txt").write_text("10:00:01 train.py: error: out of memory; try less\n")
         (run / "data.json").write_text('{"steps": 10}')
         owner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         import socket

@@ -55,6 +55,7 @@ def damaged_lora(stage: Path, family: str, rng: random.Random, folder: Path) -> 
         "merge": make_job(
             "scripts/lora/merge_lora.py", base, rng.choice((target, folder / "x")), "--lora", lora
         ),
+        "join": make_job("scripts/lora/merge_lora.py", lora, lora, "--into", target, "--base", base),
         "resize": make_job(
             "scripts/lora/resize_lora.py",
             *(lora, target),
@@ -106,6 +107,9 @@ def damaged_base(stage: Path, family: str, rng: random.Random, folder: Path) -> 
     training = Job(training_script(family), argv)
     drawing = infer_job(lora, base, folder)
     merging = make_job("scripts/lora/merge_lora.py", base, folder / "x", "--lora", lora)
+    extracting = make_job(
+        "scripts/lora/extract_lora.py", base_of(family), base, folder / "x.safetensors", "--rank", "2"
+    )
     description = f"{victim.relative_to(folder)}: {damage(victim, rng)}"
-    return [description], rng.choice((training, training, drawing, merging))
+    return [description], rng.choice((training, training, drawing, merging, extracting))
     yield  # no job has to run first

@@ -14,6 +14,7 @@ from scripts.dev.attacks.forked_runs import Job
 from scripts.dev.attacks.random_flags import fill_paths, to_config
 from scripts.dev.attacks.runs import DATA, base_of, train_argv, training_script
 
+MODEL_STEPS = ("auto_caption", "auto_tagging", "masks")  # whose models are not here
 ONE_STEP = ("--max_train_steps", "1")
 PROMPT_ENTRIES = [
     {
@@ -91,7 +92,7 @@ def write_inference(trained: Path, family: str, rng: random.Random, folder: Path
 def write_preparation(trained: Path, family: str, rng: random.Random, folder: Path) -> tuple[Path, Job]:
     """prepare_dataset.py's --config."""
     values = read_yaml(ROOT / "config" / "prepare_dataset.yaml")
-    values = {key: value for key, value in values.items() if key not in ("auto_caption", "auto_tagging")}
+    values["steps"] = {key: value for key, value in values["steps"].items() if key not in MODEL_STEPS}
     values |= {"data_dir": str(DATA), "output_dir": str(folder / "x")}
     file = write_yaml(folder / "c.yaml", values)
     return file, Job(PREPARE, ["--config", str(file), "-d", str(DATA), "-o", str(folder / "x")])
