@@ -14,7 +14,10 @@ from lora_training.optim.parts import TrainedPart
 pytestmark = pytest.mark.unit
 
 FACTORS = {"to_q": 0.5, "to_v": 3.0}
-OPTIMIZERS = ("adamw", "adafactor", "schedulefree", "torch.optim.RMSprop")
+CASES = (  # with LoRA+, where the optimizer takes it
+    *(("adamw", 1), ("adamw", 4), ("adafactor", 1), ("schedulefree", 1)),
+    *(("torch.optim.RMSprop", 1), ("torch.optim.RMSprop", 4), ("muon", 1)),
+)
 
 
 def lora_part(recipe, *flags: object) -> TrainedPart:
@@ -35,12 +38,9 @@ def move(part: TrainedPart, name: str, steps: int = 3) -> torch.Tensor:
     return part.views(part.weights.detach())[name]
 
 
-@pytest.mark.parametrize("ratio", [1, 4])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("optimizer", "ratio"), CASES)
 def test_each_layer_moves_as_with_a_rate_of_its_own(recipe, optimizer, ratio):
     """Flat or in shapes, with LoRA+ or without; a layer that no pattern matches moves as without the flag."""
-    if ratio != 1 and optimizer in ("adafactor", "schedulefree"):
-        pytest.skip("LoRA+ is refused with it")
     pattern = " ".join(f"{layer}={factor}" for layer, factor in FACTORS.items())
     flags = ("--optimizer", optimizer, "--loraplus_lr_ratio", ratio)
     for layer in ("to_q", "to_v", "to_k", "to_out.0"):
