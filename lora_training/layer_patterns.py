@@ -32,6 +32,9 @@ class LayerPatterns:
         self.values = [PATTERN_FLAGS[flag](value) for _, value in self.entries]
         self.matched: set[str] = set()
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LayerPatterns) and (self.flag, self.entries) == (other.flag, other.entries)
+
     def value(self, part: str, layer: str, default: float) -> float:
         """What the flag says of a layer of a part of the pipeline, else the default."""
         layer = layer.removeprefix("text_model.")

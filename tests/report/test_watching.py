@@ -78,7 +78,8 @@ def make_run(folder, caption="a dog", steps=4):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which shows the page")
 def test_a_browser_sees_pictures_curves_and_the_end_without_reloading(tmp_path):
-    sync_api = pytest.importorskip("playwright.sync_api")
+    from playwright import sync_api
+
     make_run(tmp_path / "runs" / "earlier")
     flags = ("--max_train_steps", 40, "--validation_steps", 20, "--num_validation_images", 1)
     flags += (

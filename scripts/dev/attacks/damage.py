@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -91,7 +92,7 @@ def wrong_content(value: object, rng: random.Random) -> object:
             container = container[key]
         kind = rng.random()
         if kind < 0.65:
-            container[last] = rng.choice(odd_values("JSON"))
+            container[last] = copy.deepcopy(rng.choice(odd_values("JSON")))  # which is damaged on, perhaps
         elif kind < 0.9 or isinstance(container, list):
             del container[last]
         else:
