@@ -39,8 +39,11 @@ def has_flag(argv: list[str], names: str) -> bool:
     return bool({argument.split("=")[0] for argument in argv} & set(names.split()))
 
 
-def to_argv(flags: dict[str, object]) -> list[str]:
-    """{flag: value} as a command line: True is a flag alone, False and None are no flag."""
+def to_argv(flags: dict[str, object], joined: bool = False) -> list[str]:
+    """{flag: value} as a command line: True is a flag alone, False and None are no flag.
+
+    joined: a flag and its value are one argument, so that the value may begin with a dash.
+    """
     argv: list[str] = []
     for name, value in flags.items():
         if isinstance(value, list):
@@ -48,7 +51,7 @@ def to_argv(flags: dict[str, object]) -> list[str]:
         elif value is True:
             argv += [f"--{name}"]
         elif value is not None and value is not False:
-            argv += [f"--{name}", str(value)]
+            argv += [f"--{name}={value}"] if joined else [f"--{name}", str(value)]
     return argv
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from lora_training.errors import UserError
 from lora_training.families import FAMILIES
 from lora_training.files import output_name, read_config_file
+from lora_training.launch.arguments import to_argv
 from lora_training.launch.decision import decide
 from lora_training.report.formatting import format_setting
 
@@ -104,23 +105,12 @@ def make_job(entry: dict, folder: Path, where: str) -> Job:
     for key, value in settings.items():
         if isinstance(value, dict):
             raise UserError(f"{where}: {name}: {key} is a value or a list, not names and values")
-        argv += flag_arguments(key, value)
+    argv += to_argv(settings, joined=True)
     if "resume_from_checkpoint" not in settings:
         argv.append(RESUME)
     return Job(
         output_name(output) if not entry.get("name") else name, output, [*argv, f"--output_dir={output}"]
     )
-
-
-def flag_arguments(name: str, value: object) -> list[str]:
-    """A setting as arguments: true is the flag alone, false and null are no flag."""
-    if value is None or value is False:
-        return []
-    if value is True:
-        return [f"--{name}"]
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}={value}"]
 
 
 def problem_of(job: Job, settings: dict) -> str:
