@@ -48,7 +48,6 @@ def config_text(args: argparse.Namespace) -> str:
     settings = recorded_settings(args) | {"seed": args.seed}
     versions = {name: version(name) for name in LIBRARIES}
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).replace("\n", " ")
-    command = command.replace(args.notify or "\n", "…")  # it may be as secret as a password
     head = [
         f"# command: {'' if args.hub_token else command}",
         f"# versions: {json.dumps(versions)}",

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -44,10 +45,17 @@ def open_output_folder(args: argparse.Namespace) -> contextlib.ExitStack:
 
     Signals are the system's again afterwards.
     """
+    hide_secrets(args)
     stack = contextlib.ExitStack()
     stack.enter_context(default_signals_afterwards())
     stack.enter_context(temporary_output(args) if args.dry_run else locked_output(args))
     return stack
+
+
+def hide_secrets(args: argparse.Namespace) -> None:
+    """Takes what is secret out of this program's command line, which W&B, logs and config.yaml keep."""
+    for secret in filter(None, (args.hub_token, args.notify)):
+        sys.argv[:] = [argument.replace(secret, "…") for argument in sys.argv]
 
 
 @contextlib.contextmanager

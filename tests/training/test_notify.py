@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 from conftest import FAMILIES, SAMPLE, run_here
@@ -13,6 +15,7 @@ from lora_training.cli.types import web_address
 from lora_training.console import LineLog, print_status
 from lora_training.exits import exit_code
 from lora_training.notify import Notifier
+from lora_training.training.output_folder import hide_secrets
 
 pytestmark = pytest.mark.run
 
@@ -46,6 +49,15 @@ def test_a_run_tells_of_its_end_and_stores_no_address(receiver, tmp_path):
     assert messages[0]["text"] == messages[0]["content"] == "mine: finished"
     for file in output.rglob("*"):
         assert not file.is_file() or b"secret-word" not in file.read_bytes(), file
+
+
+def test_a_command_line_that_others_keep_has_no_secret(receiver, tmp_path, monkeypatch):
+    """W&B's metadata and crash.log have the program's command line."""
+    url, _ = receiver
+    argv = ["train.py", f"--notify={url}", "--hub_token", "hf_abc", "-o", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    hide_secrets(SimpleNamespace(notify=url, hub_token="hf_abc"))
+    assert sys.argv is argv and argv[1:4] == ["--notify=…", "--hub_token", "…"] and argv[5] == str(tmp_path)
 
 
 def test_warnings_and_the_error_that_ends_a_run_are_told(receiver, tmp_path, capsys):
